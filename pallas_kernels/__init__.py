@@ -1,0 +1,14 @@
+"""Attention over pages of keys and values: operations that know nothing of models or policies."""
+
+from pallas_kernels.decode_attention import DecodeAttention, decode_attention
+from pallas_kernels.page_bound import page_bound
+from pallas_kernels.page_commit import page_commit
+from pallas_kernels.prefill_attention import prefill_attention
+
+__all__ = [
+    "DecodeAttention",
+    "decode_attention",
+    "page_bound",
+    "page_commit",
+    "prefill_attention",
+]

@@ -1,0 +1,67 @@
+"""The definition of `decode_attention`, in plain jnp. Also the CPU path."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class DecodeAttention(NamedTuple):
+    """Attention over one segment of pages, not yet normalised, so that segments can be merged.
+
+    Attributes:
+      out: float32 `[B, N, H]`, sum over tokens of `exp(score - max) * value`.
+      max: float32 `[B, N]`, the largest score; -inf where the segment is empty.
+      sum: float32 `[B, N]`, sum of `exp(score - max)`; 0 where the segment is empty.
+      page_lse: float32 `[B, N, S]`, log-sum-exp of the scores in each page; -inf for an empty page.
+    """
+
+    out: jax.Array
+    max: jax.Array
+    sum: jax.Array
+    page_lse: jax.Array
+
+
+def decode_attention_reference(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    layer: jax.Array,
+    *,
+    scale: float,
+) -> DecodeAttention:
+    """See `api.decode_attention`, which checks the arguments."""
+    B, N, H = q.shape
+    _, _, K, S, P, _ = k_pages.shape
+    k = jax.lax.dynamic_index_in_dim(k_pages, layer, 0, keepdims=False)
+    v = jax.lax.dynamic_index_in_dim(v_pages, layer, 0, keepdims=False)
+    valid = jnp.arange(P) < fill[..., None]
+    # A dead slot may hold anything, NaN included: its values must not reach the sum even at weight 0.
+    v = jnp.where(valid[..., None], v, 0)
+    grouped = q.reshape(B, K, N // K, H)
+    scores = jnp.einsum(
+        "bkgh,bkth->bkgt",
+        grouped,
+        k.reshape(B, K, S * P, H),
+        preferred_element_type=jnp.float32,
+    ).reshape(B, K, N // K, S, P)
+    scores = jnp.where(valid[:, :, None], scores * scale, -jnp.inf)
+    peak = jnp.max(scores, axis=(-2, -1))
+    safe = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.exp(scores - safe[..., None, None])
+    page_sum = jnp.sum(weights, axis=-1)
+    out = jnp.einsum(
+        "bkgt,bkth->bkgh",
+        weights.reshape(B, K, N // K, S * P).astype(v.dtype),
+        v.reshape(B, K, S * P, H),
+        preferred_element_type=jnp.float32,
+    )
+    return DecodeAttention(
+        out=out.reshape(B, N, H),
+        max=peak.reshape(B, N),
+        sum=jnp.sum(page_sum, axis=-1).reshape(B, N),
+        page_lse=(safe[..., None] + jnp.log(page_sum)).reshape(B, N, S),
+    )

@@ -1,0 +1,50 @@
+"""`prefill_attention`: causal attention over a prompt."""
+
+from __future__ import annotations
+
+import jax
+
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.prefill_attention.reference import prefill_attention_reference
+
+_BACKENDS = {"xla": prefill_attention_reference}
+
+
+def prefill_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None = None,
+    *,
+    scale: float | None = None,
+    implementation: Implementation = None,
+) -> jax.Array:
+    """Causal attention, grouped heads, no `T * T` scores in memory beyond 1,024 tokens.
+
+    Args:
+      q: `[B, T, N, H]`, N a multiple of K.
+      k, v: `[B, T, K, H]`.
+      segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
+      scale: factor on the scores, `1 / sqrt(H)` by default.
+      implementation: None picks by platform; "xla" forces the reference.
+
+    Returns:
+      `[B, T, N, H]` in q's dtype.
+
+    Raises:
+      ValueError: the shapes do not fit together; names the argument.
+    """
+    if k.ndim != 4 or v.shape != k.shape:
+        raise ValueError(f"k has shape {k.shape} and v {v.shape}; both must be [B, T, K, H].")
+    B, T, K, H = k.shape
+    if q.ndim != 4 or q.shape[:2] != (B, T) or q.shape[3] != H or q.shape[2] % K:
+        raise ValueError(
+            f"q has shape {q.shape}; with k {k.shape} it must be [{B}, {T}, N, {H}], "
+            f"N a multiple of {K}."
+        )
+    if segments is not None and segments.shape != (B, T):
+        raise ValueError(f"segments has shape {segments.shape}; it must be [{B}, {T}].")
+    scale = H**-0.5 if scale is None else scale
+    return dispatch(
+        "prefill_attention", _BACKENDS, implementation, q, k, v, segments, scale=scale
+    )

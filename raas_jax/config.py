@@ -1,0 +1,248 @@
+"""Model configuration: one frozen dataclass for every supported architecture.
+
+The fields keep Hugging Face's names. What differs between Llama, Mistral, Qwen2 and Qwen3 is
+written out as flags (`qkv_bias`, `qk_norm`, ...), so that no other file asks for a model type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding: base `theta` and, for long contexts, a frequency scaling.
+
+    `kind` is one of `ROPE_TYPES`. `linear` divides every frequency by `factor`; `llama3` divides
+    only the low ones and blends in between (Llama 3.1 report, section 3.4.2 and the published
+    configuration fields of the same names).
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Rope:
+        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
+        fields: dict[str, Any] = {}
+        for name in ("rope_scaling", "rope_parameters"):
+            fields.update(config.get(name) or {})
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        if kind not in ROPE_TYPES:
+            raise ValueError(
+                f"config.json: rope_type is {kind!r}, but the supported ones are "
+                f"{', '.join(ROPE_TYPES)}. Choose a model with one of these."
+            )
+        theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
+        if kind == "default":
+            return cls(theta)
+        if kind == "linear":
+            return cls(theta, kind, float(fields["factor"]))
+        return cls(
+            theta,
+            kind,
+            float(fields["factor"]),
+            float(fields["low_freq_factor"]),
+            float(fields["high_freq_factor"]),
+            int(fields["original_max_position_embeddings"]),
+        )
+
+    def to_hf(self) -> dict[str, Any] | None:
+        """The `rope_scaling` entry of a config.json, or None where there is no scaling."""
+        if self.kind == "default":
+            return None
+        if self.kind == "linear":
+            return {"rope_type": self.kind, "factor": self.factor}
+        return {
+            "rope_type": self.kind,
+            "factor": self.factor,
+            "low_freq_factor": self.low_freq_factor,
+            "high_freq_factor": self.high_freq_factor,
+            "original_max_position_embeddings": self.original_max_position_embeddings,
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Shape of a decoder-only transformer. Hashable, so it can be a static argument of a jit.
+
+    Axis letters: `V` vocab_size, `D` hidden_size, `F` intermediate_size, `L` num_hidden_layers,
+    `N` num_attention_heads, `K` num_key_value_heads, `H` head_dim, `G = N / K`.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    rope: Rope = Rope()
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    model_type: str = "llama"
+    bos_token_id: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and not (isinstance(value, int) and value > 0):
+                raise ValueError(f"ModelConfig.{field.name} is {value!r}; it must be an int > 0.")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"ModelConfig.num_attention_heads is {self.num_attention_heads}, which is not a "
+                f"multiple of num_key_value_heads = {self.num_key_value_heads}."
+            )
+        if self.head_dim % 2:
+            raise ValueError(
+                f"ModelConfig.head_dim is {self.head_dim}; rotary embedding needs an even number."
+            )
+
+    @property
+    def group_size(self) -> int:
+        """`G`: query heads per key/value head."""
+        return self.num_attention_heads // self.num_key_value_heads
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
+        """Builds from the dictionary of a Hugging Face config.json.
+
+        Raises ValueError for an architecture, activation, rope type or attention window that this
+        library does not implement, naming the value and the supported ones.
+        """
+        kind = config.get("model_type")
+        if kind not in ARCHITECTURES:
+            raise ValueError(
+                f"config.json: model_type is {kind!r}, but the supported ones are "
+                f"{', '.join(ARCHITECTURES)}."
+            )
+        activation = config.get("hidden_act", "silu")
+        if activation != "silu":
+            raise ValueError(f"config.json: hidden_act is {activation!r}; only 'silu' is supported.")
+        _refuse_sliding_window(config)
+        missing = [name for name in _REQUIRED if config.get(name) is None]
+        if missing:
+            raise ValueError(f"config.json lacks {', '.join(missing)}; the file is not complete.")
+        heads = int(config["num_attention_heads"])
+        hidden = int(config["hidden_size"])
+        attention_bias = bool(config.get("attention_bias", False))
+        eos = config.get("eos_token_id")
+        return cls(
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=hidden,
+            intermediate_size=int(config["intermediate_size"]),
+            num_hidden_layers=int(config["num_hidden_layers"]),
+            num_attention_heads=heads,
+            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)),
+            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
+            rope=Rope.from_hf(config),
+            rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
+            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+            qkv_bias=kind == "qwen2" or attention_bias,
+            output_bias=kind != "qwen2" and attention_bias,
+            mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
+            qk_norm=kind == "qwen3",
+            model_type=kind,
+            bos_token_id=config.get("bos_token_id"),
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            dtype=_dtype_name(config.get("dtype") or config.get("torch_dtype") or "float32"),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> ModelConfig:
+        """Reads a config.json, or the config.json in a folder."""
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"No model configuration at {path}; expected a config.json.")
+        try:
+            fields = json.loads(path.read_text())
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not valid JSON ({error}).") from error
+        if not isinstance(fields, dict):
+            raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object.")
+        return cls.from_hf(fields)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The dictionary of a config.json that transformers and `from_hf` read back alike."""
+        fields: dict[str, Any] = {
+            "architectures": [ARCHITECTURES[self.model_type]],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            "vocab_size": self.vocab_size,
+            "hidden_size": self.hidden_size,
+            "intermediate_size": self.intermediate_size,
+            "num_hidden_layers": self.num_hidden_layers,
+            "num_attention_heads": self.num_attention_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.max_position_embeddings,
+            "rms_norm_eps": self.rms_norm_eps,
+            "rope_theta": self.rope.theta,
+            "rope_scaling": self.rope.to_hf(),
+            "tie_word_embeddings": self.tie_word_embeddings,
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": list(self.eos_token_ids) or None,
+            "dtype": self.dtype,
+        }
+        if self.model_type != "qwen2":
+            fields["attention_bias"] = self.qkv_bias
+        if self.model_type == "llama":
+            fields["mlp_bias"] = self.mlp_bias
+        if self.model_type in ("mistral", "qwen2", "qwen3"):
+            fields["sliding_window"] = None
+        return fields
+
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
+    """A window shorter than the context changes attention; running without it would be wrong."""
+    window = config.get("sliding_window")
+    if not window or not config.get("use_sliding_window", config["model_type"] == "mistral"):
+        return
+    if window < (config.get("max_position_embeddings") or 2048):
+        raise ValueError(
+            f"config.json: sliding_window is {window}, and sliding-window attention is not "
+            "supported. Set sliding_window to null only if the model was trained without it."
+        )
+
+
+def _dtype_name(value: Any) -> str:
+    name = str(value).removeprefix("torch.")
+    if name not in ("float32", "float16", "bfloat16"):
+        raise ValueError(
+            f"config.json: dtype is {name!r}; expected float32, float16 or bfloat16."
+        )
+    return name

@@ -1,0 +1,39 @@
+"""`Params`: the weights of a model together with all that is needed to run it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from raas_jax.config import ModelConfig
+from raas_jax.model import init_weights
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Params:
+    """One pytree: arrays as leaves, the rest static, so that `jax.jit` can take it as it is.
+
+    Attributes:
+      weights: nested dictionary of arrays, the structure of `raas_jax.model.Transformer`.
+      config: shape of the model (static).
+      source: folder or hub id where the tokenizer and the generation defaults are found (static);
+        None for weights without one.
+    """
+
+    weights: dict[str, Any]
+    config: ModelConfig = dataclasses.field(metadata={"static": True})
+    source: str | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def random(cls, config: ModelConfig, seed: int = 0, dtype: Any = None) -> Params:
+        """Random weights of a given shape, for benchmarks and tests."""
+        key = jax.random.key(seed)
+        return cls(init_weights(config, key, dtype or config.dtype), config)
+
+    @property
+    def size(self) -> int:
+        """Number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.weights))
