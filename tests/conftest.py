@@ -1,0 +1,34 @@
+"""What every test shares: the CPU, strict promotion of dtypes, and the data beside the checkout."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. Where an accelerator is wanted, the environment says so.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two workers run at once; a thread pool of torch in each would only get in the other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# No test asks the network for a model.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+# Compiling makes the first example slow, and the machine may be busy: no deadlines.
+settings.register_profile(
+    "raas_jax", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("raas_jax")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real configs, data and a small trained model, kept beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip("needs ../shared (real configs, data and models), which is not here")
+    return SHARED
