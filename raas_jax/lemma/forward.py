@@ -21,11 +21,8 @@ _NEVER = -1e30  # finite, so that a padding row gives an average and not a NaN
 def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array) -> jax.Array:
     """Causal attention within segments, float32.
 
-    Args:
-      q: `[B, T, N, H]`. k, v: `[B, T, K, H]`. segments: int32 `[B, T]`.
-
-    Returns:
-      `[B, T, N, H]`.
+    Queries `[B, T, N, H]`, keys and values `[B, T, K, H]` and int32 segments `[B, T]` give
+    `[B, T, N, H]`.
     """
     B, T, N, H = q.shape
     K = k.shape[2]

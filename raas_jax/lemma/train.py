@@ -54,6 +54,7 @@ class TrainConfig:
     decay_from: int  # the step at which the learning rates begin to fall, linearly to 0 at `steps`
     clip_norm: float
     average_decay: float
+    attention_scale: float  # initial value of the q and k norm weights
     validate_every: int
     checkpoint_every: int
     checkpoints: str
@@ -93,6 +94,7 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
     """Linear warm-up, constant, linear decay to zero."""
 
     def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
         rise = (step + 1) / config.warmup_steps
         fall = (config.steps - step) / max(1, config.steps - config.decay_from)
         return peak * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
@@ -116,7 +118,7 @@ def optimizer(config: TrainConfig) -> optax.GradientTransformation:
     """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embedding and norms."""
 
     def dimensions(weights: Any) -> Any:
-        named = {name: None for name in weights}
+        named = dict.fromkeys(weights)
         return {**named, "layers": {name: _MATRICES.get(name) for name in weights["layers"]}}
 
     return optax.chain(
@@ -143,17 +145,17 @@ def loss_and_scores(
     targets = tokens[:, 1:]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     wrong = scored & (logits.argmax(-1) != targets)
-    count = scored.sum()
+    scored_float, count = scored.astype(jnp.float32), scored.sum().astype(jnp.float32)
     # A problem is told by its row and segment; the scored first token after a prompt counts it.
     most = 64
     rows = jnp.arange(tokens.shape[0])[:, None] * most + jnp.minimum(segments, most - 1)
     size = tokens.shape[0] * most
-    problem_wrong = jnp.zeros(size).at[rows].max(wrong) > 0
-    problem_there = jnp.zeros(size).at[rows].max(scored) > 0
+    problem_wrong = jnp.zeros(size, bool).at[rows].max(wrong)
+    problem_there = jnp.zeros(size, bool).at[rows].max(scored)
     scores = {
-        "loss": (losses * scored).sum() / count,
-        "token_accuracy": 1 - wrong.sum() / count,
-        "exact": 1 - (problem_wrong & problem_there).sum() / problem_there.sum(),
+        "loss": (losses * scored_float).sum() / count,
+        "token_accuracy": 1 - wrong.sum().astype(jnp.float32) / count,
+        "exact": 1 - problem_wrong.sum() / problem_there.sum(),
     }
     return scores["loss"], scores
 
@@ -169,6 +171,9 @@ def arrays_of(item: Batch) -> dict[str, Any]:
 
 def initial_state(config: TrainConfig) -> State:
     weights = init_weights(config.model, jax.random.key(config.seed))
+    # Sharper attention from the start: the look-ups come sooner.
+    for name in ("q_norm", "k_norm"):
+        weights["layers"][name] *= config.attention_scale
     return {
         "weights": weights,
         "average": jax.tree.map(jnp.copy, weights),
@@ -184,10 +189,15 @@ def train_step(
     """One step of the optimiser. The old state is donated: its buffers become the new one's."""
     gradient = jax.grad(functools.partial(loss_and_scores, config.model), has_aux=True)
     gradients, scores = gradient(state["weights"], arrays)
-    updates, moments = optimizer(config).update(gradients, state["optimizer"], state["weights"])
+    # optax multiplies integer counts and broadcasts ranks, which strict callers forbid.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, moments = optimizer(config).update(
+            gradients, state["optimizer"], state["weights"]
+        )
     weights = optax.apply_updates(state["weights"], updates)
     # Early on the average follows quickly, so that the random beginning is forgotten.
-    decay = jnp.minimum(config.average_decay, (state["step"] + 1.0) / (state["step"] + 10.0))
+    done = state["step"].astype(jnp.float32)
+    decay = jnp.minimum(config.average_decay, (done + 1) / (done + 10))
     average = jax.tree.map(
         lambda old, new: decay * old + (1 - decay) * new, state["average"], weights
     )
@@ -225,11 +235,18 @@ def train_steps(config: TrainConfig, state: State, until: int) -> Iterator[tuple
         yield state, {"step": step + 1, "size": bucket.largest, **scores}
 
 
-def main(config_path: str, *, until: int | None = None, fresh: bool = False) -> Path:
+def main(
+    config_path: str,
+    *,
+    checkpoints: str | None = None,
+    until: int | None = None,
+    fresh: bool = False,
+) -> Path:
     """Train as the YAML file says, going on from its newest checkpoint.
 
     Args:
       config_path: as `configs/lemma.yaml`.
+      checkpoints: folder to use in place of the config's.
       until: stop after this many steps in all; the config's `steps` by default.
       fresh: refuse to resume, so that a folder with checkpoints is an error.
 
@@ -237,7 +254,7 @@ def main(config_path: str, *, until: int | None = None, fresh: bool = False) -> 
       The folder of checkpoints, with `metrics.jsonl` beside them.
     """
     config = TrainConfig.from_file(config_path)
-    folder = Path(config.checkpoints).expanduser().absolute()
+    folder = Path(checkpoints or config.checkpoints).expanduser().absolute()
     last = min(until or config.steps, config.steps)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(folder, options=options) as manager:
@@ -271,7 +288,8 @@ def main(config_path: str, *, until: int | None = None, fresh: bool = False) -> 
     return folder
 
 
-def restore(manager: ocp.CheckpointManager, like: State) -> State:
-    """The newest checkpoint, with the structure, shapes and dtypes of `like`."""
+def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None) -> State:
+    """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`."""
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    return manager.restore(manager.latest_step(), args=ocp.args.StandardRestore(target))
+    step = manager.latest_step() if step is None else step
+    return manager.restore(step, args=ocp.args.StandardRestore(target))
