@@ -1,0 +1,128 @@
+"""The cache of keys and values: three segments with three lifetimes.
+
+`Prompt` is written once by prefill and never again, so nothing can evict it. `Kept` holds the pages
+of generated tokens that the policy has not forgotten; one page is written per P tokens, over the
+victim's slot. `Open` is the page being written, one token per step at the same offset in every row.
+Between two page boundaries `Prompt` and `Kept` are read-only, which is why no compiler copies them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import page_commit
+
+_pytree = functools.partial(jax.tree_util.register_dataclass)
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """Channel-wise smallest and largest key of every page, both `[L, B, K, S, H]`."""
+
+    key_min: jax.Array
+    key_max: jax.Array
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """The prompt's pages.
+
+    Attributes:
+      k, v: `[L, B', K, Sp, P, H]`; `B' < B` where several rows share one prompt.
+      lengths: int32 `[B']`, true number of tokens, 1..Sp * P.
+      bounds: of the pages, for a policy that asks for them.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    lengths: jax.Array
+    bounds: Bounds | None
+
+    def fill(self) -> jax.Array:
+        """Tokens in each page: int32 `[B', 1, Sp]`."""
+        _, _, _, S, P, _ = self.k.shape
+        left = self.lengths[:, None] - jnp.arange(S, dtype=jnp.int32) * P
+        return jnp.clip(left, 0, P)[:, None]
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Pages of generated tokens, in no particular order.
+
+    Attributes:
+      k, v: `[L, B, K, S, P, H]`.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
+      bounds: of the pages, for a policy that asks for them.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    fill: jax.Array
+    bounds: Bounds | None
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Open:
+    """The page being written: k, v `[L, B, K, P, H]`."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """All keys and values of a decode.
+
+    `kept` has one entry per group of consecutive layers that share a policy, first layers first.
+    """
+
+    prompt: Prompt
+    kept: tuple[Kept, ...]
+    open: Open
+
+
+def page_bounds(k: jax.Array, fill: jax.Array) -> Bounds:
+    """Bounds of pages k `[..., P, H]` with fill `[...]`, each `[..., H]`; zeros for empty pages."""
+    valid = (jnp.arange(k.shape[-2]) < fill[..., None])[..., None]
+    low = jnp.min(jnp.where(valid, k, jnp.inf), axis=-2)
+    high = jnp.max(jnp.where(valid, k, -jnp.inf), axis=-2)
+    some = fill[..., None] > 0
+    return Bounds(jnp.where(some, low, 0).astype(k.dtype), jnp.where(some, high, 0).astype(k.dtype))
+
+
+def write_open(opened: Open, k: jax.Array, v: jax.Array, layer: jax.Array, offset: jax.Array) -> Open:
+    """Puts one token's k, v `[B, K, H]` at `offset` of the open page of one layer, in place."""
+    zero = jnp.zeros((), jnp.int32)
+    start = (layer, zero, zero, offset, zero)
+    put = lambda page, token: jax.lax.dynamic_update_slice(  # noqa: E731
+        page, token[None, :, :, None].astype(page.dtype), start
+    )
+    return Open(put(opened.k, k), put(opened.v, v))
+
+
+def commit(kept: Kept, page_k: jax.Array, page_v: jax.Array, slot: jax.Array) -> Kept:
+    """Writes a full page `[L, B, K, P, H]` over `slot [L, B, K]`: eviction and insertion in one."""
+    S, P = kept.k.shape[3], kept.k.shape[4]
+    chosen = jnp.arange(S) == slot[..., None]
+    bounds = kept.bounds
+    if bounds is not None:
+        page = page_bounds(page_k, jnp.full(slot.shape, P))
+        bounds = Bounds(
+            jnp.where(chosen[..., None], page.key_min[:, :, :, None], bounds.key_min),
+            jnp.where(chosen[..., None], page.key_max[:, :, :, None], bounds.key_max),
+        )
+    return Kept(
+        k=page_commit(kept.k, page_k, slot),
+        v=page_commit(kept.v, page_v, slot),
+        fill=jnp.where(chosen, P, kept.fill),
+        bounds=bounds,
+    )

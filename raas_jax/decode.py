@@ -1,0 +1,474 @@
+"""Prefill, token step and page scan: pure functions from state to state.
+
+    prefill ──► DecodeState ──► decode_pages ──► DecodeState ──► ...
+                                 outer scan over pages: inner scan over P tokens, one commit
+
+The prompt and the kept pages are read-only within a page, so they are loop invariants of the inner
+scan; what changes per token is one offset of the open page and the policy's small marks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pallas_kernels import DecodeAttention, decode_attention, page_bound
+from raas_jax.attention import causal_attention, merge_segments
+from raas_jax.cache import Bounds, Cache, Kept, Open, Prompt, commit, page_bounds, write_open
+from raas_jax.config import ModelConfig
+from raas_jax.model import block_graph, merge, rope_rotation
+from raas_jax.params import Params
+from raas_jax.policies.base import Boundary, Evidence, Marks, Page, Policy, pages_for
+from raas_jax.policies.dense import bucket
+from raas_jax.sampling import Sampler
+
+EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """All that is fixed before a decode is compiled.
+
+    Attributes:
+      policy: which pages to keep.
+      prompt_slots: `Sp`, pages of the longest prompt's bucket.
+      slots: `S`, slots of kept pages, for each of the policy's groups of layers.
+      samples: rows that share one prompt, `B / B'`; rows of one prompt are neighbours.
+    """
+
+    policy: Policy
+    prompt_slots: int
+    slots: tuple[int, ...]
+    samples: int = 1
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        samples: int = 1,
+    ) -> Plan:
+        """For prompts of these lengths; raises ValueError if the policy cannot take one."""
+        policy.check_prompts(prompt_tokens)
+        groups = policy.groups(config.num_hidden_layers)
+        return cls(
+            policy,
+            bucket(pages_for(max(prompt_tokens), policy.page_size)),
+            tuple(part.slots(prompt_tokens, max_new_tokens) for _, part in groups),
+            samples,
+        )
+
+    @property
+    def page_size(self) -> int:
+        """`P`."""
+        return self.policy.page_size
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """Everything that a decode carries; its size does not depend on how far it has come.
+
+    Attributes:
+      cache: keys and values.
+      marks: the policy's metadata, one entry per group of layers.
+      token: int32 `[B]`, the last token drawn, not yet fed to the model.
+      generated: int32 `[B]`, tokens drawn so far, `token` included; frozen once done.
+      limit: int32 `[B]`, how many may be drawn.
+      done: bool `[B]`, a stop token was drawn or the limit reached. A done row computes on, unseen.
+      committed: int32 `[B]`, pages that left the open page while the row was running.
+      evicted: int32 `[B]`, pages that were overwritten while the row was running.
+      stop_tokens: int32 `[any]`, padded with -1.
+      sampler: how each row draws.
+    """
+
+    cache: Cache
+    marks: tuple[Marks, ...]
+    token: jax.Array
+    generated: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    committed: jax.Array
+    evicted: jax.Array
+    stop_tokens: jax.Array
+    sampler: Sampler
+
+
+class Drawn(NamedTuple):
+    """Tokens drawn by steps `[T]` or a single one: int32 `[T, B]`, -1 for a row that was done, and
+    their float32 log-probabilities."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+
+
+class _Request(NamedTuple):
+    """What the caller asks of each row, see `DecodeState`."""
+
+    limit: jax.Array
+    stop_tokens: jax.Array
+    sampler: Sampler
+
+
+def request(limit: jax.Array, stop_tokens: Sequence[int], sampler: Sampler) -> _Request:
+    """Bundles limits int32 `[B]`, stop tokens and the sampler; pads the stop tokens to a bucket."""
+    padded = list(stop_tokens) + [-1] * (-len(stop_tokens) % 8 or 8 * (not stop_tokens))
+    return _Request(jnp.asarray(limit, jnp.int32), jnp.asarray(padded, jnp.int32), sampler)
+
+
+def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache:
+    """A cache of zeros: `rows` is `B`, of which every `plan.samples` share a prompt."""
+    K, H, P = config.num_key_value_heads, config.head_dim, plan.page_size
+    groups = plan.policy.groups(config.num_hidden_layers)
+    bounded = any(policy.needs_bounds for _, policy in groups)
+
+    def pages(*shape: int) -> jax.Array:
+        return jnp.zeros((*shape, P, H), dtype)
+
+    def bounds(wanted: bool, *shape: int) -> Bounds | None:
+        zeros = lambda: jnp.zeros((*shape, H), dtype)  # noqa: E731
+        return Bounds(zeros(), zeros()) if wanted else None
+
+    L = config.num_hidden_layers
+    prompt = (L, rows // plan.samples, K, plan.prompt_slots)
+    kept = [(n, rows, K, S) for (n, _), S in zip(groups, plan.slots, strict=True)]
+    return Cache(
+        prompt=Prompt(
+            pages(*prompt), pages(*prompt), jnp.zeros(prompt[1], jnp.int32), bounds(bounded, *prompt)
+        ),
+        kept=tuple(
+            Kept(
+                pages(*shape),
+                pages(*shape),
+                jnp.zeros(shape, jnp.int32),
+                bounds(policy.needs_bounds, *shape),
+            )
+            for shape, (_, policy) in zip(kept, groups, strict=True)
+        ),
+        open=Open(pages(L, rows, K), pages(L, rows, K)),
+    )
+
+
+def init_marks(config: ModelConfig, plan: Plan, rows: int) -> tuple[Marks, ...]:
+    """The policy's metadata of an empty cache, one entry per group of layers."""
+    groups = plan.policy.groups(config.num_hidden_layers)
+    return tuple(
+        policy.init((layers, rows, config.num_key_value_heads, S))
+        for (layers, policy), S in zip(groups, plan.slots, strict=True)
+    )
+
+
+@partial(jax.jit, static_argnames="plan")
+def prefill(
+    params: Params, tokens: jax.Array, lengths: jax.Array, asked: _Request, *, plan: Plan
+) -> tuple[DecodeState, Drawn]:
+    """Reads the prompts and draws the first token of every row.
+
+    Args:
+      params: the model.
+      tokens: int32 `[B', T]` with `T <= Sp * P`, each row's prompt at the left, padded at the right.
+      lengths: int32 `[B']`, true lengths.
+      asked: limits, stop tokens and sampler of the `B = B' * samples` rows.
+      plan: fixed shapes.
+
+    Returns:
+      The state at the start of the first page, and the first tokens, `[B]`.
+    """
+    config = params.config
+    model = merge(config, params.weights)
+    dtype = params.weights["embedding"].dtype
+    rows = tokens.shape[0] * plan.samples
+    padded = jnp.pad(tokens, ((0, 0), (0, plan.prompt_slots * plan.page_size - tokens.shape[1])))
+    T = padded.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), padded.shape)
+    rotation = rope_rotation(config.rope, config.head_dim, positions)
+    graph = block_graph(config, dtype.name)
+
+    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        block = nnx.merge(graph, weights)
+        q, k, v = block.qkv(x, rotation)
+        x = block.finish(x, causal_attention(q, k, v))
+        return x, (_as_pages(k, plan.page_size), _as_pages(v, plan.page_size))
+
+    x, (k, v) = jax.lax.scan(layer, model.embed(padded), params.weights["layers"])
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
+    empty = empty_cache(config, plan, rows, dtype)
+    prompt = Prompt(k, v, lengths.astype(jnp.int32), None)
+    if empty.prompt.bounds is not None:
+        fill = jnp.broadcast_to(prompt.fill()[None], k.shape[:4])
+        prompt = dataclasses.replace(prompt, bounds=page_bounds(k, fill))
+    index = jnp.zeros(rows, jnp.int32)
+    token, logprob = asked.sampler(logits, index)
+    generated = index + 1
+    state = DecodeState(
+        cache=dataclasses.replace(empty, prompt=prompt),
+        marks=init_marks(config, plan, rows),
+        token=token,
+        generated=generated,
+        limit=asked.limit,
+        done=_is_done(token, generated, asked.limit, asked.stop_tokens),
+        committed=jnp.zeros(rows, jnp.int32),
+        evicted=jnp.zeros(rows, jnp.int32),
+        stop_tokens=asked.stop_tokens,
+        sampler=asked.sampler,
+    )
+    return state, Drawn(token, logprob)
+
+
+@partial(jax.jit, static_argnames=("plan", "pages"), donate_argnames="state")
+def decode_pages(
+    params: Params, state: DecodeState, *, plan: Plan, pages: int
+) -> tuple[DecodeState, Drawn]:
+    """Generates `pages * P` tokens. The state is donated: it is the memory, and must not be copied.
+
+    Returns:
+      The state at the next page boundary, and what was drawn: `[pages * P, B]`.
+    """
+
+    def page(state: DecodeState, _: None) -> tuple[DecodeState, Drawn]:
+        return decode_page(params, state, plan)
+
+    state, drawn = jax.lax.scan(page, state, None, length=pages)
+    return state, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), drawn)
+
+
+def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Drawn]:
+    """One page: P token steps with the big buffers read-only, then one commit. Drawn: `[P, B]`."""
+    prompt, kept = state.cache.prompt, state.cache.kept
+    small = dataclasses.replace(state, cache=state.cache.open)
+
+    def step(small: DecodeState, offset: jax.Array) -> tuple[DecodeState, Drawn]:
+        cache = Cache(prompt, kept, small.cache)
+        stepped, drawn = token_step(params, dataclasses.replace(small, cache=cache), offset, plan)
+        return dataclasses.replace(stepped, cache=stepped.cache.open), drawn
+
+    offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
+    small, drawn = jax.lax.scan(step, small, offsets)
+    state = dataclasses.replace(small, cache=Cache(prompt, kept, small.cache))
+    return commit_page(params.config, state, plan), drawn
+
+
+def token_step(
+    params: Params, state: DecodeState, offset: jax.Array, plan: Plan
+) -> tuple[DecodeState, Drawn]:
+    """Feeds `state.token`, writes it at `offset` of the open page, draws the next. Drawn: `[B]`."""
+    config = params.config
+    model = merge(config, params.weights)
+    lengths = jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
+    position = lengths + state.generated - 1
+    rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
+    x, opened, marks, first = model.embed(state.token)[:, None], state.cache.open, [], 0
+    groups = plan.policy.groups(config.num_hidden_layers)
+    for index, (layers, policy) in enumerate(groups):
+        cache = dataclasses.replace(state.cache, open=opened)
+        x, opened, group_marks = _layers(
+            params, cache, index, first, policy, state.marks[index], x, rotation, offset, state, plan
+        )
+        marks.append(group_marks)
+        first += layers
+    token, logprob = state.sampler(model.logits(x[:, 0]), state.generated)
+    token = jnp.where(state.done, state.token, token)
+    generated = state.generated + ~state.done
+    stepped = dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, open=opened),
+        marks=tuple(marks),
+        token=token,
+        generated=generated,
+        done=state.done | _is_done(token, generated, state.limit, state.stop_tokens),
+    )
+    drawn = Drawn(jnp.where(state.done, -1, token), jnp.where(state.done, 0.0, logprob))
+    return stepped, drawn
+
+
+def _layers(
+    params: Params,
+    cache: Cache,
+    group: int,
+    first: int,
+    policy: Policy,
+    marks: Marks,
+    x: jax.Array,
+    rotation: tuple[jax.Array, jax.Array],
+    offset: jax.Array,
+    state: DecodeState,
+    plan: Plan,
+) -> tuple[jax.Array, Open, Marks]:
+    """Runs the layers of one group; `first` is the index of its first layer in the model."""
+    config = params.config
+    graph = block_graph(config, params.weights["embedding"].dtype.name)
+    kept = cache.kept[group]
+    layers = kept.fill.shape[0]
+    prompt_fill = cache.prompt.fill()
+
+    def layer(carry: tuple[jax.Array, Open], scanned: Any) -> tuple[tuple[jax.Array, Open], Marks]:
+        x, opened = carry
+        local, fill, marks = scanned
+        index = local + first
+        weights = jax.tree.map(
+            lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False),
+            params.weights["layers"],
+        )
+        block = nnx.merge(graph, weights)
+        q, k, v = block.qkv(x, rotation)
+        q = q[:, 0]
+        opened = write_open(opened, k[:, 0], v[:, 0], index, offset)
+        now = Cache(cache.prompt, (kept,), opened)
+        parts = _attend_segments(q, now, index, local, fill, prompt_fill, offset, plan.samples)
+        out, lse = merge_segments(parts)
+        x = block.finish(x, out[:, None].astype(x.dtype))
+        if jax.tree.leaves(marks):
+            B, N, S = parts[1].page_lse.shape
+            grouped = (B, config.num_key_value_heads, config.group_size, S)
+            mass = jnp.exp(parts[1].page_lse - lse[..., None]).reshape(grouped)
+            bound = None
+            if policy.needs_bounds:
+                bound = _bound_mass(q, now, index, local, fill, prompt_fill, offset, plan.samples)
+                bound = bound.reshape(grouped)
+            marks = policy.observe(marks, Evidence(mass, bound, fill), state.generated)
+        return (x, opened), marks
+
+    scanned = (jnp.arange(layers, dtype=jnp.int32), kept.fill, marks)
+    (x, opened), marks = jax.lax.scan(layer, (x, cache.open), scanned)
+    return x, opened, marks
+
+
+def _attend_segments(
+    q: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    local: jax.Array,
+    fill: jax.Array,
+    prompt_fill: jax.Array,
+    offset: jax.Array,
+    samples: int,
+) -> list[DecodeAttention]:
+    """Attention of q `[B, N, H]` over prompt, kept and open pages of one layer, in this order."""
+    prompt, kept, opened = cache.prompt, cache.kept[0], cache.open
+    K = kept.k.shape[2]
+    shared = decode_attention(by_prompt(q, K, samples), prompt.k, prompt.v, prompt_fill, index)
+    open_fill = jnp.broadcast_to(offset + 1, (1, 1, 1))
+    as_slot = lambda page: page[:, :, :, None]  # noqa: E731
+    return [
+        jax.tree.map(partial(by_row, heads=K, samples=samples), shared),
+        decode_attention(q, kept.k, kept.v, fill, local),
+        decode_attention(q, as_slot(opened.k), as_slot(opened.v), open_fill, index),
+    ]
+
+
+def _bound_mass(
+    q: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+    local: jax.Array,
+    fill: jax.Array,
+    prompt_fill: jax.Array,
+    offset: jax.Array,
+    samples: int,
+) -> jax.Array:
+    """Softmax over all pages of Quest's bound, the part of the kept pages: float32 `[B, N, S]`."""
+    prompt, kept, opened = cache.prompt, cache.kept[0], cache.open
+    assert prompt.bounds is not None and kept.bounds is not None
+    (B, N, _), K = q.shape, kept.k.shape[2]
+    open_k = jax.lax.dynamic_index_in_dim(opened.k, index, 0)[:, :, :, None]
+    bounds = page_bounds(open_k, jnp.broadcast_to(offset + 1, open_k.shape[:4]))
+    of_prompt = page_bound(
+        by_prompt(q, K, samples), prompt.bounds.key_min, prompt.bounds.key_max, index
+    )
+    of_kept = page_bound(q, kept.bounds.key_min, kept.bounds.key_max, local)
+    of_open = page_bound(q, bounds.key_min, bounds.key_max, 0)
+    filled = jnp.repeat(jnp.broadcast_to(prompt_fill, (B // samples, 1, prompt_fill.shape[-1])), samples, 0)
+    of_prompt = jnp.where(filled > 0, by_row(of_prompt, K, samples), -jnp.inf)
+    of_kept = jnp.where(jnp.repeat(fill > 0, N // K, axis=1), of_kept, -jnp.inf)
+    everything = jnp.concatenate([of_kept, of_prompt, of_open], axis=-1)
+    return jax.nn.softmax(everything, axis=-1)[..., : of_kept.shape[-1]]
+
+
+def by_prompt(x: jax.Array, heads: int, samples: int) -> jax.Array:
+    """`[B, N, ...]` → `[B', samples * N, ...]`: rows of one prompt become one larger head group."""
+    if samples == 1:
+        return x
+    B, N, *rest = x.shape
+    split = x.reshape(B // samples, samples, heads, N // heads, *rest)
+    return jnp.swapaxes(split, 1, 2).reshape(B // samples, samples * N, *rest)
+
+
+def by_row(x: jax.Array, heads: int, samples: int) -> jax.Array:
+    """The inverse of `by_prompt`."""
+    if samples == 1:
+        return x
+    prompts, N, *rest = x.shape
+    split = x.reshape(prompts, heads, samples, N // samples // heads, *rest)
+    return jnp.swapaxes(split, 1, 2).reshape(prompts * samples, N // samples, *rest)
+
+
+def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeState:
+    """The page boundary: each (layer, row, head) writes its open page over its victim's slot."""
+    now = state.generated
+    lengths = jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
+    kept, marks, first = [], [], 0
+    overwritten = jnp.zeros(now.shape, bool)
+    for index, (layers, policy) in enumerate(plan.policy.groups(config.num_hidden_layers)):
+        group, S = state.cache.kept[index], plan.slots[index]
+        boundary = Boundary(
+            now=now,
+            fill=group.fill,
+            allowed=jnp.arange(S) < policy.capacity(lengths, S)[:, None],
+            k=group.k,
+            v=group.v,
+            keys=_boundary_keys(state.sampler.keys, now, index),
+        )
+        slot = policy.victim(state.marks[index], boundary)
+        page = Page(*(x[first : first + layers] for x in (state.cache.open.k, state.cache.open.v)))
+        filled = jnp.take_along_axis(group.fill, slot[..., None], axis=-1)[..., 0] > 0
+        overwritten = overwritten | jnp.any(filled, axis=(0, 2))
+        kept.append(commit(group, page.k, page.v, slot))
+        marks.append(policy.commit(state.marks[index], slot, page, now))
+        first += layers
+    running = ~state.done
+    return dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, kept=tuple(kept)),
+        marks=tuple(marks),
+        committed=state.committed + running,
+        evicted=state.evicted + (running & overwritten),
+    )
+
+
+def _boundary_keys(keys: jax.Array, now: jax.Array, group: int) -> jax.Array:
+    fold = jax.vmap(jax.random.fold_in)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, EVICTION_STREAM + group)
+    return fold(keys, now)
+
+
+def _is_done(
+    token: jax.Array, generated: jax.Array, limit: jax.Array, stop_tokens: jax.Array
+) -> jax.Array:
+    return jnp.any(token[:, None] == stop_tokens, axis=-1) | (generated >= limit)
+
+
+def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
+    """`[B, T, K, H]` → `[B, K, T / P, P, H]`."""
+    B, T, K, H = x.shape
+    return jnp.swapaxes(x, 1, 2).reshape(B, K, T // page_size, page_size, H)
+
+
+def cache_bytes(state: DecodeState) -> int:
+    """Bytes of all that the decode keeps for attention: the three segments and the marks."""
+    leaves = jax.tree.leaves((state.cache, state.marks))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+
+
+def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
+    """Bytes of the keys and values of `tokens` tokens of one sequence, nothing dropped or padded."""
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return tokens * per_token * jnp.dtype(dtype).itemsize

@@ -1,0 +1,133 @@
+"""The contract of a policy: which pages of generated tokens to keep.
+
+A policy is a frozen dataclass: static, hashable, and so part of what a compiled decode is compiled
+for. Its methods are pure functions of arrays. A new one subclasses `Policy` and overrides what it
+needs; it works wherever the built-in ones do, without being registered.
+
+The clock `now` counts the tokens that a row has generated, so that what a policy does to a row does
+not depend on the rest of the batch. Axis letters: `L` layers of the group, `B` rows, `K` key/value
+heads, `G` query heads per key/value head, `S` page slots, `P` tokens per page, `H` head dim.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+Marks = Any
+"""A policy's metadata: a pytree of arrays with leading axes `[L, B, K, S]`."""
+
+
+class Evidence(NamedTuple):
+    """What the attention of one token saw of the kept pages, in one layer.
+
+    Attributes:
+      mass: float32 `[B, K, G, S]`, share of the whole softmax (prompt, kept and open pages
+        together) that each page received from each query head; 0 for an empty slot.
+      bound: float32 `[B, K, G, S]`, softmax over all pages of Quest's upper bound of the page's
+        scores; 0 for an empty slot. None unless the policy sets `needs_bounds`.
+      fill: int32 `[B, K, S]`, tokens in each slot; 0 marks an empty one.
+    """
+
+    mass: jax.Array
+    bound: jax.Array | None
+    fill: jax.Array
+
+
+class Page(NamedTuple):
+    """The page just written: k, v `[L, B, K, P, H]`, keys already rotated."""
+
+    k: jax.Array
+    v: jax.Array
+
+
+class Boundary(NamedTuple):
+    """What a policy may look at when it chooses a victim, at a page boundary.
+
+    Attributes:
+      now: int32 `[B]`, tokens generated so far in each row.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
+      allowed: bool `[B, S]`, slots within the row's capacity.
+      k, v: `[L, B, K, S, P, H]`, the kept pages themselves.
+      keys: typed keys `[B]`, fresh at every boundary and the same whatever else is in the batch.
+    """
+
+    now: jax.Array
+    fill: jax.Array
+    allowed: jax.Array
+    k: jax.Array
+    v: jax.Array
+    keys: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """Base of all policies. `page_size` is P, tokens per page."""
+
+    page_size: int = dataclasses.field(default=16, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.page_size, int) or self.page_size < 1:
+            raise ValueError(f"page_size is {self.page_size!r}; it must be an int of at least 1.")
+
+    @property
+    def needs_bounds(self) -> bool:
+        """Whether `Evidence.bound` is wanted; it costs two keys per page of memory."""
+        return False
+
+    def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
+        """(number of layers, policy) for consecutive groups of layers, first layers first."""
+        return ((num_layers, self),)
+
+    def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
+        """`S`, fixed before compiling, for prompts of these lengths."""
+        raise NotImplementedError
+
+    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
+        """Slots that each row may use: int32 `[B]`, at most `slots`."""
+        return jnp.full(prompt_lengths.shape, slots, jnp.int32)
+
+    def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
+        """Raises ValueError for a prompt that this policy cannot take."""
+
+    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+        """Metadata of empty slots; `shape` is `(L, B, K, S)`."""
+        return ()
+
+    def observe(self, marks: Marks, evidence: Evidence, now: jax.Array) -> Marks:
+        """After every token, in every layer: marks of that layer (`[B, K, S]`), now `[B]`."""
+        return marks
+
+    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+        """After `page` was written to `slot [L, B, K]`; now `[B]`."""
+        return marks
+
+    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+        """Slot to overwrite, int32 `[L, B, K]`: an empty allowed one while there is one."""
+        raise NotImplementedError
+
+
+def pages_for(tokens: int, page_size: int) -> int:
+    """Pages that hold this many tokens."""
+    return -(-tokens // page_size)
+
+
+def lowest(score: jax.Array, boundary: Boundary) -> jax.Array:
+    """The slot with the lowest score `[L, B, K, S]`; empty slots first, ties to the lowest slot."""
+    low, high = (-jnp.inf, jnp.inf) if jnp.issubdtype(score.dtype, jnp.floating) else _INT_RANGE
+    score = jnp.where(boundary.fill == 0, low, score)
+    score = jnp.where(boundary.allowed[:, None], score, high)
+    return jnp.argmin(score, axis=-1).astype(jnp.int32)
+
+
+def put(marks: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    """Sets `marks[l, b, k, slot[l, b, k]]` to `value`, which broadcasts to `[L, B, K]`."""
+    chosen = jnp.arange(marks.shape[-1]) == slot[..., None]
+    return jnp.where(chosen, jnp.broadcast_to(value, slot.shape)[..., None], marks)
+
+
+_INT_RANGE = (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max)

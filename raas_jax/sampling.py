@@ -1,0 +1,136 @@
+"""Choosing the next token: greedy, temperature, top-k, top-p, min-p, per row.
+
+All settings are arrays, so that changing them compiles nothing anew; what a batch does not use is
+skipped at run time by `lax.cond`. Randomness: one typed key per row, folded with the index of the
+token, so a row's tokens do not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn.
+
+    Attributes:
+      temperature: 0 is greedy; otherwise logits are divided by it.
+      top_k: keep the k likeliest tokens; 0 keeps all.
+      top_p: keep the likeliest tokens that together reach this probability, in (0, 1].
+      min_p: keep tokens at least this likely relative to the likeliest, in [0, 1).
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise ValueError(
+                f"temperature is {self.temperature!r}; it must be a finite number >= 0 (0: greedy)."
+            )
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k!r}; it must be an int >= 0 (0: all tokens).")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p!r}; it must be in (0, 1] (1: all tokens).")
+        if not 0 <= self.min_p < 1:
+            raise ValueError(f"min_p is {self.min_p!r}; it must be in [0, 1) (0: all tokens).")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """`Sampling` of every row as arrays `[B]`, with a typed key `[B]` each."""
+
+    temperature: jax.Array
+    top_k: jax.Array
+    top_p: jax.Array
+    min_p: jax.Array
+    keys: jax.Array
+
+    @classmethod
+    def create(cls, rows: Sequence[Sampling], keys: jax.Array) -> Sampler:
+        """One row per entry; keys: typed `[B]`."""
+        column = lambda name, dtype: jnp.asarray([getattr(r, name) for r in rows], dtype)  # noqa: E731
+        return cls(
+            column("temperature", jnp.float32),
+            column("top_k", jnp.int32),
+            column("top_p", jnp.float32),
+            column("min_p", jnp.float32),
+            keys,
+        )
+
+    def __call__(self, logits: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Draws one token per row.
+
+        Args:
+          logits: float32 `[B, V]`.
+          index: int32 `[B]`, number of the token within its row's answer; no two draws of a row
+            may share one.
+
+        Returns:
+          Token ids int32 `[B]`, and their log-probabilities float32 `[B]` under the model itself:
+          at temperature 1 and before the filters.
+        """
+        greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        tokens = jax.lax.cond(
+            jnp.any(self.temperature > 0), lambda: self._draw(logits, index, greedy), lambda: greedy
+        )
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
+        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def _draw(self, logits: jax.Array, index: jax.Array, greedy: jax.Array) -> jax.Array:
+        warm = self.temperature > 0
+        scaled = logits / jnp.where(warm, self.temperature, 1.0)[:, None]
+        filters = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
+        scaled = jax.lax.cond(
+            jnp.any(filters & warm), lambda: self._filter(scaled), lambda: scaled
+        )
+        keys = jax.vmap(jax.random.fold_in)(self.keys, index)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
+        drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
+        return jnp.where(warm, drawn, greedy)
+
+    def _filter(self, scaled: jax.Array) -> jax.Array:
+        """Sets what top-k, top-p or min-p exclude to -inf; the likeliest token always stays."""
+        V = scaled.shape[-1]
+        ranked = jnp.sort(scaled, axis=-1, descending=True)
+        k = jnp.where(self.top_k > 0, jnp.minimum(self.top_k, V), V)
+        lowest = jnp.take_along_axis(ranked, k[:, None] - 1, axis=-1)
+        # Each filter sees what the ones before it left, as in Hugging Face's order.
+        ranked = jnp.where(jnp.arange(V) < k[:, None], ranked, -jnp.inf)
+        before = jnp.cumsum(jax.nn.softmax(ranked, axis=-1), axis=-1)
+        before = jnp.pad(before, ((0, 0), (1, 0)))[:, :V]
+        inside = (before < self.top_p[:, None]) | (jnp.arange(V) == 0)
+        inside = inside | (self.top_p >= 1)[:, None]
+        lowest_p = jnp.min(jnp.where(inside & jnp.isfinite(ranked), ranked, jnp.inf), axis=-1)
+        floor = ranked[:, :1] + jnp.log(self.min_p)[:, None]
+        keep = (scaled >= lowest) & (scaled >= lowest_p[:, None]) & (scaled >= floor)
+        return jnp.where(keep, scaled, -jnp.inf)
+
+
+def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:
+    """Typed keys `[rows]` from an int, a typed key (either is folded with the row), or one int a row.
+
+    Raises ValueError for anything else, raw uint32 keys included.
+    """
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        if seed.shape == (rows,):
+            return seed
+        if seed.shape != ():
+            raise ValueError(f"seed holds {seed.shape} keys; give one, or one for each of {rows} rows.")
+        return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, jnp.arange(rows))
+    if isinstance(seed, Sequence) and len(seed) == rows and all(isinstance(s, int) for s in seed):
+        return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return row_keys(jax.random.key(seed), rows)
+    raise ValueError(
+        f"seed is {seed!r}; it must be an int, a key from jax.random.key, or {rows} ints."
+    )
