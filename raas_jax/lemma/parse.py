@@ -116,5 +116,3 @@ def parse_problem(text: str) -> Problem:
 def normalise(text: str) -> str:
     """The prompt that the model was trained on, for a problem as a person typed it."""
     return parse_problem(text).prompt
-
-

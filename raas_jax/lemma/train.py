@@ -191,9 +191,7 @@ def train_step(
     gradients, scores = gradient(state["weights"], arrays)
     # optax multiplies integer counts and broadcasts ranks, which strict callers forbid.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        updates, moments = optimizer(config).update(
-            gradients, state["optimizer"], state["weights"]
-        )
+        updates, moments = optimizer(config).update(gradients, state["optimizer"], state["weights"])
     weights = optax.apply_updates(state["weights"], updates)
     # Early on the average follows quickly, so that the random beginning is forgotten.
     done = state["step"].astype(jnp.float32)

@@ -86,8 +86,11 @@ def test_late_facts_are_stated_once_and_needed_only_at_the_end(seed, late):
     count = len(problem.definitions)
     last = problem.definitions[-late:]
     uses = [
-        {index for index, item in enumerate(problem.definitions)
-         if fact in (item.left, item.right) and not item.is_literal}
+        {
+            index
+            for index, item in enumerate(problem.definitions)
+            if fact in (item.left, item.right) and not item.is_literal
+        }
         for fact in {name for item in last for name in (item.left, item.right)}
     ]
     # Of the operands of the last lines, as many are used nowhere before them.
