@@ -1,0 +1,84 @@
+"""Small things that every kind of checkpoint folder shares."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+# What belongs to a tokenizer or to the generation defaults, and so travels with the weights.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def copy_companions(source: str | Path | None, folder: Path) -> None:
+    """Copies the tokenizer and generation files of `source`, where there are any."""
+    if source is None or not Path(source).is_dir():
+        return
+    for name in COMPANIONS:
+        file = Path(source) / name
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
+
+
+@contextlib.contextmanager
+def new_folder(folder: str | Path, argument: str = "folder") -> Iterator[Path]:
+    """Yields a temporary folder that takes the name `folder` only once all of it is written.
+
+    With several processes each must call this; the first one makes and renames the folder.
+
+    Raises:
+      FileExistsError: `folder` is there and not empty.
+      OSError: it cannot be written, in the words of the operating system.
+    """
+    folder = Path(folder).expanduser().absolute()
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if occupied:
+        raise FileExistsError(
+            f"{argument} is {str(folder)!r}, which exists and is not an empty folder. "
+            "Choose another one, or remove it first."
+        )
+    first, several = jax.process_index() == 0, jax.process_count() > 1
+    suffix = "partial" if several else f"partial-{os.getpid()}"
+    partial = folder.with_name(f".{folder.name}.{suffix}")
+    try:
+        if first:
+            partial.parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+        _meet("raas_jax: folder made", several)
+        yield partial
+        _meet("raas_jax: folder written", several)
+        if first:
+            os.replace(partial, folder)
+        _meet("raas_jax: folder renamed", several)
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{argument} is {str(folder)!r}, which cannot be written ({error.strerror or error}). "
+            "Choose a folder on a disk with room where you may write",
+        ) from error
+    finally:
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _meet(name: str, several: bool) -> None:
+    if several:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)

@@ -1,0 +1,131 @@
+"""Reading and writing one safetensors file, tensor by tensor.
+
+The format is eight bytes of header length, a JSON header, then the tensors' bytes. The library
+`safetensors` checks a file; the bytes are read here, because its NumPy reader knows no bfloat16
+and maps a whole file into memory, while a checkpoint should pass through one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(jnp.bfloat16),
+}
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+_BLOCK = 1 << 24
+
+
+class Entry(NamedTuple):
+    """Where a tensor lies: its file, its type code ("BF16"), shape and first and last byte."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensor."""
+        return self.end - self.begin
+
+
+def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
+    """The tensors of a file, and the names which it holds more than once.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: the file is cut short or is not a safetensors file.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"No weights at {file}; the file is missing.")
+    twice: list[str] = []
+
+    def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
+        seen: dict[str, object] = {}
+        for name, value in items:
+            if name in seen:
+                twice.append(name)
+            seen[name] = value
+        return seen
+
+    try:
+        with safe_open(file, framework="numpy"):
+            pass  # Opening checks the header against the file: offsets, sizes and total length.
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length), object_pairs_hook=pairs)
+        start = 8 + length
+        header.pop("__metadata__", None)
+        entries = {
+            name: Entry(
+                file,
+                tensor["dtype"],
+                tuple(tensor["shape"]),
+                start + tensor["data_offsets"][0],
+                start + tensor["data_offsets"][1],
+            )
+            for name, tensor in header.items()
+        }
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{file} is not a whole safetensors file ({error}); it is cut short or corrupt. "
+            "Download or copy it again."
+        ) from error
+    return entries, twice
+
+
+def read_tensor(entry: Entry) -> np.ndarray:
+    """One tensor as a new array in its own dtype; nothing else of the file is kept."""
+    values = np.fromfile(entry.file, DTYPES[entry.code], math.prod(entry.shape), offset=entry.begin)
+    if values.nbytes != entry.size:
+        raise ValueError(f"{entry.file} ended inside a tensor; it is cut short or being written.")
+    return values.reshape(entry.shape)
+
+
+def same_bytes(a: Entry, b: Entry) -> bool:
+    """Whether two tensors are equal, compared a block at a time."""
+    if (a.code, a.shape) != (b.code, b.shape):
+        return False
+    return all(x == y for x, y in zip(_blocks(a), _blocks(b), strict=True))
+
+
+def _blocks(entry: Entry) -> Iterator[bytes]:
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.begin)
+        for offset in range(0, entry.size, _BLOCK):
+            yield stream.read(min(_BLOCK, entry.size - offset))
+
+
+def write_file(
+    file: Path,
+    shapes: dict[str, tuple[int, ...]],
+    dtype: np.dtype,
+    tensors: Iterable[np.ndarray],
+) -> None:
+    """Writes a file whose `tensors` come in the order of `shapes`, all of one dtype."""
+    # transformers refuses a file that does not say which framework's layout it has.
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        for shape, tensor in zip(shapes.values(), tensors, strict=True):
+            assert tensor.shape == shape and tensor.dtype == dtype
+            stream.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
