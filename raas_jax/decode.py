@@ -241,6 +241,48 @@ def decode_pages(
     return state, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), drawn)
 
 
+def decode_until_done(
+    params: Params, state: DecodeState, first: Drawn, plan: Plan, max_new_tokens: int
+) -> tuple[DecodeState, Drawn]:
+    """The whole answer in one compiled loop, for use inside a `jax.jit`; stops when all rows have.
+
+    Args:
+      params: the model.
+      state: as `prefill` left it.
+      first: the tokens that `prefill` drew, `[B]`.
+      plan: fixed shapes.
+      max_new_tokens: no row's limit may be larger.
+
+    Returns:
+      The last state, and what was drawn: `[max_new_tokens, B]`, -1 after the end of a row.
+    """
+    pages = pages_for(max_new_tokens - 1, plan.page_size)
+    rows = first.tokens.shape[0]
+    blank = Drawn(
+        jnp.full((1 + pages * plan.page_size, rows), -1, jnp.int32),
+        jnp.zeros((1 + pages * plan.page_size, rows), jnp.float32),
+    )
+
+    def write(buffers: Drawn, drawn: Drawn, start: jax.Array) -> Drawn:
+        at = lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (start, 0))  # noqa: E731
+        return jax.tree.map(at, buffers, drawn)
+
+    def going(carry: tuple[DecodeState, Drawn, jax.Array]) -> jax.Array:
+        state, _, page = carry
+        return (page < pages) & ~jnp.all(state.done)
+
+    def body(
+        carry: tuple[DecodeState, Drawn, jax.Array],
+    ) -> tuple[DecodeState, Drawn, jax.Array]:
+        state, buffers, page = carry
+        state, drawn = decode_page(params, state, plan)
+        return state, write(buffers, drawn, 1 + page * plan.page_size), page + 1
+
+    buffers = write(blank, Drawn(first.tokens[None], first.logprobs[None]), jnp.int32(0))
+    state, buffers, _ = jax.lax.while_loop(going, body, (state, buffers, jnp.int32(0)))
+    return state, jax.tree.map(lambda buffer: buffer[:max_new_tokens], buffers)
+
+
 def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Drawn]:
     """One page: P token steps with the big buffers read-only, then one commit. Drawn: `[P, B]`."""
     prompt, kept = state.cache.prompt, state.cache.kept

@@ -1,0 +1,36 @@
+"""Think in constant memory: RaaS decoding (arXiv 2502.11147) in JAX.
+
+    import raas_jax
+
+    params = raas_jax.load("demo")
+    out = raas_jax.generate(params, "a = 4 ; b = 9 ; c = a + b ; ? c")
+    print(out.text, out.stats)
+"""
+
+from raas_jax import policies
+from raas_jax.config import ModelConfig
+from raas_jax.generate import Output, Piece, Stats, generate, generate_ids, stream
+from raas_jax.params import Params
+from raas_jax.policies import Dense, Policy, RaaS
+from raas_jax.sampling import Sampling
+from raas_jax.weights import convert, load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Dense",
+    "ModelConfig",
+    "Output",
+    "Params",
+    "Piece",
+    "Policy",
+    "RaaS",
+    "Sampling",
+    "Stats",
+    "convert",
+    "generate",
+    "generate_ids",
+    "load",
+    "policies",
+    "stream",
+]
