@@ -256,7 +256,7 @@ def test_a_published_tokenizer(shared):
     string = "Let x₁ = 3.\n\n    So 12 × 34 = 408 — 你好 👩‍👩‍👧 done.</think> Never."
     [ids], single = text.encode(params, string)
     assert single and text.decode(params, ids) == string
-    pieces, detokenizer = run(params, ids, "</think>")
+    pieces, _ = run(params, ids, "</think>")
     assert "".join(pieces) == string.split("</think>")[0]
     assert not any("\ufffd" in piece for piece in pieces)
     pytest.importorskip("jinja2")

@@ -1,0 +1,194 @@
+"""Logits and greedy tokens against Hugging Face transformers, and against a real trained model."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import raas_jax.weights as weights
+from raas_jax.config import ModelConfig
+from raas_jax.model import abstract_model, merge
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    # Short, so that the 40 positions tested turn through all three bands of the scaling.
+    "original_max_position_embeddings": 16,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+
+# name → (architecture, what differs from BASE)
+CASES = {
+    "llama": ("llama", {}),
+    "llama-llama3-scaling": ("llama", {"rope_parameters": LLAMA3}),
+    "llama-linear-scaling": ("llama", {"rope_parameters": LINEAR}),
+    "llama-tied": ("llama", {"tie_word_embeddings": True}),
+    "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama-one-query-per-kv": ("llama", {"num_key_value_heads": 4}),
+    "llama-seven-queries-per-kv": (
+        "llama",
+        {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 10},
+    ),
+    "mistral": ("mistral", {"sliding_window": None}),
+    "mistral-head-dim-10": ("mistral", {"sliding_window": None, "head_dim": 10}),
+    "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen2-seven-queries-per-kv": (
+        "qwen2",
+        {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1},
+    ),
+    "qwen3": ("qwen3", {"head_dim": 80}),
+    "qwen3-tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
+    "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
+    "qwen3-one-query-per-kv": ("qwen3", {"head_dim": 16, "num_key_value_heads": 4}),
+}
+BASE = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "bos_token_id": 1,
+    # None of the tokens, so that greedy generations go on to their full length.
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+
+
+def make_model(case: str):
+    """A random model of transformers, its weights large enough for logits of order one."""
+    torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind, changes = CASES[case]
+    torch.manual_seed(sum(map(ord, case)))
+    config = AutoConfig.for_model(kind, **{**BASE, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            elif "embed" in name or "lm_head" in name:
+                parameter.normal_(std=0.5)
+            else:
+                parameter.normal_(std=1.5 / parameter.shape[-1] ** 0.5)
+    return model
+
+
+def reference_logits(model, tokens: np.ndarray) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.float().numpy()
+
+
+def our_logits(params, tokens: np.ndarray) -> np.ndarray:
+    run = jax.jit(lambda params, tokens: merge(params.config, params.weights)(tokens))
+    return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_equal_transformers(case, tmp_path):
+    model = make_model(case)
+    model.save_pretrained(tmp_path)
+    params = weights.load(tmp_path, dtype="float32")
+    tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, 40))
+    expected = reference_logits(model, tokens)
+    # Logits of order one: a tolerance means nothing against numbers near zero.
+    assert 0.5 < expected.std() < 20
+    np.testing.assert_allclose(our_logits(params, tokens), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_files_in_float32(dtype, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
+    from transformers import AutoModelForCausalLM
+
+    make_model("qwen3-biases").to(getattr(torch, dtype)).save_pretrained(tmp_path)
+    params = weights.load(tmp_path, dtype="float32")
+    tokens = np.arange(24).reshape(1, 24)
+    # Read again, because `to` has rounded the frequencies of the rotary embedding as well.
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    expected = reference_logits(model, tokens)
+    np.testing.assert_allclose(our_logits(params, tokens), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("case", ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3"])
+def test_transformers_reads_what_we_write(case, tmp_path):
+    model = make_model(case)
+    model.save_pretrained(tmp_path / "theirs")
+    weights.convert(tmp_path / "theirs", tmp_path / "ours", to="hf")
+    from transformers import AutoModelForCausalLM
+
+    again, report = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", output_loading_info=True
+    )
+    assert not any(report.values()), report
+    tokens = np.arange(24).reshape(1, 24)
+    np.testing.assert_array_equal(reference_logits(again, tokens), reference_logits(model, tokens))
+
+
+def test_a_real_model(shared):
+    folder = shared / "models" / "stories260K"
+    reference = json.loads((folder / "greedy_ref.json").read_text())
+    ids = np.asarray(reference["greedy_ids"])
+    logits = our_logits(weights.load(folder, dtype="float32"), ids[None])[0]
+    np.testing.assert_allclose(logits[0, :16], reference["first_logits"], atol=2e-4, rtol=0)
+    np.testing.assert_allclose(logits[-1, :16], reference["last_logits"], atol=2e-4, rtol=0)
+    np.testing.assert_array_equal(logits[:-1].argmax(-1), ids[1:])
+
+
+# Parameters of each model with its config in ../shared, counted from the publishers' tensors.
+SIZES = {
+    "DeepSeek-R1-Distill-Llama-8B": 8_030_261_248,
+    "DeepSeek-R1-Distill-Qwen-1.5B": 1_777_088_000,
+    "Llama-3.1-8B-Instruct": 8_030_261_248,
+    "Mistral-7B-Instruct-v0.3": 7_248_023_552,
+    "Qwen2.5-0.5B": 494_032_768,
+    "Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen3-32B": 32_762_123_264,
+    "Qwen3-8B": 8_190_735_360,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_configs_build(shared, name):
+    config = ModelConfig.from_file(shared / "configs" / name)
+    _, state = abstract_model(config, "bfloat16")
+    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == SIZES[name]
+    assert ModelConfig.from_hf(config.to_hf()) == config
+    # Every array has a name in a checkpoint, and the other way round.
+    shapes = {name: target.shape for name, target in weights.hf.targets(config).items()}
+    assert sum(np.prod(shape) for shape in shapes.values()) == SIZES[name]
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_configs_read_alike(shared, name):
+    """transformers reads the config that we write as it reads the one that was published."""
+    from transformers import AutoConfig
+
+    published = AutoConfig.from_pretrained(shared / "configs" / name)
+    fields = ModelConfig.from_file(shared / "configs" / name).to_hf()
+    written = AutoConfig.for_model(**fields)
+    same = (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rms_norm_eps"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("tie_word_embeddings", "bos_token_id", "rope_parameters"),
+    )
+    for field in same:
+        assert getattr(written, field) == getattr(published, field), field
+
+
+def test_every_published_config_is_tested(shared):
+    assert {path.parent.name for path in (shared / "configs").glob("*/config.json")} == set(SIZES)
