@@ -1,7 +1,8 @@
 """The word-level tokenizer, as the ordinary files that transformers reads.
 
 One word is one token and its id is its place in `language.WORDS`, so no library is needed to
-encode; `save_tokenizer` writes the same mapping for everybody else.
+encode; `save_tokenizer` writes the same mapping for everybody else. There a text is a prompt: it
+gets `<bos>` before it and `:` after it, if it has none, and needs no spaces.
 """
 
 import json
@@ -27,7 +28,7 @@ def decode(ids: Sequence[int]) -> str:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`; a text gets `<bos>` before it."""
+    """Write `tokenizer.json` and `tokenizer_config.json` for transformers into `folder`."""
     added = [
         {
             "id": index,
@@ -40,25 +41,37 @@ def save_tokenizer(folder: Path) -> None:
         }
         for index, word in enumerate(SPECIAL)
     ]
+    whole, end = (
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": ":", "type_id": 0}},
+    )
+    begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
         "added_tokens": added,
-        "normalizer": None,
-        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        # The post-processor writes the colon, so one that was typed goes.
+        "normalizer": {"type": "Replace", "pattern": {"Regex": r"[\s:]+$"}, "content": ""},
+        "pre_tokenizer": {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "WhitespaceSplit"},
+                {
+                    "type": "Split",
+                    "pattern": {"Regex": "[a-z]+|[0-9]|[^a-z0-9]"},
+                    "behavior": "Isolated",
+                    "invert": False,
+                },
+            ],
+        },
         "post_processor": {
             "type": "TemplateProcessing",
-            "single": [
-                {"SpecialToken": {"id": BOS, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-            ],
-            "pair": [
-                {"SpecialToken": {"id": BOS, "type_id": 0}},
-                {"Sequence": {"id": "A", "type_id": 0}},
-                {"Sequence": {"id": "B", "type_id": 0}},
-            ],
-            "special_tokens": {BOS: {"id": BOS, "ids": [BOS_ID], "tokens": [BOS]}},
+            "single": [begin, whole, end],
+            "pair": [begin, whole, end, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {
+                word: {"id": word, "ids": [IDS[word]], "tokens": [word]} for word in (BOS, ":")
+            },
         },
         "decoder": None,  # without one, words are joined by single spaces
         "model": {"type": "WordLevel", "vocab": IDS, "unk_token": UNKNOWN},

@@ -1,0 +1,60 @@
+"""The shipped model: an ordinary folder, and no worse than it was."""
+
+import numpy as np
+import pytest
+
+import raas_jax
+from raas_jax.lemma import Knobs, draw, grade, parse_problem
+from raas_jax.lemma.measure import held_out, wrong_tokens
+from raas_jax.lemma.tokenizer import BOS_ID, encode
+from raas_jax.policies import Dense
+from raas_jax.text import tokenizer
+
+# Shares that the committed weights reach on these fixed problems; raise them with the model.
+EXACT_SMALL, EXACT_LARGE = 0.0, 0.0
+
+
+@pytest.fixture(scope="module")
+def params():
+    return raas_jax.load("demo")
+
+
+def test_tokenizer_agrees_with_the_words(params):
+    problem = draw("test", 0, 0, Knobs())
+    found = tokenizer(params)
+    ids = [BOS_ID, *encode(problem.prompt_words)]
+    assert found(problem.prompt)["input_ids"] == ids
+    assert found(problem.prompt.removesuffix(" :").replace(" ", ""))["input_ids"] == ids
+    words = encode(problem.derivation_words)
+    assert found.decode(words) == problem.derivation
+    assert found(problem.derivation, add_special_tokens=False)["input_ids"] == words
+
+
+@pytest.mark.parametrize(
+    ("smallest", "largest", "wanted"), [(4, 16, EXACT_SMALL), (24, 48, EXACT_LARGE)]
+)
+def test_accuracy_does_not_fall(params, smallest, largest, wanted):
+    problems = held_out(25, Knobs(smallest, largest), seed=50)
+    wrong = wrong_tokens(params.config, params.weights, problems)
+    share = np.mean([len(each) == 0 for each in wrong])
+    assert share >= wanted
+
+
+def test_generate_writes_what_the_forward_pass_predicts(params):
+    problems = held_out(3, Knobs(6, 8), seed=51)
+    wrong = wrong_tokens(params.config, params.weights, problems)
+    outputs = raas_jax.generate(
+        params, [each.prompt for each in problems], policy=Dense(), max_new_tokens=128
+    )
+    for problem, output, missed in zip(problems, outputs, wrong, strict=True):
+        assert grade(problem, output.text).derivation == (len(missed) == 0)
+        if not len(missed):
+            assert output.finish_reason == "stop"
+
+
+def test_typed_problem(params):
+    problem = parse_problem("a=4; b=9; c=a+b")
+    assert tokenizer(params)("a=4; b=9; c=a+b; ? c")["input_ids"] == [
+        BOS_ID,
+        *encode(problem.prompt_words),
+    ]
