@@ -1,10 +1,9 @@
 """Think in constant memory: RaaS decoding (arXiv 2502.11147) in JAX.
 
-    import raas_jax
-
-    params = raas_jax.load("demo")
-    out = raas_jax.generate(params, "a = 4 ; b = 9 ; c = a + b ; ? c")
-    print(out.text, out.stats)
+>>> import raas_jax
+>>> params = raas_jax.load("demo")
+>>> out = raas_jax.generate(params, "a = 4 ; b = 9 ; c = a + b ; ? c :")
+>>> print(out.text, out.stats)
 """
 
 from raas_jax import policies

@@ -99,7 +99,9 @@ def page_bounds(k: jax.Array, fill: jax.Array) -> Bounds:
     return Bounds(jnp.where(some, low, 0).astype(k.dtype), jnp.where(some, high, 0).astype(k.dtype))
 
 
-def write_open(opened: Open, k: jax.Array, v: jax.Array, layer: jax.Array, offset: jax.Array) -> Open:
+def write_open(
+    opened: Open, k: jax.Array, v: jax.Array, layer: jax.Array, offset: jax.Array
+) -> Open:
     """Puts one token's k, v `[B, K, H]` at `offset` of the open page of one layer, in place."""
     zero = jnp.zeros((), jnp.int32)
     start = (layer, zero, zero, offset, zero)

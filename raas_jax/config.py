@@ -141,7 +141,9 @@ class ModelConfig:
             )
         activation = config.get("hidden_act", "silu")
         if activation != "silu":
-            raise ValueError(f"config.json: hidden_act is {activation!r}; only 'silu' is supported.")
+            raise ValueError(
+                f"config.json: hidden_act is {activation!r}; only 'silu' is supported."
+            )
         _refuse_sliding_window(config)
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
@@ -242,7 +244,5 @@ def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
 def _dtype_name(value: Any) -> str:
     name = str(value).removeprefix("torch.")
     if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(
-            f"config.json: dtype is {name!r}; expected float32, float16 or bfloat16."
-        )
+        raise ValueError(f"config.json: dtype is {name!r}; expected float32, float16 or bfloat16.")
     return name

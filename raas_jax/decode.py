@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from pallas_kernels import DecodeAttention, decode_attention, page_bound
-from raas_jax.attention import causal_attention, merge_segments
+from raas_jax.attention import Reader, causal_attention
 from raas_jax.cache import Bounds, Cache, Kept, Open, Prompt, commit, page_bounds, write_open
 from raas_jax.config import ModelConfig
 from raas_jax.model import block_graph, merge, rope_rotation
@@ -103,8 +102,12 @@ class DecodeState:
 
 
 class Drawn(NamedTuple):
-    """Tokens drawn by steps `[T]` or a single one: int32 `[T, B]`, -1 for a row that was done, and
-    their float32 log-probabilities."""
+    """What one step drew, or several.
+
+    Attributes:
+      tokens: int32 `[B]` or `[T, B]`; -1 for a row that was done.
+      logprobs: float32, their log-probabilities.
+    """
 
     tokens: jax.Array
     logprobs: jax.Array
@@ -142,7 +145,10 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
     kept = [(n, rows, K, S) for (n, _), S in zip(groups, plan.slots, strict=True)]
     return Cache(
         prompt=Prompt(
-            pages(*prompt), pages(*prompt), jnp.zeros(prompt[1], jnp.int32), bounds(bounded, *prompt)
+            pages(*prompt),
+            pages(*prompt),
+            jnp.zeros(prompt[1], jnp.int32),
+            bounds(bounded, *prompt),
         ),
         kept=tuple(
             Kept(
@@ -174,7 +180,7 @@ def prefill(
 
     Args:
       params: the model.
-      tokens: int32 `[B', T]` with `T <= Sp * P`, each row's prompt at the left, padded at the right.
+      tokens: int32 `[B', T]` with `T <= Sp * P`, prompts at the left, padded at the right.
       lengths: int32 `[B']`, true lengths.
       asked: limits, stop tokens and sampler of the `B = B' * samples` rows.
       plan: fixed shapes.
@@ -285,17 +291,9 @@ def decode_until_done(
 
 def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Drawn]:
     """One page: P token steps with the big buffers read-only, then one commit. Drawn: `[P, B]`."""
-    prompt, kept = state.cache.prompt, state.cache.kept
-    small = dataclasses.replace(state, cache=state.cache.open)
-
-    def step(small: DecodeState, offset: jax.Array) -> tuple[DecodeState, Drawn]:
-        cache = Cache(prompt, kept, small.cache)
-        stepped, drawn = token_step(params, dataclasses.replace(small, cache=cache), offset, plan)
-        return dataclasses.replace(stepped, cache=stepped.cache.open), drawn
-
     offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
-    small, drawn = jax.lax.scan(step, small, offsets)
-    state = dataclasses.replace(small, cache=Cache(prompt, kept, small.cache))
+    step = lambda state, offset: token_step(params, state, offset, plan)  # noqa: E731
+    state, drawn = jax.lax.scan(step, state, offsets)
     return commit_page(params.config, state, plan), drawn
 
 
@@ -305,24 +303,24 @@ def token_step(
     """Feeds `state.token`, writes it at `offset` of the open page, draws the next. Drawn: `[B]`."""
     config = params.config
     model = merge(config, params.weights)
-    lengths = jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
-    position = lengths + state.generated - 1
+    position = prompt_lengths(state, plan) + state.generated - 1
     rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
-    x, opened, marks, first = model.embed(state.token)[:, None], state.cache.open, [], 0
-    groups = plan.policy.groups(config.num_hidden_layers)
-    for index, (layers, policy) in enumerate(groups):
-        cache = dataclasses.replace(state.cache, open=opened)
-        x, opened, group_marks = _layers(
-            params, cache, index, first, policy, state.marks[index], x, rotation, offset, state, plan
+    x, marks, first = model.embed(state.token)[:, None], [], 0
+    stepped = state
+    for group, (layers, _) in enumerate(plan.policy.groups(config.num_hidden_layers)):
+        x, opened, group_marks = _run_group(
+            params, stepped, _Group(group, first, layers), x, rotation, offset, plan
+        )
+        stepped = dataclasses.replace(
+            stepped, cache=dataclasses.replace(stepped.cache, open=opened)
         )
         marks.append(group_marks)
         first += layers
     token, logprob = state.sampler(model.logits(x[:, 0]), state.generated)
     token = jnp.where(state.done, state.token, token)
-    generated = state.generated + ~state.done
+    generated = jnp.where(state.done, state.generated, state.generated + 1)
     stepped = dataclasses.replace(
-        state,
-        cache=dataclasses.replace(state.cache, open=opened),
+        stepped,
         marks=tuple(marks),
         token=token,
         generated=generated,
@@ -332,131 +330,67 @@ def token_step(
     return stepped, drawn
 
 
-def _layers(
+class _Group(NamedTuple):
+    """Consecutive layers with one policy: its place in the plan, first layer, number of layers."""
+
+    number: int
+    first: int
+    layers: int
+
+
+def _run_group(
     params: Params,
-    cache: Cache,
-    group: int,
-    first: int,
-    policy: Policy,
-    marks: Marks,
+    state: DecodeState,
+    group: _Group,
     x: jax.Array,
     rotation: tuple[jax.Array, jax.Array],
     offset: jax.Array,
-    state: DecodeState,
     plan: Plan,
 ) -> tuple[jax.Array, Open, Marks]:
-    """Runs the layers of one group; `first` is the index of its first layer in the model."""
-    config = params.config
+    """Runs x `[B, 1, D]` through the layers of a group, which write the open page and the marks."""
+    config, cache = params.config, state.cache
+    policy = plan.policy.groups(config.num_hidden_layers)[group.number][1]
     graph = block_graph(config, params.weights["embedding"].dtype.name)
-    kept = cache.kept[group]
-    layers = kept.fill.shape[0]
     prompt_fill = cache.prompt.fill()
 
     def layer(carry: tuple[jax.Array, Open], scanned: Any) -> tuple[tuple[jax.Array, Open], Marks]:
         x, opened = carry
-        local, fill, marks = scanned
-        index = local + first
-        weights = jax.tree.map(
-            lambda w: jax.lax.dynamic_index_in_dim(w, index, 0, keepdims=False),
-            params.weights["layers"],
-        )
-        block = nnx.merge(graph, weights)
+        layer_in_group, fill, marks = scanned
+        index = layer_in_group + group.first
+        at_layer = partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
+        block = nnx.merge(graph, jax.tree.map(at_layer, params.weights["layers"]))
         q, k, v = block.qkv(x, rotation)
-        q = q[:, 0]
         opened = write_open(opened, k[:, 0], v[:, 0], index, offset)
-        now = Cache(cache.prompt, (kept,), opened)
-        parts = _attend_segments(q, now, index, local, fill, prompt_fill, offset, plan.samples)
-        out, lse = merge_segments(parts)
-        x = block.finish(x, out[:, None].astype(x.dtype))
+        reader = Reader(
+            dataclasses.replace(cache, open=opened),
+            group.number,
+            index,
+            layer_in_group,
+            fill,
+            prompt_fill,
+            offset,
+            plan.samples,
+        )
+        out, mass = reader.attend(q[:, 0])
         if jax.tree.leaves(marks):
-            B, N, S = parts[1].page_lse.shape
-            grouped = (B, config.num_key_value_heads, config.group_size, S)
-            mass = jnp.exp(parts[1].page_lse - lse[..., None]).reshape(grouped)
-            bound = None
-            if policy.needs_bounds:
-                bound = _bound_mass(q, now, index, local, fill, prompt_fill, offset, plan.samples)
-                bound = bound.reshape(grouped)
+            bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
+            grouped = partial(_by_head, heads=config.num_key_value_heads)
+            mass, bound = jax.tree.map(grouped, (mass, bound))
             marks = policy.observe(marks, Evidence(mass, bound, fill), state.generated)
-        return (x, opened), marks
+        return (block.finish(x, out[:, None].astype(x.dtype)), opened), marks
 
-    scanned = (jnp.arange(layers, dtype=jnp.int32), kept.fill, marks)
+    scanned = (
+        jnp.arange(group.layers, dtype=jnp.int32),
+        cache.kept[group.number].fill,
+        state.marks[group.number],
+    )
     (x, opened), marks = jax.lax.scan(layer, (x, cache.open), scanned)
     return x, opened, marks
 
 
-def _attend_segments(
-    q: jax.Array,
-    cache: Cache,
-    index: jax.Array,
-    local: jax.Array,
-    fill: jax.Array,
-    prompt_fill: jax.Array,
-    offset: jax.Array,
-    samples: int,
-) -> list[DecodeAttention]:
-    """Attention of q `[B, N, H]` over prompt, kept and open pages of one layer, in this order."""
-    prompt, kept, opened = cache.prompt, cache.kept[0], cache.open
-    K = kept.k.shape[2]
-    shared = decode_attention(by_prompt(q, K, samples), prompt.k, prompt.v, prompt_fill, index)
-    open_fill = jnp.broadcast_to(offset + 1, (1, 1, 1))
-    as_slot = lambda page: page[:, :, :, None]  # noqa: E731
-    return [
-        jax.tree.map(partial(by_row, heads=K, samples=samples), shared),
-        decode_attention(q, kept.k, kept.v, fill, local),
-        decode_attention(q, as_slot(opened.k), as_slot(opened.v), open_fill, index),
-    ]
-
-
-def _bound_mass(
-    q: jax.Array,
-    cache: Cache,
-    index: jax.Array,
-    local: jax.Array,
-    fill: jax.Array,
-    prompt_fill: jax.Array,
-    offset: jax.Array,
-    samples: int,
-) -> jax.Array:
-    """Softmax over all pages of Quest's bound, the part of the kept pages: float32 `[B, N, S]`."""
-    prompt, kept, opened = cache.prompt, cache.kept[0], cache.open
-    assert prompt.bounds is not None and kept.bounds is not None
-    (B, N, _), K = q.shape, kept.k.shape[2]
-    open_k = jax.lax.dynamic_index_in_dim(opened.k, index, 0)[:, :, :, None]
-    bounds = page_bounds(open_k, jnp.broadcast_to(offset + 1, open_k.shape[:4]))
-    of_prompt = page_bound(
-        by_prompt(q, K, samples), prompt.bounds.key_min, prompt.bounds.key_max, index
-    )
-    of_kept = page_bound(q, kept.bounds.key_min, kept.bounds.key_max, local)
-    of_open = page_bound(q, bounds.key_min, bounds.key_max, 0)
-    filled = jnp.repeat(jnp.broadcast_to(prompt_fill, (B // samples, 1, prompt_fill.shape[-1])), samples, 0)
-    of_prompt = jnp.where(filled > 0, by_row(of_prompt, K, samples), -jnp.inf)
-    of_kept = jnp.where(jnp.repeat(fill > 0, N // K, axis=1), of_kept, -jnp.inf)
-    everything = jnp.concatenate([of_kept, of_prompt, of_open], axis=-1)
-    return jax.nn.softmax(everything, axis=-1)[..., : of_kept.shape[-1]]
-
-
-def by_prompt(x: jax.Array, heads: int, samples: int) -> jax.Array:
-    """`[B, N, ...]` → `[B', samples * N, ...]`: rows of one prompt become one larger head group."""
-    if samples == 1:
-        return x
-    B, N, *rest = x.shape
-    split = x.reshape(B // samples, samples, heads, N // heads, *rest)
-    return jnp.swapaxes(split, 1, 2).reshape(B // samples, samples * N, *rest)
-
-
-def by_row(x: jax.Array, heads: int, samples: int) -> jax.Array:
-    """The inverse of `by_prompt`."""
-    if samples == 1:
-        return x
-    prompts, N, *rest = x.shape
-    split = x.reshape(prompts, heads, samples, N // samples // heads, *rest)
-    return jnp.swapaxes(split, 1, 2).reshape(prompts * samples, N // samples, *rest)
-
-
 def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeState:
     """The page boundary: each (layer, row, head) writes its open page over its victim's slot."""
-    now = state.generated
-    lengths = jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
+    now, lengths = state.generated, prompt_lengths(state, plan)
     kept, marks, first = [], [], 0
     overwritten = jnp.zeros(now.shape, bool)
     for index, (layers, policy) in enumerate(plan.policy.groups(config.num_hidden_layers)):
@@ -481,8 +415,8 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
         state,
         cache=dataclasses.replace(state.cache, kept=tuple(kept)),
         marks=tuple(marks),
-        committed=state.committed + running,
-        evicted=state.evicted + (running & overwritten),
+        committed=jnp.where(running, state.committed + 1, state.committed),
+        evicted=jnp.where(running & overwritten, state.evicted + 1, state.evicted),
     )
 
 
@@ -498,6 +432,17 @@ def _is_done(
     return jnp.any(token[:, None] == stop_tokens, axis=-1) | (generated >= limit)
 
 
+def prompt_lengths(state: DecodeState, plan: Plan) -> jax.Array:
+    """Length of each row's prompt: int32 `[B]`."""
+    return jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
+
+
+def _by_head(x: jax.Array, heads: int) -> jax.Array:
+    """`[B, N, S]` → `[B, K, G, S]`."""
+    B, N, S = x.shape
+    return x.reshape(B, heads, N // heads, S)
+
+
 def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
     """`[B, T, K, H]` → `[B, K, T / P, P, H]`."""
     B, T, K, H = x.shape
@@ -511,6 +456,6 @@ def cache_bytes(state: DecodeState) -> int:
 
 
 def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
-    """Bytes of the keys and values of `tokens` tokens of one sequence, nothing dropped or padded."""
+    """Bytes of the keys and values of one sequence, nothing dropped or padded."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
     return tokens * per_token * jnp.dtype(dtype).itemsize

@@ -406,9 +406,7 @@ class _Run:
         stop_strings = text.stop_strings(stop)
         readable = text.has_tokenizer(params)
         if stop_strings and not readable:
-            raise ValueError(
-                f"stop is {stop!r}, but params has no tokenizer to find it with; use stop_token_ids."
-            )
+            raise ValueError(f"stop is {stop!r}, but params has no tokenizer; use stop_token_ids.")
         settings = _per_row("sampling", sampling, len(ids))
         self.params = params
         self.dtype = params.weights["embedding"].dtype

@@ -227,9 +227,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
     return (1 - blend) * frequency / rope.factor + blend * frequency
 
 
-def rope_rotation(
-    rope: Rope, head_dim: int, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rope_rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every angle: float32 `[B, T, 1, H / 2]` from int32 positions `[B, T]`."""
     angle = positions.astype(jnp.float32)[..., None, None] * rope_frequencies(rope, head_dim)
     return jnp.cos(angle), jnp.sin(angle)

@@ -90,9 +90,7 @@ class Sampler:
         warm = self.temperature > 0
         scaled = logits / jnp.where(warm, self.temperature, 1.0)[:, None]
         filters = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
-        scaled = jax.lax.cond(
-            jnp.any(filters & warm), lambda: self._filter(scaled), lambda: scaled
-        )
+        scaled = jax.lax.cond(jnp.any(filters & warm), lambda: self._filter(scaled), lambda: scaled)
         keys = jax.vmap(jax.random.fold_in)(self.keys, index)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:], jnp.float32))(keys)
         drawn = jnp.argmax(scaled + noise, axis=-1).astype(jnp.int32)
@@ -117,7 +115,7 @@ class Sampler:
 
 
 def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:
-    """Typed keys `[rows]` from an int, a typed key (either is folded with the row), or one int a row.
+    """Typed keys `[rows]`: from an int or one typed key, folded with the row, or an int for each.
 
     Raises ValueError for anything else, raw uint32 keys included.
     """
@@ -125,7 +123,9 @@ def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:
         if seed.shape == (rows,):
             return seed
         if seed.shape != ():
-            raise ValueError(f"seed holds {seed.shape} keys; give one, or one for each of {rows} rows.")
+            raise ValueError(
+                f"seed holds {seed.shape} keys; give one, or one for each of {rows} rows."
+            )
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, jnp.arange(rows))
     if isinstance(seed, Sequence) and len(seed) == rows and all(isinstance(s, int) for s in seed):
         return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])

@@ -39,7 +39,7 @@ def decode_attention_reference(
     k = jax.lax.dynamic_index_in_dim(k_pages, layer, 0, keepdims=False)
     v = jax.lax.dynamic_index_in_dim(v_pages, layer, 0, keepdims=False)
     valid = jnp.arange(P) < fill[..., None]
-    # A dead slot may hold anything, NaN included: its values must not reach the sum even at weight 0.
+    # A dead slot may hold anything, NaN included, and 0 * NaN is NaN.
     v = jnp.where(valid[..., None], v, 0)
     grouped = q.reshape(B, K, N // K, H)
     scores = jnp.einsum(

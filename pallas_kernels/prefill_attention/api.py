@@ -45,6 +45,4 @@ def prefill_attention(
     if segments is not None and segments.shape != (B, T):
         raise ValueError(f"segments has shape {segments.shape}; it must be [{B}, {T}].")
     scale = H**-0.5 if scale is None else scale
-    return dispatch(
-        "prefill_attention", _BACKENDS, implementation, q, k, v, segments, scale=scale
-    )
+    return dispatch("prefill_attention", _BACKENDS, implementation, q, k, v, segments, scale=scale)

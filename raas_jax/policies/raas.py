@@ -8,6 +8,7 @@ segment of its own, where nothing is ever evicted.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -66,7 +67,9 @@ class RaaS(Policy):
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
-            raise ValueError(f"top_fraction is {self.top_fraction!r}; it must be in (0, 1] or None.")
+            raise ValueError(
+                f"top_fraction is {self.top_fraction!r}; it must be in (0, 1] or None."
+            )
         check_choice("score", self.score, ("mass", "bound"))
         check_choice("share", self.share, ("kv_head", "layer"))
         check_choice("prompt", self.prompt, ("beside", "within"))
@@ -138,7 +141,8 @@ class RaaS(Policy):
 def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
     """The lowest score among the best `ceil(fraction * occupied)` pages: `[B, K, 1]`."""
     count = jnp.sum(occupied, axis=-1, keepdims=True)
-    best = jnp.ceil(count * fraction).astype(jnp.int32)
+    # A table, since a product in float32 may round to the wrong side of a whole number.
+    best = jnp.asarray([math.ceil(n * fraction) for n in range(score.shape[-1] + 1)])[count]
     ranked = jnp.sort(jnp.where(occupied, score, -jnp.inf), axis=-1, descending=True)
     return jnp.take_along_axis(ranked, jnp.maximum(best - 1, 0), axis=-1)
 
