@@ -198,36 +198,35 @@ def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None
     to = wanted_dtype(dtype, stored.pop() if len(stored) == 1 else "float32")
     places = targets(config)
     shardings = flat_shardings(config, sharding)
+    leaves = flat_shapes(config, to.name)
     arrays = {
-        path: _zeros(shape.shape, to.name, shardings[path])
-        for path, shape in flat_shapes(config, to.name).items()
+        path: jnp.zeros(leaf.shape, to, device=shardings[path])
+        for path, leaf in leaves.items()
+        if path.startswith("layers.")
     }
     for name, entry in entries.items():
         path, layer, _ = places[name]
-        arrays[path] = _fill(arrays[path], layer, entry, shardings[path])
+        shape = leaves[path].shape
+        if layer is None:
+            arrays[path] = _put(entry, shape, to, shardings[path])
+        else:
+            part = _layer_sharding(shardings[path])
+            tensor = _put(entry, shape[1:], to, part)
+            arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
+        # Waiting here keeps the host at one tensor; JAX would queue the next ones.
+        arrays[path].block_until_ready()
     config = dataclasses.replace(config, dtype=to.name)
     return Params(unflatten(arrays), config, str(folder.absolute()))
 
 
-def _zeros(shape: Shape, dtype: str, sharding: Sharding | None) -> jax.Array:
-    return jnp.zeros(shape, dtype, device=sharding)
-
-
-def _fill(
-    array: jax.Array, layer: int | None, entry: safetensors.Entry, sharding: Sharding | None
+def _put(
+    entry: safetensors.Entry, shape: Shape, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
-    """Puts one tensor, read from its file, into its place in an array, which is given up."""
-    shape = array.shape if layer is None else array.shape[1:]
-    values = safetensors.read_tensor(entry).astype(array.dtype, copy=False).reshape(shape)
-    part = array.sharding if layer is None else _layer_sharding(array.sharding)
+    """One tensor, from its file to the device."""
+    values = safetensors.read_tensor(entry, dtype).reshape(shape)
     if sharding is None:
-        tensor = jax.device_put(values)
-    else:
-        tensor = jax.make_array_from_callback(shape, part, lambda index: values[index])
-    if layer is not None:
-        tensor = _set_layer(array, tensor, jnp.int32(layer))
-    # Waiting here keeps the host at one tensor; JAX would queue the next ones.
-    return tensor.block_until_ready()
+        return jax.device_put(values)
+    return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -236,11 +235,11 @@ def _set_layer(array: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Arr
     return jax.lax.dynamic_update_index_in_dim(array, tensor, layer, 0)
 
 
-def _layer_sharding(sharding: Sharding) -> Sharding:
+def _layer_sharding(sharding: Sharding | None) -> Sharding | None:
     """The sharding of one layer of a stack, which is itself not split over layers."""
     if not isinstance(sharding, NamedSharding):
         return sharding
-    layers, *rest = (*sharding.spec, None)
+    layers, *rest = sharding.spec or (None,)
     if layers is not None:
         raise ValueError(f"sharding splits the layers axis over {layers!r}; it must be whole.")
     return NamedSharding(sharding.mesh, PartitionSpec(*rest))
@@ -275,15 +274,19 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
                 "ties them; set tie_word_embeddings to false if the model has its own head"
             )
             del entries["lm_head.weight"]
-    problems += [f"unknown: {name}" for name in entries if name not in places]
+    problems += [f"unknown: {name}" for name in sorted(entries.keys() - places.keys())]
     problems += [f"missing: {name}" for name in places if name not in entries]
-    for name, entry in entries.items():
-        if name in places and entry.shape != places[name].shape:
-            shape, expected = list(entry.shape), list(places[name].shape)
-            problems.append(f"misshapen: {name} is {shape}, expected {expected}")
-        if name in places and entry.code not in safetensors.DTYPES:
-            known = ", ".join(safetensors.DTYPES)
-            problems.append(f"unsupported dtype: {name} is {entry.code}, expected {known}")
+    both = [(name, place, entries[name]) for name, place in places.items() if name in entries]
+    problems += [
+        f"misshapen: {name} is {list(entry.shape)}, expected {list(place.shape)}"
+        for name, place, entry in both
+        if entry.shape != place.shape
+    ]
+    problems += [
+        f"unsupported dtype: {name} is {entry.code}, expected {', '.join(safetensors.DTYPES)}"
+        for name, _, entry in both
+        if entry.code not in safetensors.DTYPES
+    ]
     if problems:
         raise ValueError(
             f"The weights in {folder} do not fit its config.json (model_type "

@@ -90,7 +90,7 @@ def load_orbax(folder: str | Path, *, dtype: Any = None, sharding: Shardings = N
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
-    reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+    reason = (next(iter(str(error).splitlines()), "") or type(error).__name__)[:200]
     return ValueError(
         f"The Orbax arrays in {folder / ARRAYS} cannot be read ({reason}); the folder is damaged "
         "or not complete. Copy or convert it again."

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import mmap
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -86,12 +87,25 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
     return entries, twice
 
 
-def read_tensor(entry: Entry) -> np.ndarray:
-    """One tensor as a new array in its own dtype; nothing else of the file is kept."""
-    values = np.fromfile(entry.file, DTYPES[entry.code], math.prod(entry.shape), offset=entry.begin)
-    if values.nbytes != entry.size:
-        raise ValueError(f"{entry.file} ended inside a tensor; it is cut short or being written.")
-    return values.reshape(entry.shape)
+def read_tensor(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    """One tensor as a new array of `dtype`; nothing else of the file is kept."""
+    values = _buffer(entry.shape, DTYPES[entry.code])
+    with entry.file.open("rb") as stream:
+        stream.seek(entry.begin)
+        if stream.readinto(values.reshape(-1).view(np.uint8).data) != entry.size:
+            raise ValueError(f"{entry.file} ended inside a tensor; it is being written, or cut.")
+    if values.dtype == dtype:
+        return values
+    cast = _buffer(entry.shape, dtype)
+    np.copyto(cast, values, casting="unsafe")
+    return cast
+
+
+def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    # Memory of its own, which goes back to the system at once; the heap would keep some of it.
+    size = math.prod(shape)
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))
+    return np.frombuffer(memory, dtype, size).reshape(shape)
 
 
 def same_bytes(a: Entry, b: Entry) -> bool:

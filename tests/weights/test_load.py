@@ -1,0 +1,98 @@
+"""`load` and `convert`: where weights are looked for, and what is said when they are not there."""
+
+import subprocess
+import sys
+
+import pytest
+
+import raas_jax.weights as weights
+
+
+def test_not_found_names_what_was_tried(tmp_path):
+    (tmp_path / "qwen-small").mkdir()
+    wrong = str(tmp_path / "qwen-smal")
+    with pytest.raises(FileNotFoundError, match=f"tried the folder {wrong}.*Did you mean.*small'"):
+        weights.load(wrong)
+    with pytest.raises(FileNotFoundError, match="not a hub id.*Did you mean 'demo'"):
+        weights.load("dmo")
+
+
+def test_a_hub_id_that_is_not_there(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def fail(*args, **kwargs):
+        raise LocalEntryNotFoundError("cannot reach the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    with pytest.raises(FileNotFoundError, match="tried the folder .*Face hub: .*[Cc]heck the name"):
+        weights.load("someone/some-model")
+
+
+def test_a_hub_id_downloads_no_code_and_no_pickle(checkpoint, monkeypatch):
+    import fnmatch
+
+    import huggingface_hub
+
+    asked = {}
+
+    def download(name, *, allow_patterns):
+        asked[name] = allow_patterns
+        return str(checkpoint.write())
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    params = weights.load("someone/some-model")
+    assert params.source == str(checkpoint.folder)
+    [patterns] = asked.values()
+    wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in patterns)  # noqa: E731
+    for file in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors"):
+        assert wanted(file)
+    assert wanted("tokenizer.model") and wanted("model.safetensors.index.json")
+    for file in ("pytorch_model.bin", "modeling_x.py", "consolidated.safetensors", "model.ckpt"):
+        assert not wanted(file)
+
+
+@pytest.mark.parametrize("source", ["", 3, None])
+def test_a_source_of_the_wrong_kind(source):
+    with pytest.raises(ValueError, match="source is .*expected a hub id"):
+        weights.load(source)
+
+
+def test_a_file_is_not_a_folder(checkpoint):
+    file = checkpoint.write() / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match="is a file; give the folder"):
+        weights.load(file)
+
+
+def test_convert_checks_before_it_reads(checkpoint, tmp_path):
+    folder = checkpoint.write()
+    with pytest.raises(ValueError, match="to is 'gguf'"):
+        weights.convert(folder, tmp_path / "x", to="gguf")
+    with pytest.raises(FileExistsError, match="dst is"):
+        weights.convert(folder, folder)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_damaged_source_leaves_nothing_behind(checkpoint, tmp_path):
+    file = checkpoint.write() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="cut short"):
+        weights.convert(checkpoint.folder, tmp_path / "out" / "x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, raas_jax.weights, raas_jax.text; "
+        "print([m for m in ('torch', 'transformers', 'orbax', 'huggingface_hub') "
+        "if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_demo_loads():
+    if not weights.DEMO.is_dir():
+        pytest.skip("the demo model is not in this checkout")
+    params = weights.load("demo")
+    assert params.source == str(weights.DEMO)

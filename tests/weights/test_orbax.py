@@ -1,0 +1,186 @@
+"""Orbax folders: complete in themselves, whole or refused."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from checkpoints import CONFIG, Checkpoint
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from raas_jax.params import Params
+from raas_jax.weights import convert, load, orbax, save_orbax
+
+
+def same(a: Params, b: Params) -> None:
+    assert a.config == b.config
+    jax.tree.map(np.testing.assert_array_equal, a.weights, b.weights)
+    jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail(str(x.dtype)), a.weights, b.weights)
+
+
+def test_there_and_back(tmp_path, any_dtype):
+    source = Checkpoint(tmp_path / "hf", dtype=any_dtype)
+    convert(source.write(shards=2), tmp_path / "orbax")
+    same(load(tmp_path / "orbax", dtype="source"), load(tmp_path / "hf", dtype="source"))
+    convert(tmp_path / "orbax", tmp_path / "again")
+    same(load(tmp_path / "again", dtype="source"), load(tmp_path / "hf", dtype="source"))
+    assert (tmp_path / "again" / "model.safetensors").is_file()
+
+
+def test_dtypes(checkpoint, tmp_path):
+    params = load(checkpoint.write())
+    save_orbax(params, tmp_path / "orbax")
+    half = load(tmp_path / "orbax", dtype="bfloat16")
+    assert half.config.dtype == "bfloat16"
+    jax.tree.map(
+        lambda a, b: np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)),
+        half.weights,
+        params.weights,
+    )
+    with pytest.raises(ValueError, match="dtype is 'int8'"):
+        load(tmp_path / "orbax", dtype="int8")
+
+
+def test_the_folder_is_self_contained(checkpoint, tmp_path):
+    folder = checkpoint.write()
+    (folder / "tokenizer.json").write_text("{}")
+    convert(folder, tmp_path / "orbax")
+    shutil.rmtree(folder)
+    (tmp_path / "orbax").rename(tmp_path / "moved")
+    params = load(tmp_path / "moved")
+    assert params.source == str(tmp_path / "moved")
+    names = ["config.json", "orbax", "tokenizer.json"]
+    assert sorted(os.listdir(tmp_path / "moved")) == names
+
+
+MESH_SCRIPT = """
+import sys
+import jax, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from raas_jax.model import logical_axes
+from raas_jax.weights import load, save_hf, save_orbax
+
+mesh = Mesh(np.array(jax.devices()), ("model",))
+assert mesh.size == 2
+
+def shardings(config):
+    split = lambda axes: NamedSharding(
+        mesh, P(*("model" if axis in ("kv_heads", "mlp", "vocab") else None for axis in axes))
+    )
+    return jax.tree.map(split, logical_axes(config), is_leaf=lambda leaf: isinstance(leaf, tuple))
+
+plain = load(sys.argv[1])
+for source in sys.argv[1:3]:
+    params = load(source, sharding=shardings)
+    k = params.weights["layers"]["k"]
+    assert k.sharding.spec == P(None, "model", None, None), k.sharding
+    assert [s.data.shape[1] for s in k.addressable_shards] == [1, 1]
+    jax.tree.map(np.testing.assert_array_equal, params.weights, plain.weights)
+save_orbax(params, sys.argv[3])
+save_hf(params, sys.argv[4])
+for saved in sys.argv[3:]:
+    jax.tree.map(np.testing.assert_array_equal, load(saved).weights, plain.weights)
+"""
+
+
+def test_onto_a_mesh_of_two(checkpoint, tmp_path):
+    convert(checkpoint.write(), tmp_path / "orbax")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=2"
+    folders = [checkpoint.folder, *(tmp_path / name for name in ("orbax", "orbax2", "hf2"))]
+    done = subprocess.run(
+        [sys.executable, "-c", MESH_SCRIPT, *folders],
+        env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_onto_a_mesh_of_one(checkpoint, tmp_path):
+    params = load(checkpoint.write())
+    save_orbax(params, tmp_path / "orbax")
+    sharding = NamedSharding(Mesh(np.array(jax.devices()[:1]), ("data",)), PartitionSpec())
+    restored = load(tmp_path / "orbax", sharding=sharding)
+    assert restored.weights["norm"].sharding == sharding
+    same(restored, params)
+
+
+def test_arrays_that_do_not_fit_are_one_error(checkpoint, tmp_path):
+    folder = tmp_path / "orbax"
+    convert(checkpoint.write(), folder)
+    fields = {**CONFIG.to_hf(), "num_hidden_layers": 2, "mlp_bias": False, "model_type": "qwen3"}
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    lines = str(error.value).splitlines()
+    assert "  unknown: layers.gate_bias" in lines
+    assert "  missing: layers.q_norm" in lines
+    assert "  misshapen: layers.q is [3, 4, 6, 12], expected [2, 4, 6, 12]" in lines
+
+
+# Orbax leaves coroutines behind when it fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_every_damage_is_noticed(checkpoint, tmp_path):
+    """Whatever file is missing or cut, the result is an error or the right weights."""
+    params = load(checkpoint.write())
+    whole = tmp_path / "whole"
+    save_orbax(params, whole)
+    files = [file.relative_to(whole) for file in whole.rglob("*") if file.is_file()]
+    noticed = 0
+    for number, file in enumerate(files):
+        for damage in ("missing", "cut", "changed"):
+            folder = tmp_path / f"{damage}{number}"
+            shutil.copytree(whole, folder)
+            data = (folder / file).read_bytes()
+            middle = len(data) // 2
+            if damage == "missing":
+                (folder / file).unlink()
+            elif damage == "cut":
+                (folder / file).write_bytes(data[:middle])
+            else:
+                changed = data[:middle] + bytes(255 - b for b in data[middle:])
+                (folder / file).write_bytes(changed)
+            try:
+                same(load(folder), params)
+            except (ValueError, FileNotFoundError) as error:
+                noticed += 1
+                assert str(folder) in str(error) or "config.json" in str(error)
+    assert noticed > len(files)
+
+
+def test_missing_parts(checkpoint, tmp_path):
+    convert(checkpoint.write(), tmp_path / "orbax")
+    with pytest.raises(FileNotFoundError, match="No Orbax arrays"):
+        orbax.load_orbax(checkpoint.folder)
+    (tmp_path / "orbax" / "config.json").unlink()
+    with pytest.raises(FileNotFoundError, match="config.json"):
+        load(tmp_path / "orbax")
+
+
+def test_an_occupied_or_unwritable_folder(checkpoint, tmp_path):
+    params = load(checkpoint.write())
+    with pytest.raises(FileExistsError, match="exists and is not an empty folder"):
+        save_orbax(params, checkpoint.folder)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written"):
+        save_orbax(params, tmp_path / "file" / "orbax")
+
+
+def test_nothing_is_left_of_a_failed_save(checkpoint, tmp_path, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    params = load(checkpoint.write())
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.StandardCheckpointer, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_orbax(params, tmp_path / "out" / "orbax")
+    assert list((tmp_path / "out").iterdir()) == []
