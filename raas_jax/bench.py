@@ -1,0 +1,381 @@
+"""Time per token of a decode, beside what the machine's memory bandwidth allows.
+
+Decoding one token reads every weight and the whole cache once, so it cannot be faster than those
+bytes over the bandwidth: the floor. Both are measured in the same run, since machines differ and
+are busy. Nothing is extrapolated: the state at a generated length is reached by generating.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import copy
+import dataclasses
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from raas_jax.decode import DecodeState, Plan, cache_bytes, decode_pages, prefill, request
+from raas_jax.params import Params
+from raas_jax.policies import Policy
+from raas_jax.policies.base import pages_for
+from raas_jax.sampling import Sampler, Sampling, row_keys
+
+CHUNK = 64
+"""Tokens that are timed together, in whole pages."""
+WHOLE_RUNS = 2048
+"""Up to this length, transformers' generate is also timed from the first token to the last."""
+
+
+@dataclasses.dataclass
+class Timing:
+    """One generated length.
+
+    Attributes:
+      generated: tokens generated when the timed steps end.
+      ms_per_token: median milliseconds per step; a step gives one token to every row.
+      floor_ms: bytes that a step must read, over the measured bandwidth, in milliseconds.
+      over_floor: their ratio.
+      compile_seconds: of prefill and decode together; lengths of one shape share it.
+      kv_bytes: memory of the cache: all segments, metadata and padding.
+      transformers_ms_per_token: the same steps in Hugging Face's generate, where asked for.
+      speedup: transformers' time over ours.
+      whole_run_speedup: the same of whole runs, prompt included, up to `WHOLE_RUNS` tokens.
+    """
+
+    generated: int
+    ms_per_token: float
+    floor_ms: float
+    over_floor: float
+    compile_seconds: float
+    kv_bytes: int
+    transformers_ms_per_token: float | None = None
+    speedup: float | None = None
+    whole_run_speedup: float | None = None
+
+
+@dataclasses.dataclass
+class Report:
+    """All lengths of one run, and what they were measured on; bandwidth in bytes per second."""
+
+    device: str
+    jax: str
+    policy: str
+    parameters: int
+    weight_bytes: int
+    dtype: str
+    batch: int
+    prompt_tokens: int
+    read_bandwidth: float
+    timings: list[Timing]
+
+
+def bench(
+    params: Params,
+    policy: Policy,
+    *,
+    prompt_tokens: int,
+    lengths: Sequence[int],
+    batch: int = 1,
+    repetitions: int = 15,
+    transformers: bool = False,
+    progress: bool = False,
+) -> Report:
+    """Measures the time per token at each generated length.
+
+    A run generates up to each length and keeps a copy of the state there. Then lengths (and
+    transformers, and the bandwidth) take turns, so that a busy moment hits all of them alike, and
+    the medians over `repetitions` turns are reported.
+
+    Args:
+      params: the model, usually `Params.random`.
+      policy: which pages to keep.
+      prompt_tokens: length of the random prompt of every row.
+      lengths: generated tokens at which to measure.
+      batch: rows.
+      repetitions: timed turns.
+      transformers: also run the same weights in Hugging Face's dense generate (needs torch).
+      progress: a bar on stderr.
+
+    Raises:
+      ValueError: a number below 1, or lengths beyond the model's context.
+    """
+    _check(params, prompt_tokens, lengths, batch, repetitions)
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
+    with tqdm(total=_steps(lengths, repetitions), unit="token", disable=not progress) as bar:
+        bar.set_description("generating")
+        runs = _generate(params, policy, prompt, sorted(set(lengths)), bar)
+        rivals = _rivals(params, prompt, runs) if transformers else {}
+        bar.set_description("timing")
+        times: dict[int, list[float]] = {length: [] for length in runs}
+        theirs: dict[int, list[float]] = {length: [] for length in rivals}
+        reader = _reader()
+        speeds = []
+        for _ in range(repetitions):
+            speeds.append(reader())
+            for length, run in runs.items():
+                times[length].append(run.time_chunk(params))
+                if length in rivals:
+                    theirs[length].append(rivals[length].time_chunk())
+                bar.update(run.chunk)
+    bandwidth = statistics.median(speeds)
+    report = Report(
+        device=_device(),
+        jax=jax.__version__,
+        policy=repr(policy),
+        parameters=params.size,
+        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights)),
+        dtype=params.weights["embedding"].dtype.name,
+        batch=batch,
+        prompt_tokens=prompt_tokens,
+        read_bandwidth=bandwidth,
+        timings=[],
+    )
+    for length in lengths:
+        run = runs[length]
+        seconds = statistics.median(times[length])
+        floor = step_bytes(params, run.state) / bandwidth
+        timing = Timing(
+            generated=length,
+            ms_per_token=1e3 * seconds,
+            floor_ms=1e3 * floor,
+            over_floor=seconds / floor,
+            compile_seconds=run.compile_seconds,
+            kv_bytes=cache_bytes(run.state),
+        )
+        if length in rivals:
+            rival = statistics.median(theirs[length])
+            timing.transformers_ms_per_token = 1e3 * rival
+            timing.speedup = rival / seconds
+            whole = rivals[length].whole_seconds
+            timing.whole_run_speedup = whole / run.whole_seconds if whole else None
+        report.timings.append(timing)
+    return report
+
+
+def step_bytes(params: Params, state: DecodeState) -> int:
+    """Bytes that a step of this state has to read: the weights that it uses and the filled cache.
+
+    An embedding table that is not also the output head does not count: a step reads one row of it.
+    """
+    config = params.config
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights))
+    if not config.tie_word_embeddings:
+        weights -= params.weights["embedding"].nbytes
+    per_token = 2 * config.head_dim * state.cache.open.k.dtype.itemsize
+    per_layer = config.num_key_value_heads * config.num_hidden_layers
+    prompt = int(jnp.sum(state.cache.prompt.lengths)) * per_layer
+    kept = sum(int(jnp.sum(group.fill)) for group in state.cache.kept)
+    # The open page is half full on average.
+    opened = state.cache.open.k.size // config.head_dim // 2
+    return weights + (prompt + kept + opened) * per_token
+
+
+def read_bandwidth(repetitions: int = 5) -> float:
+    """Bytes per second that the default device reads from its memory; a median."""
+    reader = _reader()
+    return statistics.median(reader() for _ in range(repetitions))
+
+
+def _reader(size: int = 2**28) -> Callable[[], float]:
+    """A function that reads `size` bytes once, on all cores, and returns bytes per second."""
+    if jax.default_backend() != "cpu":
+        array = jnp.ones((size // 2**12, 2**10), jnp.float32)
+        reduce = jax.jit(lambda x: jnp.max(x, axis=-1))
+        reduce(array).block_until_ready()
+
+        def read() -> float:
+            start = time.perf_counter()
+            # Several at once, so that launching them does not count.
+            jax.block_until_ready([reduce(array) for _ in range(16)])
+            return 16 * array.nbytes / (time.perf_counter() - start)
+
+        return read
+
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    blocks = np.ones((size // 2**20, 2**18), np.float32)
+    # A dot product of a vector with itself does the least work per byte that NumPy vectorises.
+    own = [part for part in np.array_split(blocks, cores) if len(part)]
+
+    def read_part(part: np.ndarray) -> None:
+        for block in part:
+            np.dot(block, block)
+
+    def read_cpu() -> float:
+        with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+            list(pool.map(read_part, own))
+            start = time.perf_counter()
+            list(pool.map(read_part, own))
+            return blocks.nbytes / (time.perf_counter() - start)
+
+    return read_cpu
+
+
+@dataclasses.dataclass
+class _Run:
+    """A decode that was generated up to the chunk in which the length is reached."""
+
+    step: Callable[..., Any]
+    state: DecodeState
+    chunk: int
+    tokens: np.ndarray  # int32 [B, T], generated before the chunk.
+    compile_seconds: float
+    whole_seconds: float
+
+    def time_chunk(self, params: Params) -> float:
+        """Seconds per step over the chunk in which the length is reached."""
+        state = jax.block_until_ready(_copy(self.state))
+        start = time.perf_counter()
+        jax.block_until_ready(self.step(params, state))
+        return (time.perf_counter() - start) / self.chunk
+
+
+@jax.jit
+def _copy(state: DecodeState) -> DecodeState:
+    return jax.tree.map(jnp.copy, state)
+
+
+def _generate(
+    params: Params, policy: Policy, prompt: np.ndarray, lengths: list[int], bar: tqdm
+) -> dict[int, _Run]:
+    """One generation per distinct shape of the cache, with the state kept at every length."""
+    batch, prompt_tokens = prompt.shape
+    pages = pages_for(CHUNK, policy.page_size)
+    chunk = pages * policy.page_size
+    plans: dict[Plan, list[int]] = {}
+    for length in lengths:
+        plan = Plan.create(params.config, policy, [prompt_tokens] * batch, length)
+        plans.setdefault(plan, []).append(length)
+    runs = {}
+    for plan, of_plan in plans.items():
+        sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
+        # No row may finish, since a finished row keeps nothing.
+        asked = request(jnp.full(batch, max(of_plan) + 2 * chunk), (), sampler)
+        args = (params, jnp.asarray(prompt), jnp.full(batch, prompt_tokens, jnp.int32), asked)
+        start = time.perf_counter()
+        read_prompt = prefill.lower(*args, plan=plan).compile()
+        compiled = time.perf_counter() - start
+        start = time.perf_counter()
+        state, drawn = jax.block_until_ready(read_prompt(*args))
+        spent = time.perf_counter() - start
+        start = time.perf_counter()
+        step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
+        compiled += time.perf_counter() - start
+        tokens = [np.asarray(drawn.tokens)[None]]
+        for length in of_plan:
+            while chunk * (len(tokens) - 1) + 1 < length:
+                kept = _copy(state)
+                start = time.perf_counter()
+                state, drawn = jax.block_until_ready(step(params, state))
+                spent += time.perf_counter() - start
+                tokens.append(np.asarray(drawn.tokens))
+                bar.update(chunk)
+            before = np.concatenate(tokens[:-1]).T
+            runs[length] = _Run(step, kept, chunk, before, compiled, spent)
+    return runs
+
+
+class _Transformers:
+    """Hugging Face's dense generate, brought to a generated length by reading it as a prompt."""
+
+    def __init__(self, model: Any, prompt: np.ndarray, run: _Run, whole: bool) -> None:
+        import torch
+
+        self.model, self.chunk = model, run.chunk
+        self.whole_seconds: float | None = None
+        if whole:
+            start = time.perf_counter()
+            count = run.tokens.shape[1] + run.chunk
+            self._generate(torch.as_tensor(prompt.astype(np.int64)), None, count)
+            self.whole_seconds = time.perf_counter() - start
+        tokens = np.concatenate([prompt, run.tokens], axis=1).astype(np.int64)
+        self.tokens = torch.as_tensor(tokens)
+        with torch.no_grad():
+            self.cache = model(self.tokens[:, :-1], logits_to_keep=1).past_key_values
+
+    def time_chunk(self) -> float:
+        """Seconds per step, the first one left out since it sets up the call."""
+        stamps = self._generate(self.tokens, copy.deepcopy(self.cache), self.chunk + 1)
+        return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
+
+    def _generate(self, tokens: Any, cache: Any, count: int) -> list[float]:
+        import torch
+
+        stamps: list[float] = []
+
+        def note(ids: Any, scores: Any, **_: Any) -> Any:
+            stamps.append(time.perf_counter())
+            return torch.zeros(len(ids), dtype=torch.bool)
+
+        self.model.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            past_key_values=cache,
+            max_new_tokens=count,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+            stopping_criteria=[note],
+        )
+        assert len(stamps) == count
+        return stamps
+
+
+def _rivals(params: Params, prompt: np.ndarray, runs: dict[int, _Run]) -> dict[int, _Transformers]:
+    try:
+        import torch
+    except ImportError:
+        raise ValueError(
+            "--against transformers needs torch. Install it: pip install 'raas-jax[dev]'."
+        ) from None
+    import transformers
+
+    from raas_jax.weights.hf import save_hf
+
+    transformers.logging.set_verbosity_error()
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "model")
+        save_hf(params, path)
+        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        model.generation_config.eos_token_id = None
+    return {
+        length: _Transformers(model, prompt, run, whole=length <= WHOLE_RUNS)
+        for length, run in runs.items()
+    }
+
+
+def _steps(lengths: Sequence[int], repetitions: int) -> int:
+    return max(lengths) + len(set(lengths)) * repetitions * CHUNK
+
+
+def _device() -> str:
+    device = jax.devices()[0]
+    return f"cpu, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+
+
+def _check(
+    params: Params, prompt_tokens: int, lengths: Sequence[int], batch: int, repetitions: int
+) -> None:
+    named = {"prompt_tokens": prompt_tokens, "batch": batch, "repetitions": repetitions}
+    for name, value in named.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    if not lengths or min(lengths) < CHUNK:
+        raise ValueError(f"lengths are {list(lengths)}; each must be at least {CHUNK} tokens.")
+    longest = prompt_tokens + max(lengths) + 2 * CHUNK
+    if longest > params.config.max_position_embeddings:
+        raise ValueError(
+            f"prompt_tokens + the longest of lengths (+ {2 * CHUNK}) is {longest}, beyond the "
+            f"model's max_position_embeddings = {params.config.max_position_embeddings}."
+        )
