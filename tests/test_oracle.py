@@ -1,0 +1,372 @@
+"""The jitted decode agrees with the NumPy oracle on every stamp, victim and kept page."""
+
+from __future__ import annotations
+
+import itertools
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from flax import nnx
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from raas_jax.config import ModelConfig, Rope
+from raas_jax.decode import Plan, commit_page, decode_pages, prefill, request, token_step
+from raas_jax.model import abstract_model
+from raas_jax.params import Params
+from raas_jax.policies import Dense, Evidence, RaaS
+from raas_jax.sampling import Sampler, Sampling, row_keys
+
+ROWS = 3
+VOCAB = 19
+LONG = 10_000  # A limit that no test reaches.
+
+SHAPES = {
+    # Qwen3: q and k are normed, N * H differs from D, two query heads per key/value head.
+    "qwen3": ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3"),
+    # Qwen2: biases, all three query heads share one key/value head.
+    "qwen2": ModelConfig(
+        VOCAB, 12, 8, 3, 3, 1, 4, qkv_bias=True, tie_word_embeddings=True, model_type="qwen2"
+    ),
+    # Llama: as many key/value heads as query heads.
+    "llama": ModelConfig(
+        VOCAB, 8, 6, 2, 2, 2, 6, output_bias=True, mlp_bias=True, rope=Rope(theta=100.0)
+    ),
+}
+
+# Tokens per page → pages of the longest prompt, slots of the policy. With the prompt within the
+# budget, the longest prompt leaves two pages and the shortest as many as there are slots.
+GEOMETRY = {1: (5, 6), 2: (3, 4), 5: (2, 3), 16: (2, 3)}
+
+COMBINATIONS = [
+    {"score": score, "share": share, "prompt": prompt, **rule}
+    for score, share, prompt, rule in itertools.product(
+        ("mass", "bound"),
+        ("kv_head", "layer"),
+        ("beside", "within"),
+        ({"alpha": 0.12}, {"top_fraction": 0.5}),
+    )
+]
+
+
+def case(page_size, **options):
+    """The policy, and the oracle's rules for it."""
+    pages, slots = GEOMETRY[page_size]
+    within = options.get("prompt") == "within"
+    budget = (pages + 2 if within else slots) * page_size
+    return (
+        RaaS(budget, page_size=page_size, **options),
+        oracle.Rules(page_size=page_size, budget=budget, **options),
+    )
+
+
+def random_params(config, seed, sharpness, flat=False):
+    """Random weights with random norms and biases; `sharpness` multiplies the queries."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name.endswith("norm"):
+            value = rng.uniform(0.7, 1.3, leaf.shape)
+        elif name.endswith("bias"):
+            value = rng.normal(0, 0.3, leaf.shape)
+        else:
+            value = rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
+        if name == ("q_norm" if config.qk_norm else "q"):
+            value = value * sharpness
+        if flat and name.startswith("k"):
+            value = value * 0
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = nnx.to_pure_dict(abstract_model(config, "float32")[1])
+    return Params(jax.tree_util.tree_map_with_path(draw, shapes), config)
+
+
+def start(params, plan, prompts, seed):
+    """The library's state after prefill, and the log-probability of the first tokens."""
+    longest = plan.prompt_slots * plan.page_size
+    tokens = np.zeros((len(prompts), longest), np.int32)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = prompt
+    rows = len(prompts) * plan.samples
+    sampler = Sampler.create([Sampling(temperature=1.5)] * rows, row_keys(seed, rows))
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    asked = request(jnp.full(rows, LONG), (), sampler)
+    return prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), asked, plan=plan)
+
+
+step_jit = jax.jit(token_step, static_argnames="plan")
+commit_jit = jax.jit(commit_page, static_argnames=("config", "plan"))
+
+
+class Comparison:
+    """Runs the library's decode and the oracle side by side, and compares after every step."""
+
+    def __init__(self, params, policy, rules, prompts, longest, pages, seed, samples=1):
+        config = params.config
+        self.params, self.rules = params, rules
+        self.plan = Plan.create(config, policy, [1, longest], pages * policy.page_size, samples)
+        self.groups = [layers for layers, _ in policy.groups(config.num_hidden_layers)]
+        self.stamped = [isinstance(part, RaaS) for _, part in policy.groups(sum(self.groups))]
+        self.doubt = oracle.Doubt(margin=1e-4)
+        self.state, drawn = start(params, self.plan, prompts, seed)
+        network = oracle.Network(
+            jax.tree.map(np.asarray, params.weights),
+            theta=config.rope.theta,
+            eps=config.rms_norm_eps,
+        )
+        self.rows = [
+            oracle.Sequence(network, rules, list(prompts[row // samples]), self.doubt)
+            for row in range(len(prompts) * samples)
+        ]
+        self.evicted = np.zeros(len(self.rows), int)
+        logits = [row.first_logits for row in self.rows]
+        self.check_logprobs(np.asarray(self.state.token), np.asarray(drawn.logprobs), logits)
+        self.prompt = jax.tree.map(np.asarray, self.state.cache.prompt)
+        self.check_prompt()
+
+    def run(self, pages):
+        for _ in range(pages):
+            for offset in range(self.plan.page_size):
+                self.step(offset)
+            self.boundary()
+        after = jax.tree.map(np.asarray, self.state.cache.prompt)
+        jax.tree.map(np.testing.assert_array_equal, after, self.prompt)
+
+    def step(self, offset):
+        fed = np.asarray(self.state.token)
+        self.state, drawn = step_jit(self.params, self.state, jnp.int32(offset), plan=self.plan)
+        marks = self.marks()
+        logits = []
+        for index, row in enumerate(self.rows):
+            now = row.drawn
+
+            def in_doubt(layer, head, slot, index=index, now=now):
+                return self.of_layer(marks, layer)[index, head, slot] == now
+
+            logits.append(row.step(int(fed[index]), in_doubt))
+        self.check_logprobs(np.asarray(drawn.tokens), np.asarray(drawn.logprobs), logits)
+        self.check_stamps(marks)
+        self.check_open(offset)
+
+    def boundary(self):
+        before = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
+        self.state = commit_jit(self.params.config, self.state, plan=self.plan)
+        after = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
+        fill = [np.asarray(g.fill) for g in self.state.cache.kept]
+        for index, row in enumerate(self.rows):
+            for (layer, head), (slot, _) in (chosen := row.boundary()).items():
+                was, now = self.of_layer(before, layer), self.of_layer(after, layer)
+                changed = np.any(was[0][index, head] != now[0][index, head], axis=(1, 2))
+                changed |= np.any(was[1][index, head] != now[1][index, head], axis=(1, 2))
+                assert np.flatnonzero(changed).tolist() == [slot], "victim"
+                pages = row.kept[layer][head]
+                filled = self.of_layer(fill, layer)[index, head]
+                assert dict.fromkeys(pages, self.plan.page_size) == {
+                    int(s): filled[s] for s in np.flatnonzero(filled)
+                }
+                for s, page in pages.items():
+                    close(now[0][index, head, s], page.keys)
+                    close(now[1][index, head, s], page.values)
+            self.evicted[index] += any(evicted for _, evicted in chosen.values())
+        self.check_stamps(self.marks())
+        np.testing.assert_array_equal(self.state.evicted, self.evicted)
+        np.testing.assert_array_equal(self.state.generated, [row.drawn for row in self.rows])
+
+    def marks(self):
+        """Stamps `[L, B, K, S]` of each group of layers; None for a dense one."""
+        both = zip(self.state.marks, self.stamped, strict=True)
+        return [np.asarray(marks) if on else None for marks, on in both]
+
+    def of_layer(self, groups, layer):
+        """The entry of one layer, from one array (or pair of arrays) per group of layers."""
+        for group, layers in zip(groups, self.groups, strict=True):
+            if layer < layers:
+                return tuple(x[layer] for x in group) if isinstance(group, tuple) else group[layer]
+            layer -= layers
+        raise AssertionError(layer)
+
+    def check_logprobs(self, tokens, logprobs, logits):
+        for token, logprob, row in zip(tokens, logprobs, logits, strict=True):
+            peak = row.max()
+            close(logprob, row[token] - peak - np.log(np.sum(np.exp(row - peak))))
+
+    def check_stamps(self, marks):
+        for index, row in enumerate(self.rows):
+            for layer, heads in enumerate(row.kept):
+                if row._dense(layer):
+                    continue
+                for head, pages in enumerate(heads):
+                    of_head = self.of_layer(marks, layer)[index, head]
+                    wanted = np.full(of_head.shape, -1)
+                    for slot, page in pages.items():
+                        wanted[slot] = page.stamp
+                    np.testing.assert_array_equal(of_head, wanted)
+
+    def check_open(self, offset):
+        k, v = np.asarray(self.state.cache.open.k), np.asarray(self.state.cache.open.v)
+        for index, row in enumerate(self.rows):
+            for layer, heads in enumerate(row.open):
+                for head, (keys, values) in enumerate(heads):
+                    assert len(keys) == offset + 1
+                    close(k[layer, index, head, : offset + 1], np.array(keys))
+                    close(v[layer, index, head, : offset + 1], np.array(values))
+
+    def check_prompt(self):
+        for index, row in enumerate(self.rows):
+            for layer, heads in enumerate(row.prompt):
+                for head, (keys, values) in enumerate(heads):
+                    for stored, wanted in (self.prompt.k, keys), (self.prompt.v, values):
+                        flat = stored[layer, index // self.plan.samples, head]
+                        close(flat.reshape(-1, flat.shape[-1])[: row.length], wanted)
+
+
+def close(got, wanted):
+    np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-4)
+
+
+def prompts_of(lengths, seed):
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def compare(policy, rules, shape, lengths, seed, sharpness, pages, *, flat=False, samples=1):
+    """Runs both over this many pages; returns the count of decisions in doubt."""
+    params = random_params(SHAPES[shape], seed, sharpness, flat)
+    prompts = prompts_of(lengths, seed)
+    longest = GEOMETRY[rules.page_size][0] * rules.page_size
+    both = Comparison(params, policy, rules, prompts, longest, pages, seed, samples)
+    both.run(pages)
+    return both.doubt
+
+
+def pages_to_run(page_size):
+    """Enough to overwrite pages, and at short pages to overwrite all of them twice."""
+    return 5 if page_size == 16 else 2 * GEOMETRY[page_size][1] + 2
+
+
+# No shrinking: every new shape costs a compilation.
+few = partial(settings, phases=[Phase.explicit, Phase.reuse, Phase.generate])
+seeds = st.integers(0, 2**16)
+sharpnesses = st.floats(0.5, 5.0)
+
+
+def ragged(page_size, rows=ROWS):
+    return st.lists(
+        st.integers(1, GEOMETRY[page_size][0] * page_size), min_size=rows, max_size=rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "options"),
+    list(enumerate(COMBINATIONS)),
+    ids=["-".join(map(str, options.values())) for options in COMBINATIONS],
+)
+def test_every_combination_of_options_at_every_step(number, options):
+    """Both scores, shares, places of the prompt and stamp rules; each value meets P = 1 and 16."""
+    page_size = 16 if number.bit_count() % 2 else 1
+    shape = sorted(SHAPES)[number % 3]
+    policy, rules = case(page_size, **options)
+    doubts = []
+
+    @few(max_examples=5)
+    @given(lengths=ragged(page_size), seed=seeds, sharpness=sharpnesses)
+    def check(lengths, seed, sharpness):
+        pages = pages_to_run(page_size)
+        doubts.append(compare(policy, rules, shape, lengths, seed, sharpness, pages))
+
+    check()
+    assert_few(doubts)
+
+
+def test_any_shape_and_options_at_every_step():
+    """Everything is drawn: network, page size, options, first layers dense, prompts shared."""
+    doubts = []
+
+    @few(max_examples=4)
+    @given(
+        st.sampled_from(sorted(SHAPES)),
+        st.sampled_from(COMBINATIONS),
+        st.sampled_from([2, 5]),
+        st.integers(0, 2),
+        st.sampled_from([1, 3]),
+        seeds,
+        sharpnesses,
+        st.data(),
+    )
+    def check(shape, options, page_size, dense_layers, samples, seed, sharpness, data):
+        policy, rules = case(page_size, dense_layers=dense_layers, **options)
+        lengths = data.draw(ragged(page_size, ROWS // samples))
+        pages = pages_to_run(page_size)
+        doubts.append(
+            compare(policy, rules, shape, lengths, seed, sharpness, pages, samples=samples)
+        )
+
+    check()
+    assert sum(one.doubtful for one in doubts) <= 0.01 * sum(one.decisions for one in doubts)
+
+
+@pytest.mark.parametrize("score", ["mass", "bound"])
+def test_exact_ties_are_stamped_together(score):
+    """With keys of zero all full pages weigh the same: the top third of the pages is all of them,
+    so the victim is the lowest slot every time."""
+    policy, rules = case(2, score=score, top_fraction=1 / 3, prompt="within")
+    doubt = compare(policy, rules, "llama", [1, 6, 3], 5, 1.0, 10, flat=True)
+    assert doubt.decisions > 0 and doubt.doubtful == 0
+
+
+def test_dense():
+    rules = oracle.Rules(page_size=2, keep_all=True)
+    compare(Dense(page_size=2), rules, "qwen3", [6, 1, 4], 3, 2.0, 8)
+
+
+def test_the_scanned_pages_are_these_steps():
+    """`decode_pages`, which generation runs, does what the compared single steps do."""
+    policy, _ = case(5, alpha=0.12, dense_layers=1)
+    config = SHAPES["qwen2"]
+    params = random_params(config, 1, 2.0)
+    plan = Plan.create(config, policy, [1, 10], 30)
+    prompts = prompts_of([10, 3, 7], 1)
+    state, _ = start(params, plan, prompts, 1)
+    tokens, logprobs = [], []
+    for _ in range(6):
+        for offset in range(5):
+            state, drawn = step_jit(params, state, jnp.int32(offset), plan=plan)
+            tokens.append(drawn.tokens)
+            logprobs.append(drawn.logprobs)
+        state = commit_jit(config, state, plan=plan)
+    scanned, drawn = decode_pages(params, start(params, plan, prompts, 1)[0], plan=plan, pages=6)
+    np.testing.assert_array_equal(drawn.tokens, np.stack(tokens))
+    np.testing.assert_allclose(drawn.logprobs, np.stack(logprobs), rtol=1e-5, atol=1e-5)
+    assert np.all(np.asarray(scanned.evicted) > 0)
+    for name in ("marks", "generated", "committed", "evicted"):
+        jax.tree.map(np.testing.assert_array_equal, getattr(scanned, name), getattr(state, name))
+    near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(near, scanned.cache, state.cache)
+
+
+def assert_few(doubts):
+    """The oracle made decisions, and took hardly any of them from the library."""
+    decisions = sum(one.decisions for one in doubts)
+    doubtful = sum(one.doubtful for one in doubts)
+    assert decisions > 0 and doubtful <= 0.01 * decisions, (decisions, doubtful)
+
+
+def test_top_fraction_is_rounded_up_exactly():
+    """For every number of pages and many fractions: the share as written, rounded up."""
+    counts = np.arange(1, 129)
+    scores = jnp.asarray(np.random.default_rng(0).permutation(128) + 1.0, jnp.float32)
+    fill = jnp.asarray(np.arange(128) < counts[:, None], jnp.int32)[:, None]
+    mass = jnp.where(fill > 0, scores, 0.0)[:, :, None]
+    for hundredths in (*range(5, 101, 5), 1, 33, 67, 99):
+        policy = RaaS(32, top_fraction=hundredths / 100)
+        marks = policy.observe(
+            policy.init((1, 128, 1, 128))[0], Evidence(mass, None, fill), jnp.full(128, 7)
+        )
+        wanted = [-(-int(count) * hundredths // 100) for count in counts]
+        got = np.sum(np.asarray(marks) == 7, axis=(1, 2)).tolist()
+        assert got == wanted, f"top_fraction={policy.top_fraction}"
