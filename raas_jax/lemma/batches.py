@@ -21,11 +21,12 @@ class Bucket:
     late_share: float = 0.25  # of the problems that get late facts
 
     def __post_init__(self) -> None:
-        # At most 6 words of prompt and 14 of derivation each, and 8 around them.
-        if self.tokens < 20 * self.largest + 8:
+        # 6 words of prompt and 14 of derivation for each definition, less for literals; the few
+        # problems that are longer than their row are drawn again.
+        if self.tokens < 19 * self.largest + 8:
             raise ValueError(
                 f"tokens={self.tokens}: a row must hold a problem of largest={self.largest} "
-                f"definitions; wanted at least {20 * self.largest + 8}"
+                f"definitions; wanted at least {19 * self.largest + 8}"
             )
 
     def knobs(self, source: random.Random) -> Knobs:
@@ -67,6 +68,8 @@ def batch(bucket: Bucket, split: str, seed: int, index: int) -> Batch:
             ids, prompt = row_ids(problem)
             end = used + len(ids)
             if end > length + 1:
+                if not used:
+                    continue
                 break
             segment += 1
             problems += 1

@@ -112,5 +112,5 @@ def test_config_names_what_is_wrong(tmp_path):
     path.write_text(yaml.safe_dump(TINY | {"lerning_rate": 1}))
     with pytest.raises(ValueError, match="lerning_rate.*checkpoints"):
         TrainConfig.from_file(path)
-    with pytest.raises(ValueError, match="wanted at least 1288"):
+    with pytest.raises(ValueError, match="wanted at least 1224"):
         Bucket(4, 64, 1024, 1)
