@@ -6,10 +6,11 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Annotated, Any
 
 import tyro
+from tqdm import tqdm
 
 import raas_jax
 from raas_jax.commands.options import Dtype, Int, PolicyOptions, SamplingOptions, readable_bytes
@@ -84,17 +85,21 @@ class Generate:
         self, params: raas_jax.Params, prompts: list[Prompt], options: dict[str, Any]
     ) -> bool:
         """Prints each answer as it comes; gives whether it was interrupted."""
+        # Where the text itself does not go to the terminal, a bar shows that something happens.
+        hidden = sys.stdout.isatty() or not sys.stderr.isatty()
         for number, prompt in enumerate(prompts):
             if number:
                 print()
-            for piece in raas_jax.stream(params, prompt, **options):
-                print(piece.text, end="", flush=True)
-                output = piece.output
-            assert output is not None and output.stats is not None
-            print(flush=True)
-            if output.text is None:
-                print(*output.tokens)
-            print(summary(output), file=sys.stderr, flush=True)
+            clock = _Clock()
+            with tqdm(unit=" tokens", delay=1, disable=hidden) as bar:
+                for piece in _uninterrupted(raas_jax.stream(params, prompt, **options)):
+                    clock.count(piece.generated_tokens)
+                    bar.update(piece.generated_tokens - bar.n)
+                    print(piece.text, end="", flush=True)
+                    output = piece.output
+            assert output is not None
+            print(*output.tokens if output.text is None else "", flush=True)
+            print(summary(output, clock.tokens_per_second), file=sys.stderr, flush=True)
             if output.finish_reason == "interrupted":
                 return True
         return False
@@ -117,6 +122,34 @@ class Generate:
         return False
 
 
+class _Clock:
+    """Tokens per second, without what was compiled for the first ones."""
+
+    def __init__(self) -> None:
+        self._stamps: list[tuple[int, float]] = []
+
+    def count(self, tokens: int) -> None:
+        self._stamps.append((tokens, time.perf_counter()))
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """None for an answer that is too short to tell."""
+        if len(self._stamps) < 4:
+            return None
+        (first, began), (last, ended) = self._stamps[1], self._stamps[-1]
+        return (last - first) / (ended - began)
+
+
+def _uninterrupted(pieces: Iterator[raas_jax.Piece]) -> Iterator[raas_jax.Piece]:
+    """The pieces; Ctrl-C while one is being printed reaches their maker, which ends the answer."""
+    try:
+        yield from pieces
+    except KeyboardInterrupt:
+        assert isinstance(pieces, Generator)
+        yield pieces.throw(KeyboardInterrupt)
+        yield from pieces
+
+
 def _batches(prompts: list[Prompt], rows: int) -> Iterator[list[Prompt]]:
     for start in range(0, len(prompts), rows):
         yield prompts[start : start + rows]
@@ -135,7 +168,7 @@ def as_json(output: raas_jax.Output) -> dict[str, Any]:
     }
 
 
-def summary(output: raas_jax.Output) -> str:
+def summary(output: raas_jax.Output, speed: float | None = None) -> str:
     """Two lines on what an answer took, beside what a dense cache would have taken."""
     stats = output.stats
     assert stats is not None
@@ -144,12 +177,11 @@ def summary(output: raas_jax.Output) -> str:
         "length": "cut off at --max-new-tokens or the model's context",
         "interrupted": "interrupted",
     }
-    drawn = max(stats.generated_tokens - 1, 0)  # The first comes with the prompt.
-    speed = f", {drawn / stats.decode_seconds:.0f} tokens/s" if stats.decode_seconds else ""
+    rate = "" if speed is None else f", {speed:.0f} tokens/s"
     memory = readable_bytes(stats.kv_bytes)
     dense = readable_bytes(stats.dense_kv_bytes)
     return (
-        f"[{stats.generated_tokens} tokens after a prompt of {stats.prompt_tokens}{speed}; "
+        f"[{stats.generated_tokens} tokens after a prompt of {stats.prompt_tokens}{rate}; "
         f"{ends.get(str(output.finish_reason), output.finish_reason)}]\n"
         f"[{stats.kept_pages} pages kept, {stats.evicted_pages} forgotten; "
         f"keys and values: {memory}, a dense cache: {dense}]"
