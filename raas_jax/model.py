@@ -43,7 +43,8 @@ class Block(nnx.Module):
         self.q = normal((N, H, D), ("heads", "head_dim", "embed"), D)
         self.k = normal((K, H, D), ("kv_heads", "head_dim", "embed"), D)
         self.v = normal((K, H, D), ("kv_heads", "head_dim", "embed"), D)
-        self.o = normal((D, N, H), ("embed", "heads", "head_dim"), N * H)
+        # Flat, since a last pair of (heads, head_dim) would be laid out anew on a TPU.
+        self.o = normal((D, N * H), ("embed", "joined_heads"), N * H)
         if c.qkv_bias:
             self.q_bias = full(0.0, (N, H), ("heads", "head_dim"))
             self.k_bias = full(0.0, (K, H), ("kv_heads", "head_dim"))
@@ -80,7 +81,7 @@ class Block(nnx.Module):
         """Output projection of `attended [B, T, N, H]`, the residuals and the MLP → `[B, T, D]`."""
         c = self.config
         flat = attended.reshape(*x.shape[:-1], -1)
-        out = project(flat, self.o[...].reshape(c.hidden_size, -1))
+        out = project(flat, self.o[...])
         x = x + (out + self.o_bias[...] if c.output_bias else out)
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
         gate, up = project(h, self.gate[...]), project(h, self.up[...])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.config import ModelConfig
@@ -19,6 +20,7 @@ RULES: dict[str, str | None] = {
     "rows": "data",
     "heads": "model",
     "kv_heads": "model",
+    "joined_heads": "model",  # heads times head_dim, cut only between heads
     "mlp": "model",
     "vocab": "model",
     "layers": None,
@@ -46,11 +48,13 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     )
 
 
-def partition(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> PartitionSpec:
+def partition(
+    mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], head_dim: int = 1
+) -> PartitionSpec:
     """How an array with these logical axes lies on the mesh.
 
     An axis that its mesh axis does not divide is replicated: four key/value heads on eight devices
-    are the usual case.
+    are the usual case. An axis of joined heads counts in units of `head_dim`.
 
     Raises:
       KeyError: an axis that `RULES` does not name.
@@ -59,7 +63,8 @@ def partition(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> Part
     spec: list[str | None] = []
     for axis, size in zip(axes, shape, strict=True):
         target = RULES[axis]
-        divides = target is not None and size % mesh.shape[target] == 0
+        units = size // head_dim if axis == "joined_heads" else size
+        divides = target is not None and units % mesh.shape[target] == 0
         spec.append(target if divides else None)
     used = [name for name in spec if name is not None]
     if len(used) != len(set(used)):
@@ -69,11 +74,10 @@ def partition(mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...]) -> Part
 
 def weight_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     """A sharding for every array of `Params.weights`, in its structure."""
-    shapes = jax.tree.map(
-        lambda leaf: leaf.shape, abstract_model(config, "float32")[1].to_pure_dict()
-    )
+    state = nnx.to_pure_dict(abstract_model(config, "float32")[1])
+    shapes = jax.tree.map(lambda leaf: leaf.shape, state)
     return jax.tree.map(
-        lambda axes, shape: NamedSharding(mesh, partition(mesh, axes, shape)),
+        lambda axes, shape: NamedSharding(mesh, partition(mesh, axes, shape, config.head_dim)),
         logical_axes(config),
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),

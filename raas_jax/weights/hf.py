@@ -18,18 +18,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_model
 from raas_jax.params import Params
+from raas_jax.sharding import weight_shardings
 from raas_jax.weights import safetensors
 from raas_jax.weights.files import copy_companions, new_folder
 
 Shape = tuple[int, ...]
-# None: the default device. One sharding for all arrays, a tree of them like `weights`, or a
-# function that makes such a tree from the config.
-Shardings = Sharding | Mapping[str, Any] | Callable[[ModelConfig], Any] | None
+# None: the default device. A mesh, on which the weights lie by their logical axes; one sharding for
+# all arrays; a tree of them like `weights`; or a function from the config to any of these.
+Shardings = Mesh | Sharding | Mapping[str, Any] | Callable[[ModelConfig], Any] | None
 
 # Each named transform gives the Hugging Face shape of one layer's tensor from our shape of it.
 # The order of the numbers in memory is the same in both, so reading and writing are reshapes.
@@ -37,8 +38,6 @@ TRANSFORMS: dict[str, Callable[[Shape], Shape]] = {
     "same": lambda shape: shape,
     # ours [heads, head_dim, ...], theirs [heads * head_dim, ...]
     "rows_to_heads": lambda shape: (shape[0] * shape[1], *shape[2:]),
-    # ours [D, heads, head_dim], theirs [D, heads * head_dim]
-    "columns_to_heads": lambda shape: (shape[0], shape[1] * shape[2]),
 }
 
 # Hugging Face name → (our path, transform). `{layer}` numbers the leading axis of our array.
@@ -54,7 +53,7 @@ TABLE: dict[str, tuple[str, str]] = {
     "model.layers.{layer}.self_attn.k_norm.weight": ("layers.k_norm", "same"),
     "model.layers.{layer}.self_attn.v_proj.weight": ("layers.v", "rows_to_heads"),
     "model.layers.{layer}.self_attn.v_proj.bias": ("layers.v_bias", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.o_proj.weight": ("layers.o", "columns_to_heads"),
+    "model.layers.{layer}.self_attn.o_proj.weight": ("layers.o", "same"),
     "model.layers.{layer}.self_attn.o_proj.bias": ("layers.o_bias", "same"),
     "model.layers.{layer}.post_attention_layernorm.weight": ("layers.mlp_norm", "same"),
     "model.layers.{layer}.mlp.gate_proj.weight": ("layers.gate", "same"),
@@ -138,8 +137,10 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
 def flat_shardings(config: ModelConfig, sharding: Shardings) -> dict[str, Sharding | None]:
     """Dotted path → sharding of that array, from any form of the `sharding` argument."""
     tree: Any = sharding
-    if callable(sharding) and not isinstance(sharding, Sharding):
+    if callable(sharding) and not isinstance(sharding, Mesh | Sharding):
         tree = sharding(config)
+    if isinstance(tree, Mesh):
+        tree = weight_shardings(config, tree)
     paths = list(flat_shapes(config, "float32"))
     if tree is None or isinstance(tree, Sharding):
         return dict.fromkeys(paths, tree)
@@ -179,8 +180,9 @@ def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None
       folder: the local folder.
       dtype: float32, float16 or bfloat16; "source" keeps that of the files; None is bfloat16 on an
         accelerator and float32 on a CPU.
-      sharding: None for the default device, one `Sharding` for every array, a tree of them in the
-        structure of `Params.weights`, or a function from the config to such a tree.
+      sharding: None for the default device; a mesh, on which the weights lie by their logical axes;
+        one `Sharding` for every array; a tree of them in the structure of `Params.weights`; or a
+        function from the config to any of these.
 
     Returns:
       `Params` whose `source` is the folder and whose config has the dtype that was loaded.

@@ -29,7 +29,7 @@ def test_tensors_go_where_the_table_says(checkpoint):
     # Row 6 of the matrix is the first row of head 1.
     np.testing.assert_array_equal(w["layers"]["q"][1, 1, 0], q[6])
     o = t[layer + "self_attn.o_proj.weight"]
-    np.testing.assert_array_equal(w["layers"]["o"][1, :, 1, 0], o[:, 6])
+    np.testing.assert_array_equal(w["layers"]["o"][1, :, 6], o[:, 6])
     np.testing.assert_array_equal(
         w["layers"]["k_bias"][1].reshape(-1), t[layer + "self_attn.k_proj.bias"]
     )
