@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import raas_jax.weights as weights
+from raas_jax import Dense, RaaS, generate
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_model, merge
 
@@ -137,6 +138,45 @@ def test_transformers_reads_what_we_write(case, tmp_path):
     assert not any(report.values()), report
     tokens = np.arange(24).reshape(1, 24)
     np.testing.assert_array_equal(reference_logits(again, tokens), reference_logits(model, tokens))
+
+
+NEW_TOKENS = 64
+# One of each architecture; a prefill and a decode are compiled for each policy.
+GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
+# The budget covers the new tokens, so nothing may be lost.
+POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
+
+
+@pytest.mark.parametrize("case", GREEDY)
+def test_greedy_tokens_equal_transformers(case, tmp_path):
+    import torch
+
+    model = make_model(case)
+    model.save_pretrained(tmp_path)
+    params = weights.load(tmp_path, dtype="float32")
+    prompt = np.random.default_rng(1).integers(2, BASE["vocab_size"], 21).tolist()
+    with torch.no_grad():
+        answer = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
+    expected = answer[0, len(prompt) :].tolist()
+    assert len(expected) == NEW_TOKENS
+    for policy in POLICIES:
+        out = generate(params, prompt, policy=policy, max_new_tokens=NEW_TOKENS)
+        assert list(out.tokens) == expected, policy
+        assert out.stats.evicted_pages == 0
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Dense(), RaaS(budget=208), RaaS.paper(budget=224)],
+    ids=["dense", "beside the prompt", "the paper's"],
+)
+def test_a_real_model_generates_its_reference(shared, policy):
+    folder = shared / "models" / "stories260K"
+    ids = json.loads((folder / "greedy_ref.json").read_text())["greedy_ids"]
+    params = weights.load(folder, dtype="float32")
+    out = generate(params, ids[:1], policy=policy, max_new_tokens=len(ids) - 1)
+    assert list(out.tokens) == ids[1:]
+    assert out.stats.evicted_pages == 0
 
 
 def test_a_real_model(shared):
