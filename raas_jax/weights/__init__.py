@@ -43,8 +43,9 @@ def load(
         folder goes before a hub id of the same name; a folder called demo is "./demo".
       dtype: float32, float16 or bfloat16; "source" keeps that of the files; None is bfloat16 on an
         accelerator and float32 on a CPU.
-      sharding: None for the default device; one `jax.sharding.Sharding` for every array; a tree of
-        them in the structure of `Params.weights`; or a function from the config to such a tree.
+      sharding: None for the default device; a `jax.sharding.Mesh`, on which the weights lie by
+        their logical axes; one `Sharding` for every array; a tree of them in the structure of
+        `Params.weights`; or a function from the config to any of these.
 
     Returns:
       `Params`, with `source` the folder in which its tokenizer is found.
