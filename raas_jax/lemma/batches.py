@@ -32,7 +32,16 @@ class Bucket:
     def knobs(self, source: random.Random) -> Knobs:
         most = min(4, self.smallest // 4)
         late = source.randint(1, most) if most and source.random() < self.late_share else 0
-        return Knobs(self.smallest, self.largest, late_facts=late)
+        # People ask for any name, and type more literals than long problems have.
+        question = 1.0 if source.random() < 0.2 else 0.25
+        literals = source.uniform(0.1, 0.5) if self.largest <= 20 else 0.15
+        return Knobs(
+            self.smallest,
+            self.largest,
+            literal_share=literals,
+            late_facts=late,
+            question_share=question,
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,18 +23,19 @@ _SHARES = 16  # one sixteenth of all problems is test, one validation, the rest 
 class Knobs:
     """What a drawn problem looks like."""
 
-    smallest: int = 24  # definitions, at least 3
+    smallest: int = 24  # definitions
     largest: int = 48  # definitions, at most the 96 names there are
     literal_share: float = 0.15  # of the definitions after the second
     reuse_exponent: float = 1.0  # an operand lies d lines back with weight d ** -exponent
     late_facts: int = 0  # values found early, used only in as many lines at the end
     product_share: float = 0.2  # of the operators; the rest is + and - alike
+    question_share: float = 0.25  # the question is about one of this last share of definitions
 
     def __post_init__(self) -> None:
-        if not 3 <= self.smallest <= self.largest <= len(NAMES):
+        if not 1 <= self.smallest <= self.largest <= len(NAMES):
             raise ValueError(
                 f"smallest={self.smallest}, largest={self.largest}: wanted "
-                f"3 <= smallest <= largest <= {len(NAMES)}; change the number of definitions"
+                f"1 <= smallest <= largest <= {len(NAMES)}; change the number of definitions"
             )
         if not 0 <= self.late_facts <= self.smallest // 4:
             raise ValueError(
@@ -101,11 +102,13 @@ def draw_problem(source: random.Random, knobs: Knobs) -> Problem:
             left, right = pair
         else:
             left = operand(index)
-            right = operand(index, without=left)
+            # Now and then a name is its own partner, as in `b = a + a`.
+            right = operand(index, without=left if source.random() < 0.97 else -1)
         operator = _operator(source, values[left], values[right], knobs.product_share)
         values.append(compute(values[left], operator, values[right]))
         definitions.append(Definition(name, names[left], operator, names[right]))
-    asked = count - 1 if late else source.randrange(count - max(1, count // 4), count)
+    last = max(1, int(count * knobs.question_share))
+    asked = count - 1 if late else source.randrange(count - last, count)
     return Problem(tuple(definitions), names[asked])
 
 

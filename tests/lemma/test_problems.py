@@ -12,11 +12,12 @@ from raas_jax.lemma.draws import SPLITS
 
 @st.composite
 def drawn(draw_value):
-    smallest = draw_value(st.integers(4, 64))
+    smallest = draw_value(st.integers(1, 64))
     knobs = Knobs(
         smallest=smallest,
         largest=draw_value(st.integers(smallest, 64)),
         late_facts=draw_value(st.integers(0, smallest // 4)),
+        question_share=draw_value(st.sampled_from([0.0, 0.25, 1.0])),
         reuse_exponent=draw_value(st.sampled_from([0.0, 1.0, 2.0])),
     )
     split = draw_value(st.sampled_from(SPLITS))
