@@ -149,8 +149,7 @@ POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 
 @pytest.mark.parametrize("case", GREEDY)
 def test_greedy_tokens_equal_transformers(case, tmp_path):
-    import torch
-
+    torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
     model = make_model(case)
     model.save_pretrained(tmp_path)
     params = weights.load(tmp_path, dtype="float32")
