@@ -10,24 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from flax import nnx
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tiny import QWEN3, VOCAB, prompts_of, random_params
 
 from raas_jax.config import ModelConfig, Rope
 from raas_jax.decode import Plan, commit_page, decode_pages, prefill, request, token_step
-from raas_jax.model import abstract_model
-from raas_jax.params import Params
 from raas_jax.policies import Dense, Evidence, RaaS
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
 ROWS = 3
-VOCAB = 19
 LONG = 10_000  # A limit that no test reaches.
 
 SHAPES = {
     # Qwen3: q and k are normed, N * H differs from D, two query heads per key/value head.
-    "qwen3": ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3"),
+    "qwen3": QWEN3,
     # Qwen2: biases, all three query heads share one key/value head.
     "qwen2": ModelConfig(
         VOCAB, 12, 8, 3, 3, 1, 4, qkv_bias=True, tie_word_embeddings=True, model_type="qwen2"
@@ -62,28 +59,6 @@ def case(page_size, **options):
         RaaS(budget, page_size=page_size, **options),
         oracle.Rules(page_size=page_size, budget=budget, **options),
     )
-
-
-def random_params(config, seed, sharpness, flat=False):
-    """Random weights with random norms and biases; `sharpness` multiplies the queries."""
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        name = path[-1].key
-        if name.endswith("norm"):
-            value = rng.uniform(0.7, 1.3, leaf.shape)
-        elif name.endswith("bias"):
-            value = rng.normal(0, 0.3, leaf.shape)
-        else:
-            value = rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
-        if name == ("q_norm" if config.qk_norm else "q"):
-            value = value * sharpness
-        if flat and name.startswith("k"):
-            value = value * 0
-        return jnp.asarray(value, leaf.dtype)
-
-    shapes = nnx.to_pure_dict(abstract_model(config, "float32")[1])
-    return Params(jax.tree_util.tree_map_with_path(draw, shapes), config)
 
 
 def start(params, plan, prompts, seed):
@@ -227,11 +202,6 @@ class Comparison:
 
 def close(got, wanted):
     np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-4)
-
-
-def prompts_of(lengths, seed):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
 
 
 def compare(policy, rules, shape, lengths, seed, sharpness, pages, *, flat=False, samples=1):

@@ -142,8 +142,8 @@ class RaaS(Policy):
 def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
     """The lowest score among the best `ceil(fraction * occupied)` pages: `[B, K, 1]`."""
     count = jnp.sum(occupied, axis=-1, keepdims=True)
-    # A table, since a product in float32 may round to the wrong side of a whole number.
-    share = Fraction(str(fraction))  # As written: 0.55 of 100 pages is 55, not 55.00000000000001.
+    # A table of exact numbers: in floating point, 0.55 of 100 pages is more than 55.
+    share = Fraction(str(fraction))
     best = jnp.asarray([math.ceil(n * share) for n in range(score.shape[-1] + 1)])[count]
     ranked = jnp.sort(jnp.where(occupied, score, -jnp.inf), axis=-1, descending=True)
     return jnp.take_along_axis(ranked, jnp.maximum(best - 1, 0), axis=-1)

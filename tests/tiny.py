@@ -1,0 +1,44 @@
+"""Tiny networks with random weights, made in NumPy: initialising one with jax compiles for long."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from raas_jax.config import ModelConfig
+from raas_jax.model import abstract_model
+from raas_jax.params import Params
+
+VOCAB = 19
+QWEN3 = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3")
+
+
+def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):
+    """Random weights, norms and biases. `sharpness` multiplies the queries, and `flat` makes every
+    key zero, so that all tokens are attended to alike."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        name = path[-1].key
+        if name.endswith("norm"):
+            value = rng.uniform(0.7, 1.3, leaf.shape)
+        elif name.endswith("bias"):
+            value = rng.normal(0, 0.3, leaf.shape)
+        else:
+            value = rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
+        if name == ("q_norm" if config.qk_norm else "q"):
+            value = value * sharpness
+        if flat and name.startswith("k"):
+            value = value * 0
+        return jnp.asarray(value, leaf.dtype)
+
+    shapes = nnx.to_pure_dict(abstract_model(config, "float32")[1])
+    return Params(jax.tree_util.tree_map_with_path(draw, shapes), config)
+
+
+def prompts_of(lengths, seed=0):
+    """Random prompts of these lengths, as lists of ids."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
