@@ -1,4 +1,4 @@
-"""The command line: `raas-jax generate`, `convert`, `memory`, `bench`, `train`."""
+"""The command line: `raas-jax generate`, `convert`, `memory`, `bench`, `train`, `eval`, ..."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import tyro
 import raas_jax
 from raas_jax.commands.bench import Bench
 from raas_jax.commands.convert import Convert
+from raas_jax.commands.eval import Eval, Report
 from raas_jax.commands.generate import Generate
 from raas_jax.commands.memory import Memory
 from raas_jax.commands.train import Train
@@ -23,6 +24,8 @@ COMMANDS: dict[str, type[Command]] = {
     "memory": Memory,
     "bench": Bench,
     "train": Train,
+    "eval": Eval,
+    "report": Report,
 }
 DESCRIPTION = """Decode long chains of thought in constant memory.
 

@@ -1,0 +1,150 @@
+"""`raas-jax eval` and `raas-jax report`: policies side by side on a task, in tables."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from typing import Annotated, Any
+
+import tyro
+import yaml
+
+from raas_jax import policies
+from raas_jax.commands.options import Dtype, Int
+
+
+@dataclasses.dataclass
+class Eval:
+    """Measure policies on a task; a run that was stopped goes on where it was."""
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """lemma."""
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
+    """Folder for the samples and the tables."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
+    """Hugging Face or Orbax folder, or demo."""
+    policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "dense,raas"
+    """Separated by commas, each with options if it has any, as in raas:alpha=0.01:share=layer."""
+    budgets: Annotated[str, tyro.conf.arg(metavar="INTS")] = "32,64,128,256"
+    """Of the policies that have one, separated by commas."""
+    page_size: Int = None
+    """Tokens per page, for all policies; 16."""
+    problems: Annotated[int, tyro.conf.arg(metavar="INT")] = 200
+    """How many."""
+    definitions: Annotated[str, tyro.conf.arg(metavar="FROM-TO")] = "24-48"
+    """Of each problem."""
+    late_facts: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Values that are found early and needed only at the end."""
+    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """Of the problems."""
+    split: Annotated[str, tyro.conf.arg(metavar="{test,validation}")] = "test"
+    """Problems that the demo was not trained on."""
+    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
+    """Cap of every answer; by default half as much again as the right one takes."""
+    rows: Annotated[int, tyro.conf.arg(metavar="INT")] = 16
+    """Problems at once."""
+    dtype: Dtype = None
+    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
+
+    def run(self) -> int:
+        """Runs what is missing, then prints the table and saves it beside the samples."""
+        from raas_jax import evaluate
+
+        evaluate.check_task(self.task)
+        smallest, largest = parse_range(self.definitions)
+        task = evaluate.LemmaTask(
+            problems=self.problems,
+            smallest=smallest,
+            largest=largest,
+            late_facts=self.late_facts,
+            seed=self.seed,
+            split=self.split,
+            max_new_tokens=self.max_new_tokens,
+        )
+        tried = parse_policies(self.policies, self.budgets, self.page_size)
+        from raas_jax import load
+
+        params = load(self.model, dtype=self.dtype)
+        try:
+            evaluate.run(params, task, tried, self.out, model=self.model, rows=self.rows)
+        except KeyboardInterrupt:
+            print(f"\n{self.out} has what is finished; the same command goes on.", file=sys.stderr)
+            raise
+        return print_report(self.out)
+
+
+@dataclasses.dataclass
+class Report:
+    """Make the tables of an evaluation again from its samples."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The --out of `raas-jax eval`."""
+
+    def run(self) -> int:
+        """Prints the table and saves it as Markdown and CSV."""
+        return print_report(self.folder)
+
+
+def print_report(folder: str) -> int:
+    """Tables on stdout, remarks on stderr."""
+    from raas_jax import evaluate
+
+    text, remarks = evaluate.report(folder)
+    print(text, end="")
+    for remark in remarks:
+        print(f"raas-jax: note: {remark}", file=sys.stderr)
+    return 0
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`24-48`, or `64` for 64-64. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not found:
+        raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
+    return int(found[1]), int(found[2] or found[1])
+
+
+def parse_policies(names: str, budgets: str, page_size: int | None) -> list[policies.Policy]:
+    """Every named policy, once for each budget if it has one.
+
+    Raises ValueError for an unknown policy (near matches) or option, and for a wrong value.
+    """
+    sizes = _budgets(budgets)
+    found: list[policies.Policy] = []
+    for spec in _split(names):
+        name, *pairs = spec.split(":")
+        kind = policies.by_name(name)
+        fields = {field.name for field in dataclasses.fields(kind)}
+        options = dict(_option(name, pair, fields) for pair in pairs)
+        if page_size is not None:
+            options.setdefault("page_size", page_size)
+        if "budget" in fields and "budget" not in options:
+            found += [kind(**{"budget": budget, **options}) for budget in sizes]
+        else:
+            found.append(kind(**options))
+    if not found:
+        raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
+    return found
+
+
+def _option(policy: str, pair: str, fields: set[str]) -> tuple[str, Any]:
+    key, equals, value = pair.partition("=")
+    key = key.strip().replace("-", "_")
+    if not equals or key not in fields:
+        raise ValueError(
+            f"--policies has {pair!r}; options of {policy} are {', '.join(sorted(fields))}, "
+            f"written as {policy}:name=value."
+        )
+    return key, yaml.safe_load(value)
+
+
+def _budgets(text: str) -> list[int]:
+    try:
+        return [int(part) for part in _split(text)]
+    except ValueError:
+        raise ValueError(f"--budgets is {text!r}; write for example 32,64,128.") from None
+
+
+def _split(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]

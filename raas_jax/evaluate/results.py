@@ -1,0 +1,203 @@
+"""The folder of a run: its configuration, and one JSON line per sample.
+
+run.json            configuration; sessions with versions and device
+samples.jsonl       one line per sample, appended and flushed as it is finished
+samples.bad.jsonl   lines that could not be read, kept aside
+table.md, table.csv made from the two above by `raas-jax report`
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+RUN, SAMPLES, BAD = "run.json", "samples.jsonl", "samples.bad.jsonl"
+KEY = ("policy", "item")  # What names a sample within a run.
+Sample = dict[str, Any]
+
+
+class Results:
+    """Samples of a run in its folder.
+
+    Attributes:
+      folder: where they are.
+      config: what the run is: the same for every session that adds to the folder.
+      samples: those that are finished, by (policy, item).
+      bad: lines that could not be read.
+      repeated: lines that repeated a sample; the first counts.
+    """
+
+    def __init__(self, folder: Path, config: dict[str, Any], samples: list[Sample], bad: list[str]):
+        self.folder = folder
+        self.config = config
+        self.samples: dict[tuple[str, str], Sample] = {}
+        self.bad = bad
+        self.repeated = 0
+        for sample in samples:
+            key = _key(sample)
+            self.repeated += key in self.samples
+            self.samples.setdefault(key, sample)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """Reads a folder and changes nothing in it.
+
+        Raises:
+          FileNotFoundError: it holds no run. ValueError: `run.json` is not readable.
+        """
+        path = Path(folder)
+        if not (path / RUN).is_file():
+            raise FileNotFoundError(
+                f"{path} holds no {RUN}; give the --out folder of a `raas-jax eval`."
+            )
+        try:
+            config = json.loads((path / RUN).read_text())["config"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path / RUN} is not a run's configuration ({error}).") from error
+        good, bad = [], []
+        for line in _lines(path / SAMPLES):
+            sample = _parse(line)
+            if sample is None:
+                bad.append(line)
+            else:
+                good.append(sample)
+        return cls(path, config, good, bad)
+
+    @classmethod
+    def open(
+        cls, folder: str | Path, config: Mapping[str, Any], session: Mapping[str, Any]
+    ) -> Results:
+        """Starts a run, or goes on with one; lines that cannot be read are kept aside.
+
+        Args:
+          folder: made if it is not there.
+          config: JSON values; must equal that of the run in the folder, if there is one.
+          session: versions and device of this session, added to `run.json`.
+
+        Raises:
+          ValueError: the folder belongs to another run, with what differs, or to something else.
+          OSError: it cannot be written.
+        """
+        path = Path(folder)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise ValueError(f"--out is {str(folder)!r}, which is a file; give a folder.") from None
+        wanted: dict[str, Any] = json.loads(json.dumps(config))
+        sessions = []
+        if (path / RUN).is_file():
+            found = cls.read(path)
+            different = differences(found.config, wanted)
+            if different:
+                raise ValueError(
+                    f"{path} holds another run; give a new --out, or the same options. "
+                    "There → here:\n  " + "\n  ".join(different)
+                )
+            sessions = json.loads((path / RUN).read_text()).get("sessions", [])
+            if found.bad:
+                with (path / BAD).open("a", encoding="utf-8") as file:
+                    file.writelines(line.rstrip("\n") + "\n" for line in found.bad)
+                lines = (json.dumps(sample) + "\n" for sample in found.samples.values())
+                _write(path / SAMPLES, "".join(lines))
+        elif any(path.iterdir()):
+            raise ValueError(
+                f"{path} holds files but no {RUN}, so it is no folder of a run; give another --out."
+            )
+        else:
+            found = cls(path, wanted, [], [])
+        # Written before the first sample, so that every sample has its configuration.
+        whole = {"config": wanted, "sessions": [*sessions, dict(session)]}
+        _write(path / RUN, json.dumps(whole, indent=1) + "\n")
+        return found
+
+    def add(self, sample: Sample) -> None:
+        """Appends a sample; what was written before stays valid if this fails (a full disk)."""
+        key = _key(sample)
+        if key in self.samples:
+            raise ValueError(f"sample {key} is there already")
+        file = self.folder / SAMPLES
+        line = (json.dumps(sample) + "\n").encode()
+        with file.open("ab") as stream:
+            before = stream.tell()
+            try:
+                stream.write(line)
+                stream.flush()
+            except OSError as error:
+                os.truncate(file, before)
+                raise OSError(
+                    error.errno,
+                    f"{error.strerror}; the {len(self.samples)} samples before are safe, and the "
+                    "same command goes on from there",
+                    str(file),
+                ) from error
+        self.samples[key] = sample
+
+    def of(self, policy: str) -> list[Sample]:
+        """The finished samples of one policy, in the order of their items."""
+        found = [sample for (name, _), sample in self.samples.items() if name == policy]
+        return sorted(found, key=lambda sample: (len(str(sample["item"])), str(sample["item"])))
+
+    def remarks(self) -> list[str]:
+        """What a reader should know about the file, in sentences."""
+        said = []
+        if self.bad:
+            said.append(
+                f"{len(self.bad)} unreadable line(s) in {self.folder / SAMPLES} left out"
+                f" (a run that goes on keeps them in {BAD})"
+            )
+        if self.repeated:
+            said.append(f"{self.repeated} repeated sample(s) left out; the first of each counts")
+        return said
+
+
+def differences(there: Any, here: Any, name: str = "") -> list[str]:
+    """What differs between two JSON values, one readable line each."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        names = [*there, *(key for key in here if key not in there)]
+        inside = ((there.get(k, "(none)"), here.get(k, "(none)"), f"{name}.{k}") for k in names)
+    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
+        inside = ((a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(there, here, strict=True)))
+    elif there == here:
+        return []
+    else:
+        return [f"{name.lstrip('.')}: {_short(there)} → {_short(here)}"]
+    return [line for a, b, inner in inside for line in differences(a, b, inner)]
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _key(sample: Mapping[str, Any]) -> tuple[str, str]:
+    return str(sample["policy"]), str(sample["item"])
+
+
+def _lines(file: Path) -> Iterator[str]:
+    if file.is_file():
+        with file.open(encoding="utf-8", errors="replace") as stream:
+            yield from (line for line in stream if line.strip())
+
+
+def _parse(line: str) -> Sample | None:
+    """The sample on a line, None if it is not whole."""
+    try:
+        sample = json.loads(line)
+    except ValueError:
+        return None
+    # A line without its end may be a shorter number than was meant.
+    good = line.endswith("\n") and isinstance(sample, dict) and all(key in sample for key in KEY)
+    return sample if good else None
+
+
+def _write(file: Path, text: str) -> None:
+    """Replaces a file at once, so that a kill leaves the old or the new one."""
+    fresh = file.with_name(file.name + ".new")
+    with fresh.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(fresh, file)
