@@ -1,0 +1,105 @@
+"""Reads optimised HLO text: what do the loops of a compiled program write out in full?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
+SIZES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
+
+# These name memory that exists, or run a computation whose own instructions are looked at.
+FREE = {
+    "parameter", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call",
+    "constant", "after-all", "opt-barrier", "async-start", "async-update", "async-done",
+}  # fmt: skip
+# These write a part of their first operand, in place: where the compiler cannot, it adds a `copy`.
+IN_PLACE = {"dynamic-update-slice", "scatter"}
+
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(
+    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    name: str
+    op: str
+    bytes: int
+    called: tuple[str, ...]
+    operands: tuple[str, ...]
+    root: bool
+    line: str
+
+
+def computations(text: str) -> dict[str, list[Instruction]]:
+    """Instructions of every computation of a module."""
+    found: dict[str, list[Instruction]] = {}
+    current: list[Instruction] = []
+    for line in text.splitlines():
+        if head := _COMPUTATION.match(line):
+            current = found.setdefault(head[1], [])
+        elif part := _INSTRUCTION.match(line):
+            root, name, shape, op, rest = part.groups()
+            called = _CALLED.findall(rest)
+            for branches in _BRANCHES.findall(rest):
+                called += [one.strip().lstrip("%") for one in branches.split(",")]
+            operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
+            size = sum(
+                SIZES.get(kind, 8) * math.prod(int(d) for d in dims.split(",") if d)
+                for kind, dims in _SHAPE.findall(shape)
+            )
+            current.append(
+                Instruction(
+                    name, op, size, tuple(called), tuple(operands), bool(root), line.strip()
+                )
+            )
+    return found
+
+
+def written_in_loops(text: str, size: int) -> list[str]:
+    """Instructions inside loops that write out at least `size` bytes, other than in place."""
+    found = computations(text)
+    loops = [i for part in found.values() for i in part if i.op == "while"]
+    assert loops, "no loop in this program: nothing was checked"
+    todo, seen, out = [name for loop in loops for name in loop.called], set(), []
+    while todo:
+        name = todo.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        for each in found[name]:
+            # What happens within a fusion stays in registers; its result is what is written.
+            if each.op != "fusion":
+                todo += each.called
+            if each.bytes >= size and each.op not in FREE and not _in_place(each, found, size):
+                out.append(f"{name}: {each.line}")
+    return out
+
+
+def _in_place(each: Instruction, found: dict[str, list[Instruction]], size: int) -> bool:
+    """Whether it, or all that a fusion puts out, writes less than `size` bytes into a buffer."""
+    inside = next(part for part in found.values() if each in part)
+    ends = [each]
+    if each.op == "fusion":
+        inside = found[each.called[0]]
+        ends = [i for i in inside if i.root]
+    named = {i.name: i for i in inside}
+    while ends and ends[0].op in ("bitcast", "tuple"):
+        ends = [named[name] for end in ends for name in end.operands]
+    return bool(ends) and all(
+        end.op in IN_PLACE and sum(named[name].bytes for name in _written(end)) < size
+        for end in ends
+    )
+
+
+def _written(each: Instruction) -> tuple[str, ...]:
+    """Operands that hold the new part."""
+    if each.op == "scatter":
+        return each.operands[len(each.operands) // 3 * 2 :]
+    return each.operands[1:2]

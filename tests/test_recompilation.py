@@ -1,0 +1,115 @@
+"""One compilation serves every prompt of a bucket, every seed and every setting of the sampler."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+
+import chex
+import jax
+import pytest
+from tiny import prompts_of, random_params
+
+import raas_jax
+from raas_jax import Dense, RaaS, Sampling
+
+# Not `import raas_jax.generate`: that name is the function.
+module = importlib.import_module("raas_jax.generate")
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params()
+
+
+@contextlib.contextmanager
+def counted():
+    """Programs that the compiler was asked for meanwhile, those of jax itself included."""
+    names = []
+
+    def listener(event, duration, **kwargs):
+        if event.endswith("backend_compile_duration"):
+            names.append(kwargs.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield names
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@pytest.fixture
+def traced_once(monkeypatch):
+    """`generate` over fresh jits of its two programs, either of which may be traced only once."""
+    chex.clear_trace_counter()
+    for name, static in ("prefill", ["plan"]), ("decode_pages", ["plan", "pages"]):
+        plain = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+        donated = ["state"] if name == "decode_pages" else []
+        jitted = jax.jit(plain, static_argnames=static, donate_argnames=donated)
+        monkeypatch.setattr(module, name, jitted)
+
+
+def test_what_a_caller_varies_compiles_nothing(params, traced_once):
+    policy = RaaS(16, page_size=4)
+
+    def ask(lengths=(6, 3), text=0, new=40, seed=0, **sampling):
+        return raas_jax.generate(
+            params,
+            prompts_of(lengths, text),
+            policy=policy,
+            max_new_tokens=new,
+            seed=seed,
+            sampling=Sampling(**sampling),
+        )
+
+    first = ask()
+    with counted() as compiled:
+        assert ask(text=1)[0].tokens != first[0].tokens
+        ask(lengths=(5, 8))
+        ask(new=39)
+        ask(new=600)  # Far beyond the budget: the slots stay the same.
+        ask(temperature=0.7)
+        ask(temperature=0.7, seed=1)
+        ask(temperature=1.3, top_p=0.9, top_k=5, min_p=0.1, seed=2)
+        assert ask()[0].tokens == first[0].tokens
+    assert compiled == []
+
+
+def test_the_check_can_fail(params, traced_once):
+    """Another bucket of prompts, and another policy, are other programs."""
+    ask = {"policy": RaaS(16, page_size=4), "max_new_tokens": 9}
+    raas_jax.generate(params, [1, 2, 3], **ask)
+    with pytest.raises(AssertionError, match="prefill.* is traced > 1 times"):
+        raas_jax.generate(params, [1] * 9, **ask)
+    raas_jax.generate(params, [1, 2], **ask)
+    with counted() as compiled:
+        jax.jit(lambda x: x * 3 + 1)(3)
+    assert len(compiled) == 1
+
+
+def test_within_a_bucket_of_lengths_dense_compiles_nothing(params, traced_once):
+    for new in (33, 40, 47, 48):
+        out = raas_jax.generate(params, [1, 2, 3], policy=Dense(page_size=4), max_new_tokens=new)
+        assert len(out.tokens) == new
+
+
+def test_within_the_budget_few_prompt_lengths_compile_anew(params, traced_once):
+    """The paper's accounting gives each prompt length other slots; those are rounded up."""
+    for length in (1, 3, 4):
+        raas_jax.generate(
+            params, [1] * length, policy=RaaS(64, prompt="within", page_size=4), max_new_tokens=70
+        )
+
+
+def test_generate_ids_takes_arrays_of_any_value(params):
+    ask = {"policy": RaaS(16, page_size=4), "max_new_tokens": 12, "sampling": Sampling(1.0)}
+    run = chex.assert_max_traces(
+        lambda tokens, lengths, seed: raas_jax.generate_ids(
+            params, tokens, lengths, seed=seed, **ask
+        ),
+        n=1,
+    )
+    run = jax.jit(run)
+    for seed in range(3):
+        tokens = jax.numpy.asarray(prompts_of([6, 6], seed), jax.numpy.int32)
+        run(tokens, jax.numpy.asarray([6 - seed, 5]), jax.random.key(seed))
