@@ -16,6 +16,7 @@ from raas_jax.commands.convert import Convert
 from raas_jax.commands.eval import Eval, Report
 from raas_jax.commands.generate import Generate
 from raas_jax.commands.memory import Memory
+from raas_jax.commands.trace import Trace
 from raas_jax.commands.train import Train
 
 COMMANDS: dict[str, type[Command]] = {
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Command]] = {
     "train": Train,
     "eval": Eval,
     "report": Report,
+    "trace": Trace,
 }
 DESCRIPTION = """Decode long chains of thought in constant memory.
 

@@ -54,9 +54,10 @@ def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Reca
         if token >= len(recording.tokens):
             break
         count += 1
-        held = sum(recording.held(token, source - marks.prompt_tokens) for source in lookup.sources)
-        served += float((held > 0).mean())
-        anywhere += bool((held > 0).any())
+        sources = (source - marks.prompt_tokens for source in lookup.sources)
+        held = np.any([recording.held(token, source) for source in sources], axis=0)
+        served += float(held.mean())
+        anywhere += bool(held.any())
     return Recall(count, served, anywhere)
 
 
