@@ -36,7 +36,7 @@ class Trace:
     """Key/value heads to show, from 0; by default the one that looks up milestones most and the
     one that reads the prompt most."""
     max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
-    """Stop after this many; by default what the model's context leaves, at most 4096."""
+    """Stop after this many; by default half as much again as the right derivation takes."""
     dtype: Dtype = None
     """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
@@ -46,7 +46,12 @@ class Trace:
         from raas_jax import load
         from raas_jax.policies import Dense
         from raas_jax.trace import trace
+        from raas_jax.trace.draw import pyplot
 
+        try:
+            pyplot()  # Before anything is computed.
+        except ImportError as error:
+            raise ValueError(str(error)) from None
         prompt, policy, heads = self._prompt(), self.policy.create(), parse_heads(self.heads)
         folder = Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -94,15 +94,19 @@ class LemmaTask:
                 "the model does not read lemma problems word by word, as its milestones need; "
                 "use --model demo, or one that `raas-jax train` made."
             )
-        right = len(problem.derivation_words) + 1
-        limit = self.max_new_tokens or right + right // 2 + SLACK
-        return Item(str(index), ids, limit)
+        return Item(str(index), ids, self.max_new_tokens or answer_limit(problem))
 
 
 @functools.lru_cache(maxsize=4096)
 def _draw(task: LemmaTask, index: int) -> Problem:
     knobs = Knobs(task.smallest, task.largest, late_facts=task.late_facts)
     return draw(task.split, task.seed, index, knobs)
+
+
+def answer_limit(problem: Problem) -> int:
+    """Half as many tokens again as the right answer takes, and a few more."""
+    right = len(problem.derivation_words) + 1
+    return right + right // 2 + SLACK
 
 
 def reads_lemma(params: Params, problem: Problem) -> bool:

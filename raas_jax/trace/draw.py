@@ -20,6 +20,7 @@ RAMP = ("#ffffff", "#cfe6f5", "#56B4E9", BLUE, "#00263d")
 IN_USE = ("#0072B2", "#5fa6d1", "#cfe3f1")  # a needed page, from fresh stamp to old
 IDLE = ("#7a7a7a", "#b0b0b0", "#e2e2e2")  # a page that nothing needs any more
 PIXELS = 1000  # Larger matrices are pooled by maximum, so that single bright tokens stay.
+SPOTS = 180  # A spot covers at least this part of a picture's width and height.
 MOST_TOKENS = 64  # Up to here the axes show every token's text.
 DPI = 140
 
@@ -32,9 +33,7 @@ def pyplot() -> Any:
         raise ImportError(
             "pictures need matplotlib: pip install 'raas-jax[plots]', or pip install matplotlib."
         ) from error
-    if matplotlib.get_backend().lower() not in ("agg", "inline") and "inline" not in (
-        matplotlib.get_backend().lower()
-    ):
+    if "inline" not in matplotlib.get_backend().lower():  # A notebook draws by itself.
         matplotlib.use("Agg")
     from matplotlib import pyplot as found
 
@@ -74,9 +73,10 @@ def draw_waterfall(
             attention, gone = trace.attention[head], forgotten(trace, head)
             G, T = attention.shape
             factor = -(-T // PIXELS)
-            image = colours(norm(_pooled(attention, factor)))
-            pooled_gone = _pooled(gone, factor) & (_pooled(attention, factor) == 0)
-            image[pooled_gone] = [*_rgb(FORGOTTEN), 1]
+            spots = _pooled(attention, factor)
+            image = colours(norm(_enlarged(spots, round(max(spots.shape) / SPOTS))))
+            blank = _pooled(gone, factor) & (spots == 0)
+            image[blank] = [*_rgb(FORGOTTEN), 1]
             axis.imshow(
                 image,
                 aspect="auto",
@@ -138,7 +138,7 @@ def draw_pages(
         axis.set_xlabel(f"page of {trace.recording.page_size} tokens")
         _page_ticks(axis, trace)
     axes[0][0].set_ylabel("token being written (time runs down)")
-    _line_ticks(axes[0][0], trace, axes[0][0].yaxis, [1.0] * 2)
+    _line_ticks(axes[0][0], trace)
     stamped = trace.recording.stamps is not None
     ages = ", from just used (dark) to long ago (light)" if stamped else ""
     handles: list[Any] = [Patch(facecolor=ORANGE, label="page being written")]
@@ -228,10 +228,10 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
     return _finish(figure, file)
 
 
-_FOUND = {"marker": "o", "color": "white", "markeredgecolor": INK, "markersize": 4.5}
-_PARTLY = {"marker": "D", "color": ORANGE, "markeredgecolor": INK, "markersize": 4.5}
-_MISSED = {"marker": "X", "color": VERMILLION, "markeredgecolor": INK, "markersize": 6}
-_MISSED_BLACK = {"marker": "X", "color": INK, "markeredgecolor": "white", "markersize": 7}
+_FOUND: dict[str, Any] = {"marker": "o", "color": "white", "markeredgecolor": INK, "markersize": 4.5}
+_PARTLY: dict[str, Any] = {"marker": "D", "color": ORANGE, "markeredgecolor": INK, "markersize": 4.5}
+_MISSED: dict[str, Any] = {"marker": "X", "color": VERMILLION, "markeredgecolor": INK, "markersize": 6}
+_MISSED_BLACK: dict[str, Any] = {"marker": "X", "color": INK, "markeredgecolor": "white", "markersize": 7}
 
 
 def name(trace: Trace) -> str:
@@ -249,8 +249,8 @@ def slip_text(trace: Trace) -> str:
     right = trace.problem.derivation_words
     wanted = right[trace.slip] if trace.slip < len(right) else "the end"
     if trace.slip >= len(trace.generated):
-        return f"stopped too early; {wanted} was due"
-    return f"first wrong token: {trace.generated[trace.slip]} instead of {wanted}"
+        return f"stopped too early; “{wanted}” was due"
+    return f"first wrong token: “{trace.generated[trace.slip]}” instead of “{wanted}”"
 
 
 def forgotten(trace: Trace, head: Head) -> np.ndarray:
@@ -365,7 +365,7 @@ def _waterfall_ticks(axis: Any, trace: Trace, *, with_text: bool) -> None:
                 range(len(trace.generated)), trace.generated, fontsize=6, family="monospace"
             )
         return
-    _line_ticks(axis, trace, axis.yaxis, [1.0] * 2)
+    _line_ticks(axis, trace)
     if not with_text:
         axis.set_yticklabels([])
     if trace.milestones is None:
@@ -382,12 +382,12 @@ def _waterfall_ticks(axis: Any, trace: Trace, *, with_text: bool) -> None:
     axis.tick_params(axis="x", length=2, pad=1)
 
 
-def _line_ticks(axis: Any, trace: Trace, which: Any, _: Any = None) -> None:
+def _line_ticks(axis: Any, trace: Trace) -> None:
     """Marks the first token of every line of a derivation with the line's text."""
     if trace.milestones is None:
         return
     labels = line_labels(trace)
-    which.set_ticks(
+    axis.yaxis.set_ticks(
         [start for start, _ in labels],
         labels=[text for _, text in labels],
         fontsize=_fitting(len(labels), 420),
@@ -415,6 +415,16 @@ def _pooled(matrix: np.ndarray, factor: int) -> np.ndarray:
     padded = np.zeros((rows * factor, columns * factor), matrix.dtype)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
     return padded.reshape(rows, factor, columns, factor).max((1, 3))
+
+
+def _enlarged(matrix: np.ndarray, size: int) -> np.ndarray:
+    """Maximum over `size` by `size` around each entry: single tokens stay visible in print."""
+    if size < 2:
+        return matrix
+    before, after = (size - 1) // 2, size // 2
+    padded = np.pad(matrix, ((before, after), (before, after)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size))
+    return np.asarray(windows.max((2, 3)))
 
 
 def _rgb(colour: str) -> list[float]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from raas_jax import text
 from raas_jax.decode import dense_bytes
-from raas_jax.evaluate.lemma import reads_lemma
+from raas_jax.evaluate.lemma import answer_limit, reads_lemma
 from raas_jax.evaluate.milestones import written
 from raas_jax.evaluate.recording import Recording, record, row_bytes
 from raas_jax.lemma import Liveness, Problem, parse_problem
@@ -102,7 +102,8 @@ def trace(
       policy: which pages to keep.
       heads: whose attention to keep; by default two: the one that looks up milestones most, and
         the one that reads the prompt most.
-      max_new_tokens: by default what the context leaves, at most 4096.
+      max_new_tokens: by default, for a lemma problem half as much again as the right derivation
+        takes, else what the context leaves, at most 4096.
 
     Raises:
       ValueError: a head that the model does not have, an empty prompt, or a policy that cannot
@@ -118,7 +119,7 @@ def trace(
             )
     problem = problem_of(params, prompt)
     ids = text.encode(params, prompt)[0][0]
-    limit = max_new_tokens or min(4096, max(1, config.max_position_embeddings - len(ids)))
+    limit = max_new_tokens or _default_limit(params, len(ids), problem)
     stops = text.stop_token_ids(params)
     found = record(params, [ids], [limit], policy, stop_tokens=stops, every_step=True)
     _, recording = next(iter(found))
@@ -145,6 +146,12 @@ def trace(
         kv_bytes=row_bytes(config, policy, len(ids), limit, dtype.name),
         dense_kv_bytes=dense_bytes(config, len(ids) + len(recording.tokens), dtype),
     )
+
+
+def _default_limit(params: Params, prompt_tokens: int, problem: Problem | None) -> int:
+    if problem is not None:
+        return answer_limit(problem)
+    return min(4096, max(1, params.config.max_position_embeddings - prompt_tokens))
 
 
 def problem_of(params: Params, prompt: str) -> Problem | None:
