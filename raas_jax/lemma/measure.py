@@ -38,7 +38,7 @@ def wrong_tokens(
     """For each problem, the positions of derivation tokens that are not the model's first choice.
 
     Positions count `<bos>` + prompt + derivation + `<eos>` from 0; an empty array is an exact
-    derivation. Computed in float32, `rows` problems at a time, in rows of a multiple of 128.
+    derivation. Computed in float32, `rows` problems at a time, in rows of a multiple of 512.
     """
     weights = jax.tree.map(lambda value: value.astype(jnp.float32), weights)
     order = sorted(range(len(problems)), key=lambda index: len(problems[index].definitions))
@@ -46,7 +46,7 @@ def wrong_tokens(
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         ids = [row_ids(problems[index]) for index in chosen]
-        length = -(-max(len(each) for each, _ in ids) // 128) * 128
+        length = -(-max(len(each) for each, _ in ids) // 512) * 512
         tokens = np.full((rows, length), PAD_ID, np.int32)
         for row, (each, _) in enumerate(ids):
             tokens[row, : len(each)] = each

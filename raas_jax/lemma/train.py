@@ -107,7 +107,7 @@ _MATRICES = {
     "q": MuonDimensionNumbers((3,), (1, 2)),
     "k": MuonDimensionNumbers((3,), (1, 2)),
     "v": MuonDimensionNumbers((3,), (1, 2)),
-    "o": MuonDimensionNumbers((2, 3), (1,)),
+    "o": MuonDimensionNumbers((2,), (1,)),
     "gate": MuonDimensionNumbers((2,), (1,)),
     "up": MuonDimensionNumbers((2,), (1,)),
     "down": MuonDimensionNumbers((2,), (1,)),

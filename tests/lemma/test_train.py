@@ -39,11 +39,11 @@ TINY = {
     "average_decay": 0.9,
     "attention_scale": 1.5,
     "buckets": [
-        {"smallest": 4, "largest": 6, "tokens": 160, "rows": 2},
-        {"smallest": 4, "largest": 7, "tokens": 160, "rows": 3},
+        {"smallest": 4, "largest": 5, "tokens": 128, "rows": 2},
+        {"smallest": 4, "largest": 6, "tokens": 128, "rows": 2},
     ],
     "stages": [{"start": 0, "weights": [1, 0]}, {"start": 1, "weights": [1, 1]}],
-    "validation": [{"smallest": 4, "largest": 5, "tokens": 160, "rows": 2}],
+    "validation": [{"smallest": 4, "largest": 5, "tokens": 128, "rows": 2}],
 }
 
 
