@@ -4,6 +4,7 @@ from pallas_kernels.decode_attention import DecodeAttention, decode_attention
 from pallas_kernels.page_bound import page_bound
 from pallas_kernels.page_commit import page_commit
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.selected_decode_attention import selected_decode_attention
 
 __all__ = [
     "DecodeAttention",
@@ -11,4 +12,5 @@ __all__ = [
     "page_bound",
     "page_commit",
     "prefill_attention",
+    "selected_decode_attention",
 ]

@@ -8,8 +8,15 @@ from functools import partial, reduce
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import DecodeAttention, decode_attention, page_bound, prefill_attention
+from pallas_kernels import (
+    DecodeAttention,
+    decode_attention,
+    page_bound,
+    prefill_attention,
+    selected_decode_attention,
+)
 from raas_jax.cache import Cache, page_bounds
+from raas_jax.policies.base import Bounded, Selection
 
 
 def causal_attention(
@@ -17,6 +24,47 @@ def causal_attention(
 ) -> jax.Array:
     """Causal attention of q `[B, T, N, H]` over k, v `[B, T, K, H]` → `[B, T, N, H]`."""
     return prefill_attention(q, k, v, segments)
+
+
+def prompt_mass(
+    q: jax.Array, k: jax.Array, lengths: jax.Array, page_size: int, queries: int
+) -> jax.Array:
+    """Causal attention that each page of a prompt receives from its last tokens, summed over them.
+
+    Args:
+      q: `[B, T, N, H]`, T a multiple of P.
+      k: `[B, T, K, H]`.
+      lengths: int32 `[B]`, true lengths.
+      page_size: `P`.
+      queries: how many of the last tokens count.
+
+    Returns:
+      float32 `[B, K, G, T / P]`.
+    """
+    B, T, N, H = q.shape
+    K, block = k.shape[2], min(T, 256)
+    blocks = -(-T // block)
+    padded = jnp.pad(q, ((0, 0), (0, blocks * block - T), (0, 0), (0, 0)))
+    grouped = padded.reshape(B, blocks, block, K, N // K, H)
+    first = lengths - queries
+
+    def of_block(total: jax.Array, index: jax.Array) -> tuple[jax.Array, None]:
+        part = jax.lax.dynamic_index_in_dim(grouped, index, 1, keepdims=False)
+        scores = jnp.einsum("btkgh,bskh->bkgts", part, k, preferred_element_type=jnp.float32)
+        token = index * block + jnp.arange(block)
+        causal = jnp.arange(T) <= token[:, None]
+        share = jax.nn.softmax(jnp.where(causal, scores * H**-0.5, -jnp.inf), axis=-1)
+        counts = (token < lengths[:, None]) & (token >= first[:, None])
+        share = jnp.where(counts[:, None, None, :, None], share, 0.0)
+        pages = share.reshape(B, K, N // K, block, T // page_size, page_size)
+        return total + jnp.sum(pages, axis=(3, 5)), None
+
+    # Block by block: no T * T scores in memory.
+    zero = jnp.zeros((B, K, N // K, T // page_size), jnp.float32)
+    return jax.lax.scan(of_block, zero, jnp.arange(blocks))[0]
+
+
+_ALL = Selection()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,19 +91,22 @@ class Reader:
     offset: jax.Array
     samples: int
 
-    def attend(self, q: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Attention of q `[B, N, H]` over everything.
+    def attend(
+        self, q: jax.Array, selection: Selection = _ALL
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of q `[B, N, H]` over everything, or over the selected pages and the open one.
 
         Returns:
           The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
-          kept page received, float32 `[B, N, S]`.
+          kept page, float32 `[B, N, S]`, and the open page, `[B, N]`, received.
         """
-        prompt, kept, opened = self.cache.prompt, self.cache.kept[self.group], self.cache.open
-        heads = prompt.k.shape[2]
-        shared = decode_attention(
-            by_prompt(q, heads, self.samples), prompt.k, prompt.v, self.prompt_fill, self.layer
-        )
-        of_kept = decode_attention(q, kept.k, kept.v, self.fill, self.layer_in_group)
+        kept, opened = self.cache.kept[self.group], self.cache.open
+        if selection.kept is None:
+            of_kept = decode_attention(q, kept.k, kept.v, self.fill, self.layer_in_group)
+        else:
+            of_kept = selected_decode_attention(
+                q, kept.k, kept.v, self.fill, selection.kept, self.layer_in_group
+            )
         of_open = decode_attention(
             q,
             opened.k[:, :, :, None],
@@ -63,34 +114,66 @@ class Reader:
             jnp.broadcast_to(self.offset + 1, (1, 1, 1)),
             self.layer,
         )
-        of_prompt = jax.tree.map(partial(by_row, heads=heads, samples=self.samples), shared)
-        out, lse = merge_segments([of_prompt, of_kept, of_open])
-        return out, jnp.exp(of_kept.page_lse - lse[..., None])
+        of_prompt = self._attend_prompt(q, selection.prompt)
+        parts = [of_kept, of_open] if of_prompt is None else [of_prompt, of_kept, of_open]
+        out, lse = merge_segments(parts)
+        mass = jnp.exp(of_kept.page_lse - lse[..., None])
+        if selection.kept is not None:
+            mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
+        return out, mass, jnp.exp(of_open.page_lse[..., 0] - lse)
+
+    def _attend_prompt(self, q: jax.Array, slots: jax.Array | None) -> DecodeAttention | None:
+        prompt = self.cache.prompt
+        heads = prompt.k.shape[2]
+        if not prompt.k.shape[3]:
+            return None
+        if slots is not None:
+            return selected_decode_attention(
+                q, prompt.k, prompt.v, self.prompt_fill, slots, self.layer
+            )
+        shared = decode_attention(
+            by_prompt(q, heads, self.samples), prompt.k, prompt.v, self.prompt_fill, self.layer
+        )
+        return jax.tree.map(partial(by_row, heads=heads, samples=self.samples), shared)
+
+    def bounded(self, q: jax.Array) -> Bounded:
+        """Quest's bound of every page that has one, `[B, N, Sp]` and `[B, N, S]`; -inf if empty."""
+        prompt, kept = self.cache.prompt, self.cache.kept[self.group]
+        heads, N = prompt.k.shape[2], q.shape[1]
+        of_prompt = of_kept = None
+        if prompt.bounds is not None:
+            bounds = prompt.bounds
+            of_prompt = page_bound(
+                by_prompt(q, heads, self.samples), bounds.key_min, bounds.key_max, self.layer
+            )
+            filled = jnp.repeat(self.prompt_fill > 0, self.samples, axis=0)
+            of_prompt = jnp.where(filled, by_row(of_prompt, heads, self.samples), -jnp.inf)
+        if kept.bounds is not None:
+            bounds = kept.bounds
+            of_kept = page_bound(q, bounds.key_min, bounds.key_max, self.layer_in_group)
+            filled = jnp.repeat(self.fill > 0, N // heads, axis=1)
+            of_kept = jnp.where(filled, of_kept, -jnp.inf)
+        return Bounded(of_prompt, of_kept)
 
     def bound(self, q: jax.Array) -> jax.Array:
         """Softmax, over all pages, of Quest's bound; the kept pages' part, float32 `[B, N, S]`."""
-        prompt, kept, opened = self.cache.prompt, self.cache.kept[self.group], self.cache.open
-        assert prompt.bounds is not None and kept.bounds is not None
-        heads, N = prompt.k.shape[2], q.shape[1]
-        open_k = jax.lax.dynamic_index_in_dim(opened.k, self.layer, 0)[:, :, :, None]
+        of_prompt, of_kept = self.bounded(q)
+        assert of_prompt is not None and of_kept is not None
+        open_k = jax.lax.dynamic_index_in_dim(self.cache.open.k, self.layer, 0)[:, :, :, None]
         open_bounds = page_bounds(open_k, jnp.broadcast_to(self.offset + 1, open_k.shape[:4]))
-        of_prompt = page_bound(
-            by_prompt(q, heads, self.samples),
-            prompt.bounds.key_min,
-            prompt.bounds.key_max,
-            self.layer,
-        )
-        of_kept = page_bound(q, kept.bounds.key_min, kept.bounds.key_max, self.layer_in_group)
         of_open = page_bound(q, open_bounds.key_min, open_bounds.key_max, 0)
-        prompt_filled = jnp.repeat(self.prompt_fill > 0, self.samples, axis=0)
-        kept_filled = jnp.repeat(self.fill > 0, N // heads, axis=1)
-        pages = [
-            jnp.where(kept_filled, of_kept, -jnp.inf),
-            jnp.where(prompt_filled, by_row(of_prompt, heads, self.samples), -jnp.inf),
-            of_open,
-        ]
+        pages = [of_kept, of_prompt, of_open]
         share = jax.nn.softmax(jnp.concatenate(pages, axis=-1), axis=-1)
         return share[..., : of_kept.shape[-1]]
+
+
+def _at_slots(mass: jax.Array, slots: jax.Array, size: int) -> jax.Array:
+    """Masses `[B, N, C]` of the pages at `slots [B, K, C]`, by slot: `[B, N, S]`."""
+    B, N, _ = mass.shape
+    # A slot of -1 would count from the end; one past the end is dropped.
+    where = jnp.repeat(jnp.where(slots < 0, size, slots), N // slots.shape[1], axis=1)
+    row, head = jnp.arange(B)[:, None, None], jnp.arange(N)[:, None]
+    return jnp.zeros((B, N, size), mass.dtype).at[row, head, where].add(mass, mode="drop")
 
 
 def merge_segments(parts: list[DecodeAttention]) -> tuple[jax.Array, jax.Array]:

@@ -18,12 +18,22 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from raas_jax.attention import Reader, causal_attention
+from raas_jax.attention import Reader, causal_attention, prompt_mass
 from raas_jax.cache import Bounds, Cache, Kept, Open, Prompt, commit, page_bounds, write_open
 from raas_jax.config import ModelConfig
 from raas_jax.model import block_graph, merge, rope_rotation
 from raas_jax.params import Params
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, Policy, pages_for
+from raas_jax.policies.base import (
+    Boundary,
+    Bounded,
+    Evidence,
+    Marks,
+    Page,
+    Policy,
+    PromptPages,
+    Selection,
+    pages_for,
+)
 from raas_jax.policies.dense import bucket
 from raas_jax.sampling import Sampler
 
@@ -58,6 +68,10 @@ class Plan:
         """For prompts of these lengths; raises ValueError if the policy cannot take one."""
         policy.check_prompts(prompt_tokens)
         groups = policy.groups(config.num_hidden_layers)
+        if any(part.evicts_prompt != policy.evicts_prompt for _, part in groups):
+            raise ValueError(
+                f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
+            )
         return cls(
             policy,
             bucket(pages_for(max(prompt_tokens), policy.page_size)),
@@ -84,7 +98,8 @@ class DecodeState:
       limit: int32 `[B]`, how many may be drawn.
       done: bool `[B]`, a stop token was drawn or the limit reached. A done row computes on, unseen.
       committed: int32 `[B]`, pages that left the open page while the row was running.
-      evicted: int32 `[B]`, pages that were overwritten while the row was running.
+      evicted: int32 `[B]`, pages that were overwritten or released while the row was running; the
+        most of any layer and head.
       stop_tokens: int32 `[any]`, padded with -1.
       sampler: how each row draws.
     """
@@ -131,7 +146,7 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
     """A cache of zeros: `rows` is `B`, of which every `plan.samples` share a prompt."""
     K, H, P = config.num_key_value_heads, config.head_dim, plan.page_size
     groups = plan.policy.groups(config.num_hidden_layers)
-    bounded = any(policy.needs_bounds for _, policy in groups)
+    bounded = any(policy.needs_prompt_bounds for _, policy in groups)
 
     def pages(*shape: int) -> jax.Array:
         return jnp.zeros((*shape, P, H), dtype)
@@ -141,7 +156,8 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
         return Bounds(zeros(), zeros()) if wanted else None
 
     L = config.num_hidden_layers
-    prompt = (L, rows // plan.samples, K, plan.prompt_slots)
+    prompt_slots = 0 if plan.policy.evicts_prompt else plan.prompt_slots
+    prompt = (L, rows // plan.samples, K, prompt_slots)
     kept = [(n, rows, K, S) for (n, _), S in zip(groups, plan.slots, strict=True)]
     return Cache(
         prompt=Prompt(
@@ -197,19 +213,27 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), padded.shape)
     rotation = rope_rotation(config.rope, config.head_dim, positions)
     graph = block_graph(config, dtype.name)
+    queries = plan.policy.prompt_queries
 
-    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    def layer(
+        x: jax.Array, weights: Any
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
         block = nnx.merge(graph, weights)
         q, k, v = block.qkv(x, rotation)
         x = block.finish(x, causal_attention(q, k, v))
-        return x, (_as_pages(k, plan.page_size), _as_pages(v, plan.page_size))
+        mass = prompt_mass(q, k, lengths, plan.page_size, queries) if queries else None
+        return x, (_as_pages(k, plan.page_size), _as_pages(v, plan.page_size), mass)
 
-    x, (k, v) = jax.lax.scan(layer, model.embed(padded), params.weights["layers"])
+    x, (k, v, mass) = jax.lax.scan(layer, model.embed(padded), params.weights["layers"])
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
     empty = empty_cache(config, plan, rows, dtype)
+    marks, evicted = init_marks(config, plan, rows), jnp.zeros(rows, jnp.int32)
     prompt = Prompt(k, v, lengths.astype(jnp.int32), None)
-    if empty.prompt.bounds is not None:
+    if plan.policy.evicts_prompt:
+        empty, marks, evicted = _place_prompt(config, empty, marks, prompt, mass, plan)
+        prompt = dataclasses.replace(empty.prompt, lengths=prompt.lengths)
+    elif empty.prompt.bounds is not None:
         fill = jnp.broadcast_to(prompt.fill()[None], k.shape[:4])
         prompt = dataclasses.replace(prompt, bounds=page_bounds(k, fill))
     index = jnp.zeros(rows, jnp.int32)
@@ -217,17 +241,55 @@ def prefill(
     generated = index + 1
     state = DecodeState(
         cache=dataclasses.replace(empty, prompt=prompt),
-        marks=init_marks(config, plan, rows),
+        marks=marks,
         token=token,
         generated=generated,
         limit=asked.limit,
         done=_is_done(token, generated, asked.limit, asked.stop_tokens),
         committed=jnp.zeros(rows, jnp.int32),
-        evicted=jnp.zeros(rows, jnp.int32),
+        evicted=evicted,
         stop_tokens=asked.stop_tokens,
         sampler=asked.sampler,
     )
     return state, Drawn(token, logprob)
+
+
+def _place_prompt(
+    config: ModelConfig,
+    cache: Cache,
+    marks: tuple[Marks, ...],
+    prompt: Prompt,
+    mass: jax.Array | None,
+    plan: Plan,
+) -> tuple[Cache, tuple[Marks, ...], jax.Array]:
+    """Puts the prompt's pages among the kept ones; also, how many had no place, int32 `[B]`."""
+    by_row = lambda x, axis: jnp.repeat(x, plan.samples, axis=axis)  # noqa: E731
+    fill = by_row(prompt.fill()[:, 0], 0)
+    lengths = by_row(prompt.lengths, 0)
+    kept, placed_marks, first = [], [], 0
+    evicted = jnp.zeros(lengths.shape, jnp.int32)
+    for group, of_group, (layers, policy) in zip(
+        cache.kept, marks, plan.policy.groups(config.num_hidden_layers), strict=True
+    ):
+        part = slice(first, first + layers)
+        of_layers = None if mass is None else by_row(mass[part], 1)
+        pages, of_group = policy.place(of_group, PromptPages(lengths, fill, of_layers))
+        wanted = jnp.maximum(pages, 0)
+        of_page = lambda x, wanted=wanted: jnp.take_along_axis(  # noqa: E731
+            by_row(x, 1), wanted[..., None, None], axis=3
+        )
+        filled = jnp.take_along_axis(
+            jnp.broadcast_to(fill[:, None], (*wanted.shape[:3], fill.shape[-1])), wanted, axis=-1
+        )
+        filled = jnp.where(pages < 0, 0, filled)
+        k = of_page(prompt.k[part])
+        bounds = None if group.bounds is None else page_bounds(k, filled)
+        kept.append(Kept(k, of_page(prompt.v[part]), filled, bounds))
+        placed_marks.append(of_group)
+        lost = jnp.sum(fill > 0, axis=-1)[:, None] - jnp.sum(filled > 0, axis=-1)
+        evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)).astype(jnp.int32))
+        first += layers
+    return dataclasses.replace(cache, kept=tuple(kept)), tuple(placed_marks), evicted
 
 
 @partial(jax.jit, static_argnames=("plan", "pages"), donate_argnames="state")
@@ -371,12 +433,17 @@ def _run_group(
             offset,
             plan.samples,
         )
-        out, mass = reader.attend(q[:, 0])
+        grouped = partial(_by_head, heads=config.num_key_value_heads)
+        selection = Selection()
+        if policy.selects:
+            bounded: Bounded = jax.tree.map(grouped, reader.bounded(q[:, 0]))
+            selection = policy.select(marks, bounded)
+        out, mass, open_mass = reader.attend(q[:, 0], selection)
         if jax.tree.leaves(marks):
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
-            grouped = partial(_by_head, heads=config.num_key_value_heads)
-            mass, bound = jax.tree.map(grouped, (mass, bound))
-            marks = policy.observe(marks, Evidence(mass, bound, fill), state.generated)
+            mass, bound, open_mass = jax.tree.map(grouped, (mass, bound, open_mass))
+            evidence = Evidence(mass, bound, fill, open_mass)
+            marks = policy.observe(marks, evidence, state.generated)
         return (block.finish(x, out[:, None].astype(x.dtype)), opened), marks
 
     scanned = (
@@ -392,7 +459,7 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
     """The page boundary: each (layer, row, head) writes its open page over its victim's slot."""
     now, lengths = state.generated, prompt_lengths(state, plan)
     kept, marks, first = [], [], 0
-    overwritten = jnp.zeros(now.shape, bool)
+    evicted = jnp.zeros(now.shape, jnp.int32)
     for index, (layers, policy) in enumerate(plan.policy.groups(config.num_hidden_layers)):
         group, S = state.cache.kept[index], plan.slots[index]
         boundary = Boundary(
@@ -402,13 +469,23 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
             k=group.k,
             v=group.v,
             keys=_boundary_keys(state.sampler.keys, now, index),
+            prompt_lengths=lengths,
         )
         slot = policy.victim(state.marks[index], boundary)
         page = Page(*(x[first : first + layers] for x in (state.cache.open.k, state.cache.open.v)))
         filled = jnp.take_along_axis(group.fill, slot[..., None], axis=-1)[..., 0] > 0
-        overwritten = overwritten | jnp.any(filled, axis=(0, 2))
-        kept.append(commit(group, page.k, page.v, slot))
-        marks.append(policy.commit(state.marks[index], slot, page, now))
+        lost = filled.astype(jnp.int32)
+        group = commit(group, page.k, page.v, slot)
+        group_marks = policy.commit(state.marks[index], slot, page, now)
+        released = policy.release(
+            group_marks, boundary._replace(fill=group.fill, k=group.k, v=group.v)
+        )
+        if released is not None:
+            lost = lost + jnp.sum(released & (group.fill > 0), axis=-1)
+            group = dataclasses.replace(group, fill=jnp.where(released, 0, group.fill))
+        evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)))
+        kept.append(group)
+        marks.append(group_marks)
         first += layers
     running = ~state.done
     return dataclasses.replace(
@@ -416,7 +493,7 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
         cache=dataclasses.replace(state.cache, kept=tuple(kept)),
         marks=tuple(marks),
         committed=jnp.where(running, state.committed + 1, state.committed),
-        evicted=jnp.where(running & overwritten, state.evicted + 1, state.evicted),
+        evicted=jnp.where(running, state.evicted + evicted, state.evicted),
     )
 
 
@@ -438,9 +515,9 @@ def prompt_lengths(state: DecodeState, plan: Plan) -> jax.Array:
 
 
 def _by_head(x: jax.Array, heads: int) -> jax.Array:
-    """`[B, N, S]` → `[B, K, G, S]`."""
-    B, N, S = x.shape
-    return x.reshape(B, heads, N // heads, S)
+    """`[B, N, ...]` → `[B, K, G, ...]`."""
+    B, N, *rest = x.shape
+    return x.reshape(B, heads, N // heads, *rest)
 
 
 def _as_pages(x: jax.Array, page_size: int) -> jax.Array:

@@ -27,7 +27,7 @@ from raas_jax.decode import (
     request,
 )
 from raas_jax.params import Params
-from raas_jax.policies import Policy, RaaS
+from raas_jax.policies import Policy, RaaS, pages_for
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
 DEFAULT_MAX_NEW_TOKENS = 32_768
@@ -41,8 +41,8 @@ class Stats:
     Attributes:
       prompt_tokens: length of the prompt.
       generated_tokens: tokens drawn, the stop token included.
-      kept_pages: pages of generated tokens in the cache at the end, per layer and key/value head;
-        the page being written is not counted.
+      kept_pages: pages of generated tokens in the cache at the end, per layer and key/value head,
+        and of the prompt where the policy may evict it; the page being written is not counted.
       evicted_pages: pages that had to go.
       kv_bytes: what the row's share of the cache takes: prompt, kept and open pages, the policy's
         metadata, padding.
@@ -340,11 +340,13 @@ class _Row:
         if self.detokenizer is not None:
             self.text += self.detokenizer.finish()
 
-    def count_pages(self, committed: int, evicted: int, page_size: int) -> None:
+    def count_pages(self, committed: int, evicted: int, plan: Plan) -> None:
         """Takes the device's counts, which run on a little when a stop string ends the row."""
-        mine = min(committed, max(0, len(self.tokens) - 2) // page_size)
+        mine = min(committed, max(0, len(self.tokens) - 2) // plan.page_size)
         self.evicted_pages = max(0, evicted - (committed - mine))
         self.kept_pages = mine - self.evicted_pages
+        if plan.policy.evicts_prompt:
+            self.kept_pages += pages_for(len(self.prompt), plan.page_size)
 
     def output(self, run: _Run) -> Output:
         stats = Stats(
@@ -464,7 +466,7 @@ class _Run:
             row.decode_seconds = seconds
             if state is not None:
                 committed, evicted = int(state.committed[row.index]), int(state.evicted[row.index])
-                row.count_pages(committed, evicted, self.plan.page_size)
+                row.count_pages(committed, evicted, self.plan)
 
     def _stop_early(self, state: DecodeState) -> DecodeState:
         """Tells the device of rows that a stop string has ended, which only the host can see."""

@@ -106,8 +106,9 @@ def memory(
     groups = [_bytes(group.k, group.v) for group in cache.kept]
     # What lies in the slots when the run ends, or when they are all taken.
     tokens = [slots * plan.page_size for slots in plan.slots]
+    among_kept = prompt_tokens if policy.evicts_prompt else 0
     spare = sum(
-        size - size // room * min(room, max_new_tokens)
+        size - size // room * min(room, among_kept + max_new_tokens)
         for size, room in zip(groups, tokens, strict=True)
     )
     kv = cache_bytes(state)
@@ -117,7 +118,7 @@ def memory(
         kept=sum(groups),
         open=opened,
         metadata=kv - prompt - sum(groups) - opened,
-        padding=prompt - batch * dense_bytes(config, prompt_tokens, dtype) + spare,
+        padding=prompt - batch * dense_bytes(config, prompt_tokens - among_kept, dtype) + spare,
         kv=kv,
         dense=batch * dense_bytes(config, prompt_tokens + max_new_tokens, dtype),
         decode=_account(decode_pages.lower(params, state, plan=plan, pages=pages)),

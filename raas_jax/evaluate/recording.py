@@ -30,7 +30,17 @@ from raas_jax.decode import (
 )
 from raas_jax.generate import TOKENS_PER_LOOK
 from raas_jax.params import Params
-from raas_jax.policies import Boundary, Evidence, Page, Policy, pages_for, put
+from raas_jax.policies import (
+    Boundary,
+    Bounded,
+    Evidence,
+    Page,
+    Policy,
+    PromptPages,
+    Selection,
+    pages_for,
+    put,
+)
 from raas_jax.policies.base import Marks
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
@@ -62,6 +72,22 @@ class Recorded(Policy):
     def needs_bounds(self) -> bool:
         return self.inner.needs_bounds
 
+    @property
+    def needs_prompt_bounds(self) -> bool:
+        return self.inner.needs_prompt_bounds
+
+    @property
+    def selects(self) -> bool:
+        return self.inner.selects
+
+    @property
+    def evicts_prompt(self) -> bool:
+        return self.inner.evicts_prompt
+
+    @property
+    def prompt_queries(self) -> int:
+        return self.inner.prompt_queries
+
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         return tuple((layers, Recorded(policy)) for layers, policy in self.inner.groups(num_layers))
 
@@ -77,6 +103,13 @@ class Recorded(Policy):
     def init(self, shape: tuple[int, int, int, int]) -> Diary:
         return Diary(jnp.full(shape, -1, jnp.int32), self.inner.init(shape))
 
+    def place(self, marks: Diary, prompt: PromptPages) -> tuple[jax.Array, Diary]:
+        pages, inner = self.inner.place(marks.inner, prompt)
+        return pages, marks._replace(inner=inner)
+
+    def select(self, marks: Diary, bounded: Bounded) -> Selection:
+        return self.inner.select(marks.inner, bounded)
+
     def observe(self, marks: Diary, evidence: Evidence, now: jax.Array) -> Diary:
         return marks._replace(inner=self.inner.observe(marks.inner, evidence, now))
 
@@ -88,6 +121,9 @@ class Recorded(Policy):
 
     def victim(self, marks: Diary, boundary: Boundary) -> jax.Array:
         return self.inner.victim(marks.inner, boundary)
+
+    def release(self, marks: Diary, boundary: Boundary) -> jax.Array | None:
+        return self.inner.release(marks.inner, boundary)
 
 
 class Pages(NamedTuple):
@@ -118,7 +154,11 @@ def record_pages(
         return state, (drawn.tokens, inner)
 
     def page(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
-        tables = tuple(marks.page for marks in state.marks)
+        # A released slot is empty, whatever lay in it.
+        tables = tuple(
+            jnp.where(kept.fill > 0, marks.page, -1)
+            for marks, kept in zip(state.marks, state.cache.kept, strict=True)
+        )
         offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
         state, (tokens, inner) = jax.lax.scan(step, state, offsets)
         return commit_page(params.config, state, plan), (tokens, tables, inner)

@@ -5,11 +5,49 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from raas_jax.policies.base import Boundary, Evidence, Page, Policy, lowest, pages_for, put
+from raas_jax.policies.base import (
+    Boundary,
+    Bounded,
+    Evidence,
+    Page,
+    Policy,
+    PromptPages,
+    Selection,
+    lowest,
+    pages_for,
+    put,
+)
+from raas_jax.policies.budgeted import Batched, Budgeted, best
 from raas_jax.policies.dense import Dense
+from raas_jax.policies.h2o import H2O
+from raas_jax.policies.lazy_eviction import LazyEviction
+from raas_jax.policies.quest import Quest
 from raas_jax.policies.raas import RaaS
+from raas_jax.policies.raas_quest import RaaSQuest
+from raas_jax.policies.random import RandomEviction
+from raas_jax.policies.recent import Recent
+from raas_jax.policies.rkv import RKV
+from raas_jax.policies.sink import Sink
+from raas_jax.policies.snapkv import SnapKV
+from raas_jax.policies.tova import TOVA
+from raas_jax.policies.vase import VaSE
 
-_BY_NAME: dict[str, type[Policy]] = {"dense": Dense, "raas": RaaS}
+_BY_NAME: dict[str, type[Policy]] = {
+    "dense": Dense,
+    "fifo": Recent,  # The same at any page size, see `Recent`.
+    "h2o": H2O,
+    "lazy_eviction": LazyEviction,
+    "quest": Quest,
+    "raas": RaaS,
+    "raas_quest": RaaSQuest,
+    "random": RandomEviction,
+    "recent": Recent,
+    "rkv": RKV,
+    "sink": Sink,
+    "snapkv": SnapKV,
+    "tova": TOVA,
+    "vase": VaSE,
+}
 
 
 def available() -> tuple[str, ...]:
@@ -32,13 +70,30 @@ def create(name: str, **options: Any) -> Policy:
 
 
 __all__ = [
+    "H2O",
+    "RKV",
+    "TOVA",
+    "Batched",
     "Boundary",
+    "Bounded",
+    "Budgeted",
     "Dense",
     "Evidence",
+    "LazyEviction",
     "Page",
     "Policy",
+    "PromptPages",
+    "Quest",
     "RaaS",
+    "RaaSQuest",
+    "RandomEviction",
+    "Recent",
+    "Selection",
+    "Sink",
+    "SnapKV",
+    "VaSE",
     "available",
+    "best",
     "by_name",
     "create",
     "lowest",

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 Marks = Any
-"""A policy's metadata: a pytree of arrays with leading axes `[L, B, K, S]`."""
+"""A policy's metadata: a pytree of arrays with leading axes `[L, B, K]`, most of them `[.., S]`."""
 
 
 class Evidence(NamedTuple):
@@ -31,11 +31,47 @@ class Evidence(NamedTuple):
       bound: float32 `[B, K, G, S]`, softmax over all pages of Quest's upper bound of the page's
         scores; 0 for an empty slot. None unless the policy sets `needs_bounds`.
       fill: int32 `[B, K, S]`, tokens in each slot; 0 marks an empty one.
+      open_mass: float32 `[B, K, G]`, the share that the page being written received.
     """
 
     mass: jax.Array
     bound: jax.Array | None
     fill: jax.Array
+    open_mass: jax.Array | None = None
+
+
+class Bounded(NamedTuple):
+    """Quest's upper bounds of the pages' scores, for a policy that reads only some pages.
+
+    Attributes:
+      prompt: float32 `[B, K, G, Sp]`; -inf for an empty page. None unless `needs_prompt_bounds`.
+      kept: float32 `[B, K, G, S]`; -inf for an empty slot. None unless `needs_bounds`.
+    """
+
+    prompt: jax.Array | None
+    kept: jax.Array | None
+
+
+class Selection(NamedTuple):
+    """Pages to read: distinct slots int32 `[B, K, any]`, -1 where there are fewer; None: all."""
+
+    prompt: jax.Array | None = None
+    kept: jax.Array | None = None
+
+
+class PromptPages(NamedTuple):
+    """The prompt, for a policy that keeps it among its pages and may evict it.
+
+    Attributes:
+      lengths: int32 `[B]`, tokens.
+      fill: int32 `[B, Sp]`, tokens in each page; the last one may be partly filled.
+      mass: float32 `[L, B, K, G, Sp]`, attention to each page, summed over the prompt's last
+        `prompt_queries` tokens. None where that is 0.
+    """
+
+    lengths: jax.Array
+    fill: jax.Array
+    mass: jax.Array | None
 
 
 class Page(NamedTuple):
@@ -54,6 +90,7 @@ class Boundary(NamedTuple):
       allowed: bool `[B, S]`, slots within the row's capacity.
       k, v: `[L, B, K, S, P, H]`, the kept pages themselves.
       keys: typed keys `[B]`, fresh at every boundary and the same whatever else is in the batch.
+      prompt_lengths: int32 `[B]`, tokens in each row's prompt.
     """
 
     now: jax.Array
@@ -62,6 +99,7 @@ class Boundary(NamedTuple):
     k: jax.Array
     v: jax.Array
     keys: jax.Array
+    prompt_lengths: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +114,28 @@ class Policy:
 
     @property
     def needs_bounds(self) -> bool:
-        """Whether `Evidence.bound` is wanted; it costs two keys per page of memory."""
+        """Whether bounds of the kept pages are wanted; they cost two keys per page of memory."""
         return False
+
+    @property
+    def needs_prompt_bounds(self) -> bool:
+        """Whether bounds of the prompt's pages are wanted."""
+        return self.needs_bounds
+
+    @property
+    def selects(self) -> bool:
+        """Whether `select` chooses the pages to read; otherwise all are read."""
+        return False
+
+    @property
+    def evicts_prompt(self) -> bool:
+        """Whether the prompt's pages lie among the kept ones, see `place`; all groups or none."""
+        return False
+
+    @property
+    def prompt_queries(self) -> int:
+        """Of how many of the prompt's last tokens `PromptPages.mass` is wanted; 0 costs nothing."""
+        return 0
 
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         """(number of layers, policy) for consecutive groups of layers, first layers first."""
@@ -98,6 +156,14 @@ class Policy:
         """Metadata of empty slots; `shape` is `(L, B, K, S)`."""
         return ()
 
+    def place(self, marks: Marks, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+        """Only if `evicts_prompt`: the prompt's page in each slot, `[L, B, K, S]`, -1 for none."""
+        raise NotImplementedError
+
+    def select(self, marks: Marks, bounded: Bounded) -> Selection:
+        """Only if `selects`: before the attention of every token, in every layer (no axis `L`)."""
+        raise NotImplementedError
+
     def observe(self, marks: Marks, evidence: Evidence, now: jax.Array) -> Marks:
         """After every token, in every layer: marks of that layer (`[B, K, S]`), now `[B]`."""
         return marks
@@ -109,6 +175,10 @@ class Policy:
     def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
         """Slot to overwrite, int32 `[L, B, K]`: an empty allowed one while there is one."""
         raise NotImplementedError
+
+    def release(self, marks: Marks, boundary: Boundary) -> jax.Array | None:
+        """Slots to empty, bool `[L, B, K, S]`, after the page was written; None: never any."""
+        return None
 
 
 def pages_for(tokens: int, page_size: int) -> int:

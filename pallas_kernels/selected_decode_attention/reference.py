@@ -1,0 +1,32 @@
+"""The definition of `selected_decode_attention`, in plain jnp. Also the CPU path."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.reference import DecodeAttention, decode_attention_reference
+
+
+def selected_decode_attention_reference(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array,
+    *,
+    scale: float,
+) -> DecodeAttention:
+    """See `api.selected_decode_attention`, which checks the arguments."""
+    B, K, _ = slots.shape
+    row = (jnp.arange(B) // (B // k_pages.shape[1]))[:, None, None]
+    head = jnp.arange(K)[None, :, None]
+    # A slot of -1 reads page 0, which a fill of 0 then hides.
+    page = jnp.maximum(slots, 0)
+    chosen_fill = jnp.where(slots < 0, 0, fill[row, head, page])
+    # One gather from the whole buffer: only the chosen pages are read.
+    k, v = (x.at[layer, row, head, page].get(mode="promise_in_bounds") for x in (k_pages, v_pages))
+    return decode_attention_reference(
+        q, k[None], v[None], chosen_fill, jnp.zeros((), jnp.int32), scale=scale
+    )

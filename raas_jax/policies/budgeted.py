@@ -1,0 +1,252 @@
+"""What policies with a fixed budget share: sizes, checks, and the choice of what to keep.
+
+`Budgeted` evicts one page whenever one is written. `Batched` lets `every` tokens pile up in a
+buffer, whose memory counts like any other, and then goes back to its budget at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.policies.base import (
+    Boundary,
+    Evidence,
+    Marks,
+    Page,
+    Policy,
+    PromptPages,
+    pages_for,
+    put,
+)
+from raas_jax.policies.dense import Dense, bucket
+from raas_jax.policies.raas import check_budget, check_choice
+
+
+@dataclasses.dataclass(frozen=True)
+class Budgeted(Policy):
+    """Base of policies that keep a fixed number of pages.
+
+    Attributes:
+      budget: tokens per sequence, layer and key/value head; a multiple of `page_size`, at least
+        two pages, and more than what the policy never evicts. The page being written comes on top.
+      share: decide for each key/value head ("kv_head"), or once per layer ("layer").
+      prompt: "beside": the prompt is kept, on top of the budget; "within": it is kept, and takes
+        its pages from the budget; "evict", where a policy offers it: prompt pages are pages like
+        any other, and may go.
+      dense_layers: this many first layers keep everything, at O(N) memory.
+    """
+
+    budget: int = 1024
+    share: Literal["kv_head", "layer"] = dataclasses.field(default="kv_head", kw_only=True)
+    prompt: Literal["beside", "within", "evict"] = dataclasses.field(default="beside", kw_only=True)
+    dense_layers: int = dataclasses.field(default=0, kw_only=True)
+
+    prompts: ClassVar[tuple[str, ...]] = ("beside", "within")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget, self.page_size)
+        check_choice("share", self.share, ("kv_head", "layer"))
+        check_choice("prompt", self.prompt, self.prompts)
+        check_count("dense_layers", self.dense_layers, 0)
+        if self.dense_layers and self.evicts_prompt:
+            raise ValueError(
+                f"dense_layers is {self.dense_layers}, but prompt='evict' leaves no layer that "
+                "keeps the prompt. Use dense_layers=0, or another prompt."
+            )
+        pages, reason = self.reserve()
+        if self.budget <= pages * self.page_size:
+            raise ValueError(
+                f"budget is {self.budget}, but {reason} and page_size={self.page_size} "
+                f"{type(self).__name__} never evicts {pages} pages. "
+                f"Use a budget of at least {(pages + 1) * self.page_size}, or reserve less."
+            )
+
+    def reserve(self) -> tuple[int, str]:
+        """Pages that are never evicted, the newest one included, and which option makes it so."""
+        return 1, "by design"
+
+    @property
+    def buffer_pages(self) -> int:
+        """Pages on top of the budget that pile up between two evictions."""
+        return 0
+
+    @property
+    def evicts_prompt(self) -> bool:
+        return self.prompt == "evict"
+
+    def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
+        return dense_first(self, self.dense_layers, num_layers)
+
+    def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
+        slots, new = self.budget // self.page_size, pages_for(max_new_tokens, self.page_size)
+        if self.prompt == "evict":
+            new += pages_for(max(prompt_tokens), self.page_size)
+        if self.prompt == "within":
+            # Rounded to eighths of the budget, so that few prompt lengths compile anew.
+            step = max(1, slots // 8)
+            left = slots - pages_for(min(prompt_tokens), self.page_size)
+            slots = min(slots, -(-left // step) * step)
+        return min(slots + self.buffer_pages, bucket(new))
+
+    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
+        pages = self.budget_pages(prompt_lengths) + self.buffer_pages
+        return jnp.clip(pages, 0, slots).astype(jnp.int32)
+
+    def budget_pages(self, prompt_lengths: jax.Array) -> jax.Array:
+        """Pages that each row keeps in the long run, without the buffer: int32 `[B]`."""
+        pages = jnp.full(prompt_lengths.shape, self.budget // self.page_size, jnp.int32)
+        if self.prompt == "within":
+            pages = pages - -(-prompt_lengths // self.page_size)
+        return pages
+
+    def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
+        if self.prompt != "within":
+            return
+        P, least = self.page_size, max(2, self.reserve()[0] + 1)
+        pages = pages_for(max(prompt_tokens), P)
+        if self.budget // P - pages < least:
+            raise ValueError(
+                f"prompt takes {max(prompt_tokens)} tokens ({pages} pages of {P}), which leaves "
+                f"less than the {least} pages that {type(self).__name__} needs of "
+                f"budget={self.budget}. Use a budget of at least {(pages + least) * P}, or "
+                "prompt='beside'."
+            )
+
+    def newest(self, written: jax.Array, now: jax.Array, pages: int) -> jax.Array:
+        """Whether a page is among these newest ones; before a page is written, it is one of them.
+
+        Args:
+          written: int32 `[L, B, K, S]`, the clock when each page was full.
+          now: int32 `[B]`.
+          pages: how many.
+
+        Returns:
+          bool `[L, B, K, S]`.
+        """
+        return now[:, None, None] - written <= (pages - 1) * self.page_size
+
+    def pool(self, x: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
+        """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like; over the layer if shared."""
+        x = how(x, axis=2)
+        if self.share == "layer":
+            x = jnp.broadcast_to(how(x, axis=1, keepdims=True), x.shape)
+        return x
+
+    def pool_masses(
+        self, evidence: Evidence, how: Callable[..., jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        """`pool` of the kept pages' mass, `[B, K, S]`, and of the open page's, `[B, K]`."""
+        assert evidence.open_mass is not None
+        return self.pool(evidence.mass, how), self.pool(evidence.open_mass, how)
+
+    def place_best(
+        self, worth: jax.Array, prompt: PromptPages, shape: tuple[int, ...]
+    ) -> tuple[jax.Array, jax.Array]:
+        """`place`: keeps the prompt pages of the largest worth, in the order of the text.
+
+        Args:
+          worth: float32, broadcasts to `[L, B, K, Sp]`; of equal ones the later page stays.
+          prompt: the pages.
+          shape: `(L, B, K, S)`.
+
+        Returns:
+          The page in each slot, and the clock when it would have been written had the prompt been
+          generated: 1 for the last page. Both int32 `[L, B, K, S]`.
+        """
+        filled = prompt.fill > 0
+        worth = jnp.where(filled[:, None], worth, -jnp.inf)
+        worth = jnp.broadcast_to(worth, (*shape[:3], worth.shape[-1]))
+        keep = best(worth, jnp.full(shape[1], shape[3])) & filled[:, None]
+        order = jnp.argsort(~keep, axis=-1, stable=True).astype(jnp.int32)[..., : shape[3]]
+        order = jnp.pad(order, ((0, 0),) * 3 + ((0, shape[3] - order.shape[-1]),))
+        count = jnp.sum(keep, axis=-1, keepdims=True)
+        end = jnp.minimum((order + 1) * self.page_size, prompt.lengths[:, None, None])
+        pages = jnp.where(jnp.arange(shape[3]) < count, order, -1)
+        return pages, end - prompt.lengths[:, None, None] + 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Batched(Budgeted):
+    """Base of policies that evict every `every` tokens, down to `budget`.
+
+    `S` covers `budget + every` tokens. Metadata is `(written, rest)`: the clock when each page was
+    full, int32 `[L, B, K, S]`, and what the policy adds.
+
+    Attributes:
+      every: tokens between two evictions; a multiple of `page_size`, or rounded up to one.
+      recent: newest tokens that are never evicted, in whole pages.
+    """
+
+    every: int = 128
+    recent: int = 8
+
+    def __post_init__(self) -> None:
+        check_count("every", self.every, 1)
+        check_count("recent", self.recent, 1)
+        super().__post_init__()
+
+    def reserve(self) -> tuple[int, str]:
+        return pages_for(self.recent, self.page_size), f"with recent={self.recent}"
+
+    @property
+    def buffer_pages(self) -> int:
+        return pages_for(self.every, self.page_size)
+
+    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        """What each page is worth, float32 `[L, B, K, S]`; the lowest candidates (a mask) go."""
+        raise NotImplementedError
+
+    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+        return jnp.zeros(shape, jnp.int32), ()
+
+    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+        written, rest = marks
+        return put(written, slot, now[:, None]), rest
+
+    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+        # A slot is always empty, except in a row that is done and computes on unseen.
+        free = (boundary.fill == 0) & boundary.allowed[:, None]
+        return jnp.argmax(free, axis=-1).astype(jnp.int32)
+
+    def release(self, marks: Marks, boundary: Boundary) -> jax.Array:
+        written, _ = marks
+        filled = boundary.fill > 0
+        keep = self.budget_pages(boundary.prompt_lengths)
+        full = jnp.sum(filled, axis=-1) >= (keep + self.buffer_pages)[:, None]
+
+        def choose() -> jax.Array:
+            recent = self.newest(written, boundary.now, self.reserve()[0])
+            worth = self.worth(marks, boundary, filled & ~recent)
+            if self.share == "layer":
+                worth = jnp.broadcast_to(jnp.mean(worth, axis=2, keepdims=True), worth.shape)
+            worth = jnp.where(recent, jnp.inf, worth)
+            return ~best(jnp.where(filled, worth, -jnp.inf), keep)
+
+        # Most boundaries evict nothing, and then nothing is ranked.
+        chosen = jax.lax.cond(jnp.any(full), choose, lambda: jnp.zeros_like(filled))
+        return chosen & filled & full[..., None]
+
+
+def best(worth: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count [B]` largest of each `worth [L, B, K, S]`; of equal ones the lowest slot goes."""
+    rank = jnp.argsort(jnp.argsort(worth, axis=-1, stable=True), axis=-1)
+    return rank >= worth.shape[-1] - count[:, None, None]
+
+
+def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Policy], ...]:
+    """`Policy.groups` with this many first layers dense."""
+    dense = min(dense, layers)
+    parts = (dense, Dense(page_size=policy.page_size)), (layers - dense, policy)
+    return tuple((count, part) for count, part in parts if count)
+
+
+def check_count(name: str, value: int, least: int) -> None:
+    """Raises ValueError unless `value` is an int of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} is {value!r}; it must be an int >= {least}.")

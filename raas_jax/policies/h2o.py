@@ -1,0 +1,92 @@
+"""H2O: the heavy hitters, by all the attention they ever received (arXiv 2306.14048)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.policies.base import Boundary, Evidence, Marks, Page, PromptPages, lowest, put
+from raas_jax.policies.budgeted import Budgeted
+
+
+class Heavy(NamedTuple):
+    """Metadata of `H2O`.
+
+    Attributes:
+      mass: float32 `[L, B, K, S]`, attention that each page ever received.
+      open_mass: float32 `[L, B, K]`, the same of the page being written.
+      written: int32 `[L, B, K, S]`, the clock when each page was full.
+    """
+
+    mass: jax.Array
+    open_mass: jax.Array
+    written: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class H2O(Budgeted):
+    """Evicts, outside a share of recent pages, the page of the least cumulative attention.
+
+    The attention is summed over the queries since the page was begun, over its tokens, and over the
+    query heads of the key/value head (the paper's models have one each). With `prompt="evict"` it
+    is the published method: the prompt's pages compete, with the attention that they received from
+    the prompt itself; of a prompt longer than the budget the same rule chooses.
+
+    Attributes:
+      recent_fraction: in [0, 1); share of a row's pages kept for the newest ones, rounded down but
+        at least the newest page; the paper's half by default.
+    """
+
+    recent_fraction: float = 0.5
+    prompts = ("beside", "within", "evict")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.recent_fraction < 1:
+            raise ValueError(f"recent_fraction is {self.recent_fraction!r}; it must be in [0, 1).")
+        super().__post_init__()
+
+    @property
+    def prompt_queries(self) -> int:
+        return 2**30 if self.evicts_prompt else 0
+
+    def init(self, shape: tuple[int, int, int, int]) -> Heavy:
+        return Heavy(
+            jnp.zeros(shape, jnp.float32),
+            jnp.zeros(shape[:3], jnp.float32),
+            jnp.zeros(shape, jnp.int32),
+        )
+
+    def place(self, marks: Heavy, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+        assert prompt.mass is not None
+        mass = jax.vmap(lambda x: self.pool(x, jnp.sum))(prompt.mass)
+        last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None]
+        recent = self._recent_pages(jnp.full(last.shape[0], marks.mass.shape[-1]))
+        late = jnp.arange(mass.shape[-1]) >= last - recent[:, None, None]
+        pages, written = self.place_best(jnp.where(late, jnp.inf, mass), prompt, marks.mass.shape)
+        placed = jnp.take_along_axis(mass, jnp.maximum(pages, 0), axis=-1)
+        return pages, Heavy(jnp.where(pages < 0, 0.0, placed), marks.open_mass, written)
+
+    def observe(self, marks: Heavy, evidence: Evidence, now: jax.Array) -> Heavy:
+        mass, open_mass = self.pool_masses(evidence, jnp.sum)
+        return Heavy(marks.mass + mass, marks.open_mass + open_mass, marks.written)
+
+    def commit(self, marks: Heavy, slot: jax.Array, page: Page, now: jax.Array) -> Heavy:
+        return Heavy(
+            put(marks.mass, slot, marks.open_mass),
+            jnp.zeros_like(marks.open_mass),
+            put(marks.written, slot, now[:, None]),
+        )
+
+    def victim(self, marks: Heavy, boundary: Boundary) -> jax.Array:
+        pages = jnp.sum(boundary.allowed, axis=-1)
+        age = boundary.now[:, None, None] - marks.written
+        recent = age <= (self._recent_pages(pages)[:, None, None] - 1) * self.page_size
+        return lowest(jnp.where(recent, jnp.inf, marks.mass), boundary)
+
+    def _recent_pages(self, pages: jax.Array) -> jax.Array:
+        """How many of this many pages are recent ones, the one being written included: `[B]`."""
+        share = jnp.floor(pages.astype(jnp.float32) * self.recent_fraction)
+        return jnp.clip(share.astype(jnp.int32), 1, jnp.maximum(pages - 1, 1))

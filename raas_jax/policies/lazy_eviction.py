@@ -1,0 +1,69 @@
+"""LazyEviction: what recurs rarely may wait longer (arXiv 2506.15969)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.policies.base import Boundary, Evidence, Marks, Page, put
+from raas_jax.policies.budgeted import Batched
+
+
+class Recurrence(NamedTuple):
+    """When a page was last in use, and the longest time between two uses: int32 `[L, B, K, S]`."""
+
+    stamp: jax.Array
+    interval: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class LazyEviction(Batched):
+    """Every `every` tokens, evicts the pages that are most overdue.
+
+    A page is in use when its attention exceeds `alpha` (the largest of the query heads counts). How
+    overdue it is: the time since its last use, in units of the longest time that ever lay between
+    two of its uses. A page that was never used again counts from when it was written, and in units
+    of one token. The `recent` newest tokens stay; the paper keeps as many as it evicts.
+
+    This is the paper's idea in its simplest form: its score is a squashed function of these
+    quantities with a second term, and its threshold and window vary with the model and the task.
+
+    Attributes:
+      alpha: threshold on a page's attention, in [0, 1].
+    """
+
+    every: int = 64
+    recent: int = 64
+    alpha: float = 1e-4
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
+        super().__post_init__()
+
+    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+        zeros = jnp.zeros(shape, jnp.int32)
+        return zeros, Recurrence(zeros, zeros)
+
+    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
+        written, (stamp, interval) = marks
+        used = (self.pool(evidence.mass, jnp.max) > self.alpha) & (evidence.fill > 0)
+        now = now[:, None, None]
+        longest = jnp.maximum(interval, now - stamp)
+        return written, Recurrence(jnp.where(used, now, stamp), jnp.where(used, longest, interval))
+
+    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+        written, (stamp, interval) = marks
+        written, _ = super().commit((written, ()), slot, page, now)
+        # The page's last token was read one tick ago.
+        stamp = put(stamp, slot, now[:, None] - 1)
+        return written, Recurrence(stamp, put(interval, slot, jnp.zeros_like(now)[:, None]))
+
+    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        _, (stamp, interval) = marks
+        waited = boundary.now[:, None, None] - 1 - stamp
+        unit = jnp.maximum(interval, 1)
+        return -waited.astype(jnp.float32) / unit.astype(jnp.float32)

@@ -1,0 +1,57 @@
+"""Sink: the first tokens and the last ones (StreamingLLM, arXiv 2309.17453)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.policies.base import Boundary, Marks, Page, PromptPages, lowest, pages_for, put
+from raas_jax.policies.budgeted import Budgeted, check_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Sink(Budgeted):
+    """Keeps the pages with the first `sinks` tokens of the sequence, and the most recent ones.
+
+    With `prompt="evict"` it is the published method: a prompt longer than the budget is cut to its
+    first and last pages, and goes as it ages. With the prompt kept, the sinks lie in it already
+    (but for the shortest prompts), so that it does what `Recent` does.
+
+    Departs from the paper: keys keep the positions of the text, where StreamingLLM renumbers them
+    by their place in the cache. Metadata: the clock when each page was written, int32
+    `[L, B, K, S]`.
+
+    Attributes:
+      sinks: first tokens of the sequence that stay for ever, in whole pages; the paper uses 4.
+    """
+
+    sinks: int = 4
+    prompts = ("beside", "within", "evict")
+
+    def __post_init__(self) -> None:
+        check_count("sinks", self.sinks, 0)
+        super().__post_init__()
+
+    def reserve(self) -> tuple[int, str]:
+        # A short prompt may end within the sinks, so that its last page and the next are both kept.
+        spare = self.sinks > 1 and self.page_size > 1
+        pages = pages_for(self.sinks, self.page_size) + spare
+        return pages + 1, f"with sinks={self.sinks}"
+
+    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+        return jnp.zeros(shape, jnp.int32)
+
+    def place(self, marks: Marks, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+        index = jnp.arange(prompt.fill.shape[-1])
+        worth = jnp.where(index * self.page_size < self.sinks, jnp.inf, index.astype(jnp.float32))
+        return self.place_best(worth, prompt, marks.shape)
+
+    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+        return put(marks, slot, now[:, None])
+
+    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+        # A page that was full at clock t ends with the token number prompt + t - 2 of the text.
+        first = boundary.prompt_lengths[:, None, None] + marks - 1 - boundary.fill
+        return lowest(jnp.where(first < self.sinks, jnp.iinfo(jnp.int32).max, marks), boundary)

@@ -1,0 +1,55 @@
+"""SnapKV at decode: what the last queries looked at stays (arXiv 2404.14469)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.policies.base import Boundary, Evidence, Marks, Page, lowest, pages_for, put
+from raas_jax.policies.budgeted import Budgeted, check_count
+from raas_jax.policies.window import Window
+
+
+@dataclasses.dataclass(frozen=True)
+class SnapKV(Budgeted):
+    """Evicts the page of the least attention from the last `window` queries.
+
+    SnapKV compresses a prompt once, by an observation window at its end. Applied at decode, the
+    window slides: it is the last `window` tokens, which themselves are never evicted. The mean over
+    the query heads of a key/value head counts.
+
+    Departs from the paper: the prompt is kept, and scores are not smoothed over neighbouring
+    tokens, since pages already keep neighbours together. Metadata: `Window`, and the clock when
+    each page was written.
+
+    Attributes:
+      window: queries that are observed; the paper uses 16 to 64.
+    """
+
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        check_count("window", self.window, 1)
+        super().__post_init__()
+
+    def reserve(self) -> tuple[int, str]:
+        return pages_for(self.window, self.page_size), f"with window={self.window}"
+
+    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+        return Window.empty(shape, self.window), jnp.zeros(shape, jnp.int32)
+
+    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
+        window, written = marks
+        return window.observe(*self.pool_masses(evidence, jnp.mean), now), written
+
+    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+        window, written = marks
+        return window.commit(slot), put(written, slot, now[:, None])
+
+    def victim(self, marks: Any, boundary: Boundary) -> jax.Array:
+        window, written = marks
+        recent = self.newest(written, boundary.now, self.reserve()[0])
+        return lowest(jnp.where(recent, jnp.inf, window.total()), boundary)
