@@ -52,6 +52,17 @@ def test_generate_writes_what_the_forward_pass_predicts(params):
             assert output.finish_reason == "stop"
 
 
+def test_transformers_writes_the_same(params):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    problem = held_out(1, Knobs(6, 6), seed=52)[0]
+    ours = raas_jax.generate(params, problem.prompt, policy=Dense(), max_new_tokens=128)
+    model = transformers.AutoModelForCausalLM.from_pretrained(params.source, dtype=torch.float32)
+    ids = tokenizer(params)(problem.prompt, return_tensors="pt")
+    theirs = model.generate(**ids, max_new_tokens=128, do_sample=False)[0]
+    assert theirs[ids["input_ids"].shape[1] :].tolist() == list(ours.tokens)
+
+
 def test_typed_problem(params):
     problem = parse_problem("a=4; b=9; c=a+b")
     assert tokenizer(params)("a=4; b=9; c=a+b; ? c")["input_ids"] == [
