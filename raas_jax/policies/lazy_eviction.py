@@ -45,8 +45,9 @@ class LazyEviction(Batched):
         super().__post_init__()
 
     def init(self, shape: tuple[int, int, int, int]) -> Marks:
-        zeros = jnp.zeros(shape, jnp.int32)
-        return zeros, Recurrence(zeros, zeros)
+        # An array each: the state is donated, and no buffer can be given away twice.
+        written, stamp, interval = (jnp.zeros(shape, jnp.int32) for _ in range(3))
+        return written, Recurrence(stamp, interval)
 
     def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
         written, (stamp, interval) = marks
