@@ -228,10 +228,30 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
     return _finish(figure, file)
 
 
-_FOUND: dict[str, Any] = {"marker": "o", "color": "white", "markeredgecolor": INK, "markersize": 4.5}
-_PARTLY: dict[str, Any] = {"marker": "D", "color": ORANGE, "markeredgecolor": INK, "markersize": 4.5}
-_MISSED: dict[str, Any] = {"marker": "X", "color": VERMILLION, "markeredgecolor": INK, "markersize": 6}
-_MISSED_BLACK: dict[str, Any] = {"marker": "X", "color": INK, "markeredgecolor": "white", "markersize": 7}
+_FOUND: dict[str, Any] = {
+    "marker": "o",
+    "color": "white",
+    "markeredgecolor": INK,
+    "markersize": 4.5,
+}
+_PARTLY: dict[str, Any] = {
+    "marker": "D",
+    "color": ORANGE,
+    "markeredgecolor": INK,
+    "markersize": 4.5,
+}
+_MISSED: dict[str, Any] = {
+    "marker": "X",
+    "color": VERMILLION,
+    "markeredgecolor": INK,
+    "markersize": 6,
+}
+_MISSED_BLACK: dict[str, Any] = {
+    "marker": "X",
+    "color": INK,
+    "markeredgecolor": "white",
+    "markersize": 7,
+}
 
 
 def name(trace: Trace) -> str:
