@@ -1,0 +1,194 @@
+"""What must hold for every policy there is, and for one that a user writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cheap import CONFIG, start
+from tiny import prompts_of, random_params
+
+import raas_jax
+from raas_jax import Dense, policies
+from raas_jax.decode import Plan, cache_bytes, decode_pages
+from raas_jax.evaluate.recording import record
+from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, put
+
+P, PAGES, LENGTHS = 2, 14, [9, 3, 1]
+NEW = PAGES * P + 1
+
+# Small windows for a small budget; more than one entry where the prompt can be treated otherwise.
+OPTIONS = {
+    "dense": [{}],
+    "quest": [{}],
+    "raas": [{"alpha": 0.12}],
+    "raas_quest": [{"alpha": 0.12}],
+    "random": [{"every": 4, "recent": 4}],
+    "rkv": [{"every": 4, "recent": 2, "window": 2, "prompt": "within"}],
+    "lazy_eviction": [{"every": 4, "recent": 4, "alpha": 0.12}],
+    "snapkv": [{"window": 3, "share": "layer"}],
+    "vase": [{"window": 2}],
+    "sink": [{"prompt": "within", "dense_layers": 1}, {"prompt": "evict"}],
+    "h2o": [{"share": "layer"}, {"prompt": "evict"}],
+    "tova": [{}, {"prompt": "evict"}],
+}
+EVERY = [
+    pytest.param(name, options, id=", ".join([name, *map(str, options.values())]))
+    for name in policies.available()
+    for options in OPTIONS.get(name, [{}])
+]
+
+
+def tight(name, options):
+    if name == "dense":
+        return Dense(page_size=P)
+    if name == "raas_quest":
+        options = {**options, "prompt_budget": 2 * P}
+    spare = 5 if options.get("prompt") == "within" else 0
+    return policies.create(name, budget=(6 + spare) * P, page_size=P, **options)
+
+
+def ample(name, options):
+    if name == "dense":
+        return Dense(page_size=P)
+    if name == "raas_quest":
+        options = {**options, "prompt_budget": 10 * P}
+    return policies.create(name, budget=(PAGES + 6) * P, page_size=P, **options)
+
+
+@functools.cache
+def params():
+    return random_params(CONFIG, 0, 3.0)
+
+
+def run(policy, prompts, seeds):
+    """Tokens `[B, T]`, log-probabilities, the last state, bytes reported and bytes compiled for."""
+    lengths = [len(prompt) for prompt in prompts]
+    plan = Plan.create(CONFIG, policy, lengths, NEW)
+    state, first = start(params(), plan, prompts, seed=seeds)
+    reported = cache_bytes(state)
+    rest = dataclasses.replace(state, cache=None, marks=None)
+    others = sum(leaf.nbytes for leaf in jax.tree.leaves((params().weights, rest)))
+    compiled = decode_pages.lower(params(), state, plan=plan, pages=PAGES).compile()
+    allocated = compiled.memory_analysis().argument_size_in_bytes - others
+    state, drawn = compiled(params(), state)
+    tokens, logprobs = (np.concatenate([a[None], b]).T for a, b in zip(first, drawn, strict=True))
+    return tokens, logprobs, state, reported, allocated
+
+
+@functools.cache
+def dense():
+    return run(Dense(page_size=P), prompts_of(LENGTHS, 1), [5, 6, 7])[:2]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_a_row_alone_and_the_bytes(name, options):
+    """A row of a ragged batch is what it is alone; and what is reported is what is allocated."""
+    policy, prompts = tight(name, options), prompts_of(LENGTHS, 1)
+    tokens, logprobs, state, reported, allocated = run(policy, prompts, [5, 6, 7])
+    assert reported == allocated
+    alone = run(policy, prompts[1:2], [6])
+    np.testing.assert_array_equal(alone[0][0], tokens[1])
+    np.testing.assert_allclose(alone[1][0], logprobs[1], rtol=1e-3, atol=1e-4)
+    assert int(alone[2].evicted[0]) == int(state.evicted[1])
+    keeps_all = name in ("dense", "quest")
+    assert np.all((np.asarray(state.evicted) > 0) != keeps_all)
+    assert name == "dense" or not np.allclose(logprobs, dense()[1], atol=1e-3)
+    # The last group: the others are dense.
+    kept = np.sum(np.asarray(state.cache.kept[-1].fill) > 0, axis=-1)
+    assert np.all(kept == kept[:1, :, :1]) and np.all(kept <= plan_slots(policy))
+    assert state.cache.prompt.k.shape[3] == (0 if policy.evicts_prompt else 6)
+
+
+def plan_slots(policy):
+    return Plan.create(CONFIG, policy, LENGTHS, NEW).slots[-1]
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_a_budget_that_covers_the_length_is_dense(name, options):
+    if name == "dense":
+        pytest.skip("is itself")
+    prompts = prompts_of(LENGTHS, 1)
+    tokens, logprobs, state, _, _ = run(ample(name, options), prompts, [5, 6, 7])
+    np.testing.assert_array_equal(tokens, dense()[0])
+    np.testing.assert_allclose(logprobs, dense()[1], rtol=1e-3, atol=1e-4)
+    assert not np.any(state.evicted)
+
+
+@dataclasses.dataclass(frozen=True)
+class LongestKeys(Budgeted):
+    """A user's policy: pages with long keys stay, weighed by the best attention they ever got."""
+
+    power: float = 1.0
+
+    def init(self, shape):
+        return jnp.zeros(shape), jnp.zeros(shape)
+
+    def observe(self, marks, evidence: Evidence, now):
+        length, best = marks
+        return length, jnp.maximum(best, self.pool(evidence.mass, jnp.max))
+
+    def commit(self, marks, slot, page: Page, now):
+        length, best = marks
+        norm = jnp.mean(jnp.linalg.norm(page.k, axis=-1), axis=-1)
+        return put(length, slot, norm), put(best, slot, jnp.zeros_like(norm))
+
+    def victim(self, marks, boundary: Boundary):
+        length, best = marks
+        return lowest(length**self.power * best, boundary)
+
+
+def test_a_policy_of_ones_own_works_without_registration():
+    policy = LongestKeys(12, power=0.5, page_size=P)
+    prompts = prompts_of([5, 2], 2)
+    outs = raas_jax.generate(params(), prompts, policy=policy, max_new_tokens=30)
+    for out in outs:
+        assert len(out.tokens) == 30
+        assert out.stats.kept_pages == 6 and out.stats.evicted_pages > 0
+    assert "longestkeys" not in policies.available()
+    # As the evaluation runs it.
+    recorded = dict(record(params(), prompts, [30, 30], policy, stop_tokens=[]))
+    assert [recorded[row].tokens for row in (0, 1)] == [out.tokens for out in outs]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "named"),
+    [
+        ("sink", {"budget": 48}, "budget is 48, but with sinks=4.*at least 64"),
+        ("sink", {"sinks": -1}, "sinks is -1; it must be an int >= 0"),
+        ("snapkv", {"budget": 32}, "budget is 32, but with window=32.*never evicts 2 pages.*48"),
+        ("random", {"budget": 64}, "budget is 64, but with recent=64.*at least 80"),
+        ("lazy_eviction", {"budget": 64}, "budget is 64, but with recent=64"),
+        ("lazy_eviction", {"alpha": 2.0}, "alpha is 2.0"),
+        ("rkv", {"every": 0}, "every is 0"),
+        ("rkv", {"mix": 1.5}, "mix is 1.5"),
+        ("vase", {"protected": 1.0}, "protected is 1.0"),
+        ("h2o", {"recent_fraction": 1.0}, "recent_fraction is 1.0"),
+        ("h2o", {"prompt": "evict", "dense_layers": 2}, "dense_layers is 2, but prompt='evict'"),
+        ("recent", {"prompt": "evict"}, "prompt is 'evict'; choose one of 'beside', 'within'"),
+        ("quest", {"budget": 20}, "budget is 20, not a multiple of page_size=16"),
+        ("raas_quest", {"prompt_budget": 20}, "prompt_budget is 20, not a multiple"),
+        ("raas_quest", {"prompt": "within"}, "prompt is 'within'"),
+    ],
+    ids=str,
+)
+def test_options_that_cannot_work_are_refused(name, options, named):
+    with pytest.raises(ValueError, match=named):
+        policies.create(name, **options)
+
+
+def test_a_prompt_that_leaves_too_little_is_refused():
+    policy = policies.create("snapkv", budget=96, prompt="within")
+    policy.check_prompts([48])
+    with pytest.raises(ValueError, match=r"49 tokens \(4 pages of 16\).*3 pages.*at least 112"):
+        policy.check_prompts([49, 3])
+
+
+def test_names_are_known_and_near_ones_are_suggested():
+    with pytest.raises(ValueError, match="Did you mean snapkv"):
+        policies.by_name("snap_kv")
+    assert policies.create("tova", budget=32) == policies.TOVA(32)
