@@ -26,8 +26,9 @@ Dtype = Annotated[
 class PolicyOptions:
     """Which keys and values to keep."""
 
-    policy: Annotated[str, tyro.conf.arg(metavar="NAME")] = "raas"
-    """raas (constant memory) or dense (keep everything)."""
+    policy: Annotated[
+        str, tyro.conf.arg(metavar="NAME", help=f"One of {', '.join(policies.available())}.")
+    ] = "raas"
     budget: Int = None
     """Tokens kept for each sequence, layer and key/value head; raas: 1024."""
     page_size: Int = None
