@@ -170,7 +170,7 @@ def test_bad_options(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     for args, said in [
         (["lema"], "Did you mean lemma?"),
-        (["lemma", "--policies", "rass"], "Did you mean raas?"),
+        (["lemma", "--policies", "rass"], "Did you mean raas"),
         (["lemma", "--policies", "raas:alhpa=1"], "options of raas are"),
         (["lemma", "--budgets", "32;64"], "write for example 32,64,128"),
         (["lemma", "--budgets", "30"], "not a multiple"),
