@@ -62,7 +62,8 @@ class LemmaTask:
             Column("derivation", "Whole derivations", "share"),
             Column("tokens", "Tokens", "mean"),
             Column("capped", "Ran to the cap", "share"),
-            Column("served", "Milestone recall", "ratio", per="lookups"),
+            Column("served", "Recall to the first slip", "ratio", per="lookups"),
+            Column("written_served", "Milestone recall", "ratio", per="written_lookups"),
         )
 
     def config(self) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A milestone is a stated value (`c 3`) that is looked up later (see `raas_jax.lemma.liveness`). At
 the step that draws the value of a look-up, the look-up is *served* in a layer and key/value head
 if one of the name's earlier values can be read there. `recall` is the share of (look-up, layer,
-head) that are served: 1 when nothing is evicted. What stands in the prompt does not count.
+head) that are served: 1 when nothing is evicted. What stands in the prompt does not count as a
+source.
 """
 
 from __future__ import annotations
@@ -20,24 +21,28 @@ from raas_jax.lemma.problems import Problem
 
 
 class Recall(NamedTuple):
-    """Look-ups of one derivation, up to and with the first token that is not the right one.
+    """Look-ups of one answer.
+
+    The first three fields end with the first token that is not the right one: until then it is
+    known what is needed. They flatter a policy under which answers go wrong early. The last two
+    count the whole answer, taking what the model wrote for what it wanted (see `written`).
 
     Attributes:
       lookups: how many there were.
       served: their shares of layers and heads that had a source, summed.
       served_anywhere: how many had one in at least one layer and head.
+      written_lookups, written_served: as `lookups` and `served`, of the whole answer.
     """
 
     lookups: int
     served: float
     served_anywhere: int
+    written_lookups: int
+    written_served: float
 
 
 def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Recall:
-    """Counts the look-ups of a derivation that were served.
-
-    What a model writes after its first slip is no longer the derivation whose needs are known, so
-    counting ends there; a look-up that goes wrong is itself counted.
+    """Counts the look-ups of a derivation that were served; one that goes wrong is counted too.
 
     Args:
       problem: what was asked.
@@ -47,18 +52,31 @@ def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Reca
     marks, right = liveness(problem), problem.derivation_words
     together = min(len(words), len(right))
     slip = next((i for i in range(together) if words[i] != right[i]), together)
-    lookups = [each for each in marks.lookups if each.position - marks.prompt_tokens <= slip]
-    served, anywhere, count = 0.0, 0, 0
-    for lookup in lookups:
-        token = lookup.position - marks.prompt_tokens
-        if token >= len(recording.tokens):
-            break
-        count += 1
-        sources = (source - marks.prompt_tokens for source in lookup.sources)
-        held = np.any([recording.held(token, source) for source in sources], axis=0)
-        served += float(held.mean())
-        anywhere += bool(held.any())
-    return Recall(count, served, anywhere)
+    last = marks.prompt_tokens + min(slip, len(recording.tokens) - 1)
+    shares = _shares([each for each in marks.lookups if each.position <= last], marks, recording)
+    whole = written(marks.prompt_tokens, words)
+    all_shares = _shares(whole.lookups, whole, recording)
+    return Recall(
+        lookups=len(shares),
+        served=sum(shares),
+        served_anywhere=sum(share > 0 for share in shares),
+        written_lookups=len(all_shares),
+        written_served=sum(all_shares),
+    )
+
+
+def _shares(lookups: Sequence[Lookup], marks: Liveness, recording: Recording) -> list[float]:
+    """For each look-up, the share of layers and heads that can read one of its sources."""
+    first = marks.prompt_tokens
+    return [
+        float(
+            np.any(
+                [recording.held(lookup.position - first, each - first) for each in lookup.sources],
+                axis=0,
+            ).mean()
+        )
+        for lookup in lookups
+    ]
 
 
 def written(prompt_tokens: int, words: Sequence[str]) -> Liveness:

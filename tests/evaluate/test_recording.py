@@ -138,6 +138,7 @@ def test_recall_is_one_where_nothing_is_evicted():
     found = recall(problem, a_recording(problem, 1.0), problem.derivation_words)
     assert found.lookups == len(liveness(problem).lookups) > 0
     assert found.served == found.served_anywhere == found.lookups
+    assert found.written_served == found.written_lookups == found.lookups
 
 
 def test_recall_counts_what_was_forgotten_up_to_the_first_slip():
@@ -157,6 +158,9 @@ def test_recall_counts_what_was_forgotten_up_to_the_first_slip():
     words[marks.lookups[2].position - marks.prompt_tokens] = "?"
     cut = recall(problem, recording, words)
     assert cut.lookups == 3 and cut.served == pytest.approx(sum(shares[:3]))
+    # The whole answer goes on; what is no value is no look-up there.
+    assert cut.written_lookups == len(shares) - 1
+    assert cut.written_served <= sum(shares) - shares[2] + 1e-9
 
 
 def test_marks_of_a_written_derivation_are_those_of_the_right_one():
