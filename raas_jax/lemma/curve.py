@@ -36,7 +36,7 @@ def draw_curve(metrics: list[dict[str, float]], file: Path) -> None:
     lower.set_ylim(-0.02, 1.02)
     lower.grid(alpha=0.3)
     if sizes:
-        lower.legend()
+        lower.legend(loc="lower right")
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     pyplot.close(figure)

@@ -10,8 +10,9 @@ from raas_jax.lemma.tokenizer import BOS_ID, encode
 from raas_jax.policies import Dense
 from raas_jax.text import tokenizer
 
-# Shares that the committed weights reach on these fixed problems; raise them with the model.
-EXACT_SMALL, EXACT_LARGE = 0.96, 0.92
+# The committed weights get all of these fixed problems right; one slip in 25 is forgiven, since
+# other hardware rounds otherwise.
+EXACT_SMALL, EXACT_LARGE = 0.96, 0.96
 
 
 @pytest.fixture(scope="module")
