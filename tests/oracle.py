@@ -34,11 +34,12 @@ class Rules:
 
 @dataclasses.dataclass
 class Page:
-    """A page of generated tokens, keys and values `[P, H]`, and when it was last attended."""
+    """A page of generated tokens, keys and values `[P, H]`, when it was last attended, and made."""
 
     keys: Array
     values: Array
     stamp: int
+    written: int
 
 
 @dataclasses.dataclass
@@ -206,9 +207,10 @@ class Sequence:
                     slot = next(s for s in range(len(pages) + 1) if s not in pages)
                 else:
                     oldest = min(page.stamp for page in pages.values())
-                    slot = min(s for s, page in pages.items() if page.stamp == oldest)
+                    tied = [s for s, page in pages.items() if page.stamp == oldest]
+                    slot = min(tied, key=lambda s: pages[s].written)
                 chosen[layer, head] = slot, slot in pages
-                pages[slot] = Page(np.array(keys), np.array(values), self.drawn)
+                pages[slot] = Page(np.array(keys), np.array(values), self.drawn, self.drawn)
                 self.open[layer][head] = [], []
         return chosen
 

@@ -155,7 +155,7 @@ class Comparison:
     def marks(self):
         """Stamps `[L, B, K, S]` of each group of layers; None for a dense one."""
         both = zip(self.state.marks, self.stamped, strict=True)
-        return [np.asarray(marks) if on else None for marks, on in both]
+        return [np.asarray(marks.stamp) if on else None for marks, on in both]
 
     def of_layer(self, groups, layer):
         """The entry of one layer, from one array (or pair of arrays) per group of layers."""
@@ -334,9 +334,8 @@ def test_top_fraction_is_rounded_up_exactly():
     mass = jnp.where(fill > 0, scores, 0.0)[:, :, None]
     for hundredths in (*range(5, 101, 5), 1, 33, 67, 99):
         policy = RaaS(32, top_fraction=hundredths / 100)
-        marks = policy.observe(
-            policy.init((1, 128, 1, 128))[0], Evidence(mass, None, fill), jnp.full(128, 7)
-        )
+        fresh = jax.tree.map(lambda mark: mark[0], policy.init((1, 128, 1, 128)))
+        marks = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(128, 7))
         wanted = [-(-int(count) * hundredths // 100) for count in counts]
-        got = np.sum(np.asarray(marks) == 7, axis=(1, 2)).tolist()
+        got = np.sum(np.asarray(marks.stamp) == 7, axis=(1, 2)).tolist()
         assert got == wanted, f"top_fraction={policy.top_fraction}"

@@ -280,8 +280,9 @@ def record(
         )
         drawn.append(np.asarray(seen.tokens))
         tables.append(tuple(np.asarray(table) for table in seen.tables))
-        if every_step and seen.marks is not None and all(map(_is_stamp, seen.marks)):
-            marks.append(tuple(np.asarray(mark) for mark in seen.marks if not _is_empty(mark)))
+        stamps = [getattr(mark, "stamp", mark) for mark in seen.marks or ()]
+        if stamps and all(map(_is_stamp, stamps)):
+            marks.append(tuple(np.asarray(stamp) for stamp in stamps if not _is_empty(stamp)))
 
 
 def _is_empty(marks: Any) -> bool:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from raas_jax.policies.base import (
     Boundary,
     Evidence,
-    Marks,
     Page,
     Policy,
     lowest,
@@ -29,6 +28,16 @@ from raas_jax.policies.base import (
 from raas_jax.policies.dense import Dense, bucket
 
 
+class Stamps(NamedTuple):
+    """When each page was last attended to, and when it was written; -1 for an empty slot.
+
+    Both int32 `[L, B, K, S]`, in tokens that the row had generated.
+    """
+
+    stamp: jax.Array
+    written: jax.Array
+
+
 @dataclasses.dataclass(frozen=True)
 class RaaS(Policy):
     """Reasoning-aware sparsity with a fixed budget.
@@ -36,8 +45,9 @@ class RaaS(Policy):
     After every token, a page is stamped with the present time if its score is above `alpha`, or,
     where `top_fraction` is given, if it is among that share of the occupied slots (rounded up;
     pages that tie with the last one are stamped too). At a page boundary the new page, stamped
-    with the present time, takes an empty slot, or else that of the oldest stamp; ties go to the
-    lowest slot. The page being written cannot be evicted.
+    with the present time, takes an empty slot, or else that of the oldest stamp. Of pages with the
+    same stamp the one that was written first goes: the paper leaves this open, but it matters,
+    since a small `alpha` stamps most pages at every step. The page being written always stays.
 
     Attributes:
       budget: tokens per sequence, layer and key/value head; a multiple of `page_size`, at least
@@ -117,10 +127,11 @@ class RaaS(Policy):
                 f"least {(pages + 2) * self.page_size}, or prompt='beside'."
             )
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
-        return jnp.full(shape, -1, jnp.int32)
+    def init(self, shape: tuple[int, int, int, int]) -> Stamps:
+        # Two arrays, since the state is donated and a buffer can be given up only once.
+        return Stamps(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32))
 
-    def observe(self, marks: Marks, evidence: Evidence, now: jax.Array) -> Marks:
+    def observe(self, marks: Stamps, evidence: Evidence, now: jax.Array) -> Stamps:
         score = evidence.bound if self.score == "bound" else evidence.mass
         assert score is not None
         score = jnp.max(score, axis=2)
@@ -130,13 +141,17 @@ class RaaS(Policy):
         attended = score > self.alpha
         if self.top_fraction is not None:
             attended = score >= _score_of_last(score, occupied, self.top_fraction)
-        return jnp.where(attended & occupied, now[:, None, None], marks)
+        stamp = jnp.where(attended & occupied, now[:, None, None], marks.stamp)
+        return marks._replace(stamp=stamp)
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        return put(marks, slot, now[:, None])
+    def commit(self, marks: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
+        return Stamps(*(put(mark, slot, now[:, None]) for mark in marks))
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
-        return lowest(marks, boundary)
+    def victim(self, marks: Stamps, boundary: Boundary) -> jax.Array:
+        newest = jnp.iinfo(jnp.int32).max
+        held = boundary.allowed[:, None] & (boundary.fill > 0)
+        oldest = jnp.min(jnp.where(held, marks.stamp, newest), axis=-1, keepdims=True)
+        return lowest(jnp.where(marks.stamp == oldest, marks.written, newest), boundary)
 
 
 def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
