@@ -9,11 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 
 from raas_jax.config import ModelConfig
 from raas_jax.lemma.tokenizer import BOS_ID, EOS_ID, PAD_ID, save_tokenizer
-from raas_jax.lemma.train import TrainConfig, initial_state, restore
 from raas_jax.params import Params
 from raas_jax.weights import save_hf
 
@@ -47,6 +45,10 @@ def export_checkpoint(
     config_path: str, folder: Path, *, checkpoints: str | None = None, step: int | None = None
 ) -> int:
     """Export the averaged weights of a checkpoint, by default the newest; gives its step."""
+    import orbax.checkpoint as ocp
+
+    from raas_jax.lemma.train import TrainConfig, initial_state, restore
+
     config = TrainConfig.from_file(config_path)
     source = Path(checkpoints or config.checkpoints).expanduser().absolute()
     with ocp.CheckpointManager(source) as manager:

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from raas_jax.config import ModelConfig
 from raas_jax.lemma.batches import Batch, Bucket, batch
+from raas_jax.lemma.export import export
 from raas_jax.lemma.forward import forward
 from raas_jax.model import init_weights
 
@@ -249,7 +250,8 @@ def main(
       fresh: refuse to resume, so that a folder with checkpoints is an error.
 
     Returns:
-      The folder of checkpoints, with `metrics.jsonl` beside them.
+      The folder of checkpoints, with `metrics.jsonl` in it. Once the last step is done, the model
+      lies beside it as a Hugging Face folder of the same name and `-model`.
     """
     config = TrainConfig.from_file(config_path)
     folder = Path(checkpoints or config.checkpoints).expanduser().absolute()
@@ -282,6 +284,8 @@ def main(
                     print(json.dumps(line), file=metrics, flush=True)
                 if step % config.checkpoint_every == 0 or step == last:
                     manager.save(step, args=ocp.args.StandardSave(now))
+                if step == config.steps:
+                    export(config.model, now["average"], folder.with_name(f"{folder.name}-model"))
             manager.wait_until_finished()
     return folder
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import yaml
 
+import raas_jax
 from raas_jax.lemma.batches import Bucket, batch
 from raas_jax.lemma.draws import split_of
 from raas_jax.lemma.forward import forward
@@ -74,6 +75,8 @@ def test_two_steps_and_resume_are_four_in_a_row(config_file):
         resumed = restore(manager, initial_state(config))
     jax.tree.map(np.testing.assert_array_equal, straight, jax.tree.map(np.asarray, resumed))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    exported = raas_jax.load(folder.with_name("resumed-model")).weights["embedding"]
+    np.testing.assert_allclose(exported, straight["average"]["embedding"], rtol=0.01)
     with pytest.raises(ValueError, match="holds checkpoints"):
         main(str(path), fresh=True)
 
