@@ -1,6 +1,6 @@
 """The folder of a run: its configuration, and one JSON line per sample.
 
-run.json            configuration; sessions with versions and device
+run.json            configuration; every start with versions and device
 samples.jsonl       one line per sample, appended and flushed as it is finished
 samples.bad.jsonl   lines that could not be read, kept aside
 table.md, table.csv made from the two above by `raas-jax report`
@@ -24,7 +24,7 @@ class Results:
 
     Attributes:
       folder: where they are.
-      config: what the run is: the same for every session that adds to the folder.
+      config: what the run is: the same for every start that adds to the folder.
       samples: those that are finished, by (policy, item).
       bad: lines that could not be read.
       repeated: lines that repeated a sample; the first counts.
@@ -68,14 +68,14 @@ class Results:
 
     @classmethod
     def open(
-        cls, folder: str | Path, config: Mapping[str, Any], session: Mapping[str, Any]
+        cls, folder: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> Results:
         """Starts a run, or goes on with one; lines that cannot be read are kept aside.
 
         Args:
           folder: made if it is not there.
           config: JSON values; must equal that of the run in the folder, if there is one.
-          session: versions and device of this session, added to `run.json`.
+          environment: versions and device of this start, added to `run.json`.
 
         Raises:
           ValueError: the folder belongs to another run, with what differs, or to something else.
@@ -87,7 +87,7 @@ class Results:
         except FileExistsError:
             raise ValueError(f"--out is {str(folder)!r}, which is a file; give a folder.") from None
         wanted: dict[str, Any] = json.loads(json.dumps(config))
-        sessions = []
+        starts = []
         if (path / RUN).is_file():
             found = cls.read(path)
             different = differences(found.config, wanted)
@@ -96,7 +96,7 @@ class Results:
                     f"{path} holds another run; give a new --out, or the same options. "
                     "There → here:\n  " + "\n  ".join(different)
                 )
-            sessions = json.loads((path / RUN).read_text()).get("sessions", [])
+            starts = json.loads((path / RUN).read_text()).get("starts", [])
             if found.bad:
                 with (path / BAD).open("a", encoding="utf-8") as file:
                     file.writelines(line.rstrip("\n") + "\n" for line in found.bad)
@@ -109,7 +109,7 @@ class Results:
         else:
             found = cls(path, wanted, [], [])
         # Written before the first sample, so that every sample has its configuration.
-        whole = {"config": wanted, "sessions": [*sessions, dict(session)]}
+        whole = {"config": wanted, "starts": [*starts, dict(environment)]}
         _write(path / RUN, json.dumps(whole, indent=1) + "\n")
         return found
 

@@ -63,7 +63,7 @@ def run(
     items = task.items(params)
     for policy in tried:
         Plan.create(params.config, policy, [len(item.prompt) for item in items], items[0].limit)
-    results = Results.open(out, configuration(params, task, tried, model), session())
+    results = Results.open(out, configuration(params, task, tried, model), environment())
     total = len(items) * len(tried)
     with tqdm(
         total=total,
@@ -149,7 +149,7 @@ def configuration(
     }
 
 
-def session() -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Versions and device."""
     device = jax.devices()[0]
     return {

@@ -17,7 +17,7 @@ class Item:
     """One question.
 
     Attributes:
-      name: its name within the task, the same in every session.
+      name: its name within the task, always the same.
       prompt: token ids.
       limit: at most this many tokens may be generated.
     """

@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_where_it_was(params, whole, tmp_path, monkeypatch,
     lines = (folder / "samples.jsonl").read_text().splitlines()
     assert len(lines) == 10
     assert (folder / "samples.bad.jsonl").read_text().count("\n") == 1
-    assert len(json.loads((folder / "run.json").read_text())["sessions"]) == 2
+    assert len(json.loads((folder / "run.json").read_text())["starts"]) == 2
 
 
 def test_another_run_is_refused_with_what_differs(params, whole, tmp_path):
