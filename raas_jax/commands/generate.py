@@ -92,11 +92,14 @@ class Generate:
                 print()
             clock = _Clock()
             with tqdm(unit=" tokens", delay=1, disable=hidden) as bar:
-                for piece in _uninterrupted(raas_jax.stream(params, prompt, **options)):
-                    clock.count(piece.generated_tokens)
-                    bar.update(piece.generated_tokens - bar.n)
-                    print(piece.text, end="", flush=True)
-                    output = piece.output
+                pieces = raas_jax.stream(params, prompt, **options)
+                try:
+                    for piece in pieces:
+                        output = _show(piece, clock, bar)
+                except KeyboardInterrupt:
+                    # It came while a piece was shown: told of it, their maker ends the answer.
+                    assert isinstance(pieces, Generator)
+                    output = _show(pieces.throw(KeyboardInterrupt), clock, bar)
             assert output is not None
             print(*output.tokens if output.text is None else "", flush=True)
             print(summary(output, clock.tokens_per_second), file=sys.stderr, flush=True)
@@ -140,14 +143,11 @@ class _Clock:
         return (last - first) / (ended - began)
 
 
-def _uninterrupted(pieces: Iterator[raas_jax.Piece]) -> Iterator[raas_jax.Piece]:
-    """The pieces; Ctrl-C while one is being printed reaches their maker, which ends the answer."""
-    try:
-        yield from pieces
-    except KeyboardInterrupt:
-        assert isinstance(pieces, Generator)
-        yield pieces.throw(KeyboardInterrupt)
-        yield from pieces
+def _show(piece: raas_jax.Piece, clock: _Clock, bar: tqdm) -> raas_jax.Output | None:
+    clock.count(piece.generated_tokens)
+    bar.update(piece.generated_tokens - bar.n)
+    print(piece.text, end="", flush=True)
+    return piece.output
 
 
 def _batches(prompts: list[Prompt], rows: int) -> Iterator[list[Prompt]]:
