@@ -1,6 +1,7 @@
 """The command line, mostly in this process; a real one where signals and pipes matter."""
 
 import io
+import functools
 import json
 import os
 import signal
@@ -331,6 +332,8 @@ def start(args: list[str]) -> subprocess.Popen:
         stderr=subprocess.PIPE,
         env=environment,
         cwd=Path(__file__).resolve().parents[1],
+        # Where the tests run in the background, Ctrl-C may be ignored, which children inherit.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
