@@ -1,7 +1,7 @@
 """The command line, mostly in this process; a real one where signals and pipes matter."""
 
-import io
 import functools
+import io
 import json
 import os
 import signal
