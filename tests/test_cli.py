@@ -1,6 +1,5 @@
 """The command line, mostly in this process; a real one where signals and pipes matter."""
 
-import functools
 import io
 import json
 import os
@@ -323,17 +322,24 @@ def test_bytes_are_readable(count, text):
     assert readable_bytes(count) == text
 
 
+# Where the tests run in the background Ctrl-C is ignored, and a new process inherits that.
+LAUNCH = """
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from raas_jax.cli import main
+sys.exit(main())
+"""
+
+
 def start(args: list[str]) -> subprocess.Popen:
     """The command line in a process of its own."""
     environment = os.environ | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        [sys.executable, "-m", "raas_jax.cli", *args],
+        [sys.executable, "-c", LAUNCH, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env=environment,
         cwd=Path(__file__).resolve().parents[1],
-        # Where the tests run in the background, Ctrl-C may be ignored, which children inherit.
-        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
