@@ -24,7 +24,6 @@ from raas_jax.policies.base import (
     put,
 )
 from raas_jax.policies.dense import Dense, bucket
-from raas_jax.policies.raas import check_budget, check_choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,6 +243,29 @@ def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Pol
     dense = min(dense, layers)
     parts = (dense, Dense(page_size=policy.page_size)), (layers - dense, policy)
     return tuple((count, part) for count, part in parts if count)
+
+
+def check_budget(budget: int, page_size: int) -> None:
+    """Raises ValueError unless the budget is a whole number of at least two pages."""
+    if not isinstance(budget, int) or isinstance(budget, bool):
+        raise ValueError(f"budget is {budget!r}; it must be a whole number of tokens.")
+    if budget % page_size:
+        down = budget // page_size * page_size
+        raise ValueError(
+            f"budget is {budget}, not a multiple of page_size={page_size}. "
+            f"Use {max(down, 2 * page_size)} or {max(down, page_size) + page_size}."
+        )
+    if budget < 2 * page_size:
+        raise ValueError(
+            f"budget is {budget}, less than two pages of page_size={page_size}. "
+            f"Use at least {2 * page_size}, or a smaller page_size."
+        )
+
+
+def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raises ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
 
 
 def check_count(name: str, value: int, least: int) -> None:

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from raas_jax.policies.base import Boundary, Bounded, Marks, Policy, Selection, lowest, pages_for
-from raas_jax.policies.budgeted import check_count, dense_first
+from raas_jax.policies.budgeted import check_budget, check_choice, check_count, dense_first
 from raas_jax.policies.dense import bucket
-from raas_jax.policies.raas import check_budget, check_choice
 
 
 @dataclasses.dataclass(frozen=True)

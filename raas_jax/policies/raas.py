@@ -9,29 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import (
-    Boundary,
-    Evidence,
-    Page,
-    Policy,
-    lowest,
-    pages_for,
-    put,
-)
-from raas_jax.policies.dense import Dense, bucket
+from raas_jax.policies.base import Boundary, Evidence, Page, lowest, pages_for, put
+from raas_jax.policies.budgeted import Budgeted, check_choice, check_count
 
 
 class Stamps(NamedTuple):
     """When each page was last attended to, and when it was written; -1 for an empty slot.
 
-    Both int32 `[L, B, K, S]`, in tokens that the row had generated.
+    Both `[L, B, K, S]`, in tokens that the row had generated. `written` is int32, and so is
+    `stamp`, which is float32 where stamps are soft.
     """
 
     stamp: jax.Array
@@ -39,7 +31,7 @@ class Stamps(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class RaaS(Policy):
+class RaaS(Budgeted):
     """Reasoning-aware sparsity with a fixed budget.
 
     After every token, a page is stamped with the present time if its score is above `alpha`, or,
@@ -49,109 +41,95 @@ class RaaS(Policy):
     same stamp the one that was written first goes: the paper leaves this open, but it matters,
     since a small `alpha` stamps most pages at every step. The page being written always stays.
 
+    `half_life` makes stamps soft, and then no threshold is needed: of every score that a page ever
+    received, what is left halves every `half_life` tokens, and the stamp is the time at which a
+    score of one alone would have left as much. Short half-lives are LRU, long ones LFU, as in LRFU
+    (Lee et al., IEEE Transactions on Computers 50(12), 2001), with attention as the access.
+
     Attributes:
-      budget: tokens per sequence, layer and key/value head; a multiple of `page_size`, at least
-        two pages. With `prompt="beside"` they are generated tokens, and the prompt comes on top.
-        With `prompt="within"`, as in the paper, prompt and kept pages share them.
       alpha: threshold on a page's score, in [0, 1]; the paper's experiments use 1e-4.
       top_fraction: in (0, 1]; stamps a share of the pages instead of comparing with `alpha`.
+      half_life: tokens, above 0; None for stamps as in the paper.
+      recent: newest generated tokens that are never evicted, in whole pages; 0 keeps only the page
+        being written.
       score: "mass" is the page's exact share of the softmax; "bound" is the paper's: the softmax,
         over all pages, of the upper bound by the page's representative keys (as in Quest). Of the
         query heads of a group the largest score counts.
-      share: decide for each key/value head ("kv_head"), or once per layer ("layer", by the largest
-        score among the heads).
-      prompt: "beside" or "within" the budget; never evicted either way.
-      dense_layers: this many first layers keep everything, at O(N) memory.
     """
 
-    budget: int = 1024
     alpha: float = 1e-4
-    top_fraction: float | None = None
-    score: Literal["mass", "bound"] = "mass"
-    share: Literal["kv_head", "layer"] = "kv_head"
-    prompt: Literal["beside", "within"] = "beside"
-    dense_layers: int = 0
+    top_fraction: float | None = dataclasses.field(default=None, kw_only=True)
+    half_life: float | None = dataclasses.field(default=None, kw_only=True)
+    recent: int = dataclasses.field(default=0, kw_only=True)
+    score: Literal["mass", "bound"] = dataclasses.field(default="mass", kw_only=True)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        check_budget(self.budget, self.page_size)
+        check_count("recent", self.recent, 0)
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
             raise ValueError(
                 f"top_fraction is {self.top_fraction!r}; it must be in (0, 1] or None."
             )
+        if self.half_life is not None and not 0 < self.half_life < math.inf:
+            raise ValueError(
+                f"half_life is {self.half_life!r}; it must be a finite number of tokens above 0, "
+                "or None."
+            )
+        if self.half_life is not None and self.top_fraction is not None:
+            raise ValueError(
+                f"half_life is {self.half_life} and top_fraction {self.top_fraction}, but soft "
+                "stamps take every score as it is. Give one of them."
+            )
         check_choice("score", self.score, ("mass", "bound"))
-        check_choice("share", self.share, ("kv_head", "layer"))
-        check_choice("prompt", self.prompt, ("beside", "within"))
-        if not isinstance(self.dense_layers, int) or self.dense_layers < 0:
-            raise ValueError(f"dense_layers is {self.dense_layers!r}; it must be an int >= 0.")
+        super().__post_init__()
 
     @classmethod
     def paper(cls, budget: int = 1024, *, page_size: int = 16) -> RaaS:
         """The paper's setting: prompt within the budget, representative keys, alpha 1e-4."""
-        return cls(budget, prompt="within", score="bound", alpha=1e-4, page_size=page_size)
+        return cls(budget, 1e-4, prompt="within", score="bound", page_size=page_size)
+
+    def reserve(self) -> tuple[int, str]:
+        return max(1, pages_for(self.recent, self.page_size)), f"with recent={self.recent}"
 
     @property
     def needs_bounds(self) -> bool:
         return self.score == "bound"
 
-    def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
-        dense = min(self.dense_layers, num_layers)
-        parts = (dense, Dense(page_size=self.page_size)), (num_layers - dense, self)
-        return tuple((layers, policy) for layers, policy in parts if layers)
-
-    def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
-        slots = self.budget // self.page_size
-        if self.prompt == "within":
-            # Rounded to eighths of the budget, so that few prompt lengths compile anew.
-            step = max(1, slots // 8)
-            left = slots - pages_for(min(prompt_tokens), self.page_size)
-            slots = min(slots, -(-left // step) * step)
-        return min(slots, bucket(pages_for(max_new_tokens, self.page_size)))
-
-    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
-        if self.prompt == "beside":
-            return super().capacity(prompt_lengths, slots)
-        left = self.budget // self.page_size - -(-prompt_lengths // self.page_size)
-        return jnp.clip(left, 0, slots).astype(jnp.int32)
-
-    def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
-        if self.prompt == "beside":
-            return
-        pages = pages_for(max(prompt_tokens), self.page_size)
-        if self.budget // self.page_size - pages < 2:
-            raise ValueError(
-                f"prompt takes {max(prompt_tokens)} tokens ({pages} pages of {self.page_size}), "
-                f"which leaves less than two pages of budget={self.budget}. Use a budget of at "
-                f"least {(pages + 2) * self.page_size}, or prompt='beside'."
-            )
-
     def init(self, shape: tuple[int, int, int, int]) -> Stamps:
         # Two arrays, since the state is donated and a buffer can be given up only once.
-        return Stamps(jnp.full(shape, -1, jnp.int32), jnp.full(shape, -1, jnp.int32))
+        kind = jnp.int32 if self.half_life is None else jnp.float32
+        return Stamps(jnp.full(shape, -1, kind), jnp.full(shape, -1, jnp.int32))
 
     def observe(self, marks: Stamps, evidence: Evidence, now: jax.Array) -> Stamps:
         score = evidence.bound if self.score == "bound" else evidence.mass
         assert score is not None
-        score = jnp.max(score, axis=2)
-        if self.share == "layer":
-            score = jnp.broadcast_to(jnp.max(score, axis=1, keepdims=True), score.shape)
+        score = self.pool(score, jnp.max)
         occupied = evidence.fill > 0
+        now = now[:, None, None]
+        if self.half_life is not None:
+            now = now.astype(jnp.float32)
+            left = jnp.exp2((marks.stamp - now) / self.half_life) + score
+            # The logarithm of nothing is no time at all; such a page has been the oldest for long.
+            soft = now + self.half_life * jnp.log2(jnp.maximum(left, jnp.finfo(left.dtype).tiny))
+            return marks._replace(stamp=jnp.where(occupied, soft, marks.stamp))
         attended = score > self.alpha
         if self.top_fraction is not None:
             attended = score >= _score_of_last(score, occupied, self.top_fraction)
-        stamp = jnp.where(attended & occupied, now[:, None, None], marks.stamp)
-        return marks._replace(stamp=stamp)
+        return marks._replace(stamp=jnp.where(attended & occupied, now, marks.stamp))
 
     def commit(self, marks: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
-        return Stamps(*(put(mark, slot, now[:, None]) for mark in marks))
+        return Stamps(*(put(mark, slot, now[:, None].astype(mark.dtype)) for mark in marks))
 
     def victim(self, marks: Stamps, boundary: Boundary) -> jax.Array:
         newest = jnp.iinfo(jnp.int32).max
         held = boundary.allowed[:, None] & (boundary.fill > 0)
-        oldest = jnp.min(jnp.where(held, marks.stamp, newest), axis=-1, keepdims=True)
-        return lowest(jnp.where(marks.stamp == oldest, marks.written, newest), boundary)
+        if self.recent:
+            held &= ~self.newest(marks.written, boundary.now, self.reserve()[0])
+        last = jnp.inf if self.half_life is not None else newest
+        stamp = jnp.where(held, marks.stamp, last)
+        oldest = stamp == jnp.min(stamp, axis=-1, keepdims=True)
+        return lowest(jnp.where(oldest, marks.written, newest), boundary)
 
 
 def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
@@ -162,26 +140,3 @@ def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> ja
     best = jnp.asarray([math.ceil(n * share) for n in range(score.shape[-1] + 1)])[count]
     ranked = jnp.sort(jnp.where(occupied, score, -jnp.inf), axis=-1, descending=True)
     return jnp.take_along_axis(ranked, jnp.maximum(best - 1, 0), axis=-1)
-
-
-def check_budget(budget: int, page_size: int) -> None:
-    """Raises ValueError unless the budget is a whole number of at least two pages."""
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        raise ValueError(f"budget is {budget!r}; it must be a whole number of tokens.")
-    if budget % page_size:
-        down = budget // page_size * page_size
-        raise ValueError(
-            f"budget is {budget}, not a multiple of page_size={page_size}. "
-            f"Use {max(down, 2 * page_size)} or {max(down, page_size) + page_size}."
-        )
-    if budget < 2 * page_size:
-        raise ValueError(
-            f"budget is {budget}, less than two pages of page_size={page_size}. "
-            f"Use at least {2 * page_size}, or a smaller page_size."
-        )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")

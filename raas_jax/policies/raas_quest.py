@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 from raas_jax.policies.base import Bounded, Marks, Selection
+from raas_jax.policies.budgeted import check_budget
 from raas_jax.policies.quest import top_pages
-from raas_jax.policies.raas import RaaS, check_budget, check_choice
+from raas_jax.policies.raas import RaaS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +23,12 @@ class RaaSQuest(RaaS):
         `page_size`, at least two pages.
     """
 
-    prompt: Literal["beside", "within"] = "beside"
+    prompts = ("beside",)
+
     prompt_budget: int = dataclasses.field(default=1024, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("prompt", self.prompt, ("beside",))
         try:
             check_budget(self.prompt_budget, self.page_size)
         except ValueError as error:
