@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -183,6 +184,7 @@ class Recording:
       stamps: int32 `[n * P, L, K, n]`, the policy's mark of every page after each step, -1 where
         there is none; None unless asked for and the policy's marks are one integer per page.
       seconds: from the start of the batch to the look that saw its end.
+      step_seconds: median time of a step of its batch, compilation left out.
     """
 
     tokens: list[int]
@@ -191,6 +193,7 @@ class Recording:
     present: np.ndarray
     stamps: np.ndarray | None
     seconds: float
+    step_seconds: float
 
     def held(self, token: int, source: int) -> np.ndarray:
         """Whether the token with index `source` can be read as `token` is drawn: `[L, K]`."""
@@ -213,6 +216,7 @@ def record(
     stop_tokens: Sequence[int],
     rows: int | None = None,
     every_step: bool = False,
+    prepare: Callable[[DecodeState], DecodeState] | None = None,
 ) -> Iterator[tuple[int, Recording]]:
     """Answers prompts in one batch, greedily, and gives each as soon as it is finished.
 
@@ -224,6 +228,7 @@ def record(
       stop_tokens: ids that end an answer.
       rows: size of the batch that is compiled for; the missing rows are idle.
       every_step: record the policy's marks after every token.
+      prepare: changes the state that prefill left, as an oracle does that knows the future.
 
     Yields:
       The index of a prompt, and its recording.
@@ -234,6 +239,7 @@ def record(
     limit = [*limits, *[1] * idle]
     plan = Plan.create(params.config, Recorded(policy), [len(each) for each in padded], max(limit))
     P = plan.page_size
+    pages = max(1, TOKENS_PER_LOOK // P)
     tokens = np.zeros((len(padded), plan.prompt_slots * P), np.int32)
     for line, prompt in zip(tokens, padded, strict=True):
         line[: len(prompt)] = prompt
@@ -241,10 +247,13 @@ def record(
     asked = request(jnp.asarray(limit), stop_tokens, sampler)
     lengths = jnp.asarray([len(prompt) for prompt in padded], jnp.int32)
     state, first = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+    if prepare is not None:
+        state = prepare(state)
 
     drawn = [np.asarray(first.tokens)[None]]
     tables: list[tuple[np.ndarray, ...]] = []
     marks: list[tuple[np.ndarray, ...]] = []
+    looks: list[float] = []
     open_rows = list(range(len(prompts)))
     while True:
         done = np.asarray(state.done)
@@ -256,29 +265,29 @@ def record(
         for row in finished:
             column = all_drawn[:, row]
             answer: list[int] = column[: _end(column, limit[row], stop_tokens)].tolist()
-            pages = pages_for(len(answer) - 1, P)
-            table = _of_row(tables, row, pages)
+            written = pages_for(len(answer) - 1, P)
+            table = _of_row(tables, row, written)
             yield (
                 row,
                 Recording(
                     tokens=answer,
                     finish_reason="stop" if answer[-1] in stop_tokens else "length",
                     page_size=P,
-                    present=_present(table, pages),
-                    stamps=_stamps(table, _of_row(marks, row, pages), pages) if marks else None,
+                    present=_present(table, written),
+                    stamps=_stamps(table, _of_row(marks, row, written), written)
+                    if marks
+                    else None,
                     seconds=seconds,
+                    # The first look has compiled the loop, or waited for prefill.
+                    step_seconds=statistics.median(looks[1:] or looks or [seconds]),
                 ),
             )
         if not open_rows:
             return
-        state, seen = record_pages(
-            params,
-            state,
-            plan=plan,
-            pages=max(1, TOKENS_PER_LOOK // P),
-            every_step=every_step,
-        )
+        looked = time.perf_counter()
+        state, seen = record_pages(params, state, plan=plan, pages=pages, every_step=every_step)
         drawn.append(np.asarray(seen.tokens))
+        looks.append((time.perf_counter() - looked) / (pages * P))
         tables.append(tuple(np.asarray(table) for table in seen.tables))
         stamps = [getattr(mark, "stamp", mark) for mark in seen.marks or ()]
         if stamps and all(map(_is_stamp, stamps)):

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 RUN, SAMPLES, BAD = "run.json", "samples.jsonl", "samples.bad.jsonl"
-KEY = ("policy", "item")  # What names a sample within a run.
+KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
 Sample = dict[str, Any]
+Cell = tuple[str, str]
+"""The label of a task and that of a policy: what one line of a table is made of."""
 
 
 class Results:
@@ -25,7 +27,7 @@ class Results:
     Attributes:
       folder: where they are.
       config: what the run is: the same for every start that adds to the folder.
-      samples: those that are finished, by (policy, item).
+      samples: those that are finished, by (task, policy, item, sample).
       bad: lines that could not be read.
       repeated: lines that repeated a sample; the first counts.
     """
@@ -33,13 +35,15 @@ class Results:
     def __init__(self, folder: Path, config: dict[str, Any], samples: list[Sample], bad: list[str]):
         self.folder = folder
         self.config = config
-        self.samples: dict[tuple[str, str], Sample] = {}
+        self.samples: dict[tuple[str, ...], Sample] = {}
+        self._cells: dict[Cell, list[Sample]] = {}
         self.bad = bad
         self.repeated = 0
         for sample in samples:
-            key = _key(sample)
-            self.repeated += key in self.samples
-            self.samples.setdefault(key, sample)
+            if _key(sample) in self.samples:
+                self.repeated += 1
+            else:
+                self._take(sample)
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
@@ -133,12 +137,16 @@ class Results:
                     "same command goes on from there",
                     str(file),
                 ) from error
-        self.samples[key] = sample
+        self._take(sample)
 
-    def of(self, policy: str) -> list[Sample]:
-        """The finished samples of one policy, in the order of their items."""
-        found = [sample for (name, _), sample in self.samples.items() if name == policy]
-        return sorted(found, key=lambda sample: (len(str(sample["item"])), str(sample["item"])))
+    def _take(self, sample: Sample) -> None:
+        self.samples[_key(sample)] = sample
+        self._cells.setdefault((sample["task"], sample["policy"]), []).append(sample)
+
+    def of(self, task: str, policy: str) -> list[Sample]:
+        """The finished samples of one policy on one task, in the order of their items."""
+        found = self._cells.get((task, policy), [])
+        return sorted(found, key=lambda each: (len(str(each["item"])), *_key(each)[2:]))
 
     def remarks(self) -> list[str]:
         """What a reader should know about the file, in sentences."""
@@ -172,8 +180,8 @@ def _short(value: Any) -> str:
     return text if len(text) <= 120 else text[:117] + "..."
 
 
-def _key(sample: Mapping[str, Any]) -> tuple[str, str]:
-    return str(sample["policy"]), str(sample["item"])
+def _key(sample: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(str(sample[name]) for name in KEY)
 
 
 def _lines(file: Path) -> Iterator[str]:

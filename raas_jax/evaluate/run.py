@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 import raas_jax
 from raas_jax import policies, text
 from raas_jax.decode import Plan, dense_bytes
-from raas_jax.evaluate.recording import record, row_bytes
+from raas_jax.evaluate.recording import Recording, record, row_bytes
 from raas_jax.evaluate.results import Results
 from raas_jax.evaluate.tables import Column, Line, Table, estimate
 from raas_jax.evaluate.tasks import Item, Task
@@ -55,78 +55,114 @@ def run(
       ValueError: before anything is computed, for a policy that cannot take a prompt, or a folder
         of another run.
     """
+    cells = [Cell(task.name, label(policy), task, policy) for policy in tried]
+    return run_cells(params, cells, out, configuration(params, task, tried, model), rows, progress)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One policy on one task: a line of a table.
+
+    Attributes:
+      task_label, label: what samples and tables call the task and the policy.
+      task, policy: themselves.
+      answer: answers a batch as `record` does; None: `record` itself.
+    """
+
+    task_label: str
+    label: str
+    task: Task
+    policy: Policy
+    answer: Callable[..., Iterator[tuple[int, Recording]]] | None = None
+
+
+def run_cells(
+    params: Params,
+    cells: Sequence[Cell],
+    out: str | Path,
+    config: dict[str, Any],
+    rows: int,
+    progress: bool | None = None,
+) -> Results:
+    """Answers every question of every cell; see `run`, which is this for one task.
+
+    Args:
+      params: the model.
+      cells: in the order in which they are run.
+      out: folder of the run.
+      config: all that decides the samples; must be that of the folder.
+      rows: questions at once.
+      progress: a bar on stderr; None shows it on a terminal.
+    """
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1.")
-    names = [label(policy) for policy in tried]
+    names = [(cell.task_label, cell.label) for cell in cells]
     if len(set(names)) < len(names):
-        raise ValueError(f"policies repeat: {', '.join(names)}; name each once.")
-    items = task.items(params)
-    for policy in tried:
-        Plan.create(params.config, policy, [len(item.prompt) for item in items], items[0].limit)
-    results = Results.open(out, configuration(params, task, tried, model), environment())
-    total = len(items) * len(tried)
+        twice = sorted({" on ".join(name[::-1]) for name in names if names.count(name) > 1})
+        raise ValueError(f"policies repeat: {', '.join(twice)}; name each once.")
+    items = {cell.task: cell.task.items(params) for cell in cells}
+    for cell in cells:
+        asked = items[cell.task]
+        Plan.create(params.config, cell.policy, [len(item.prompt) for item in asked], 1)
+    results = Results.open(out, config, environment())
     with tqdm(
-        total=total,
+        total=sum(len(items[cell.task]) for cell in cells),
         initial=len(results.samples),
         unit="sample",
         disable=None if progress is None else not progress,
     ) as bar:
-        for name, policy in zip(names, tried, strict=True):
-            bar.set_description(name)
-            _run_policy(params, task, policy, items, results, rows, bar)
+        for cell in cells:
+            bar.set_description(f"{cell.task_label}, {cell.label}")
+            _run_cell(params, cell, items[cell.task], results, rows, bar)
     return results
 
 
-def _run_policy(
-    params: Params,
-    task: Task,
-    policy: Policy,
-    items: Sequence[Item],
-    results: Results,
-    rows: int,
-    bar: Any,
+def _run_cell(
+    params: Params, cell: Cell, items: Sequence[Item], results: Results, rows: int, bar: Any
 ) -> None:
-    name = label(policy)
     dtype = params.weights["embedding"].dtype
-    stops = text.stop_token_ids(params)
+    done = {sample["item"] for sample in results.of(cell.task_label, cell.label)}
+    right = sum(bool(each["correct"]) for each in results.of(cell.task_label, cell.label))
     # Neighbours of one length finish together, and share a compiled program.
     waiting = sorted(
-        (item for item in items if (name, item.name) not in results.samples),
+        (item for item in items if item.name not in done),
         key=lambda item: (item.limit, len(item.prompt)),
     )
     for start in range(0, len(waiting), rows):
         batch = waiting[start : start + rows]
-        found = record(
+        found = (cell.answer or record)(
             params,
             [item.prompt for item in batch],
             [item.limit for item in batch],
-            policy,
-            stop_tokens=stops,
+            cell.policy,
+            stop_tokens=text.stop_token_ids(params),
             rows=min(rows, len(items)),
         )
         for index, recording in found:
             item = batch[index]
             answer = text.decode(params, recording.tokens)
-            results.add(
-                {
-                    "policy": name,
-                    "item": item.name,
-                    **task.grade(item, recording, answer),
-                    "prompt_tokens": len(item.prompt),
-                    "tokens": len(recording.tokens),
-                    "capped": recording.finish_reason == "length",
-                    "kv_bytes": row_bytes(
-                        params.config, policy, len(item.prompt), item.limit, dtype.name
-                    ),
-                    "dense_kv_bytes": dense_bytes(
-                        params.config, len(item.prompt) + len(recording.tokens), dtype
-                    ),
-                    "seconds": round(recording.seconds, 3),
-                    "text": answer,
-                }
-            )
-            done = results.of(name)
-            right = sum(sample["correct"] for sample in done)
+            sample = {
+                "task": cell.task_label,
+                "policy": cell.label,
+                "item": item.name,
+                "sample": 0,
+                **cell.task.grade(item, recording, answer),
+                "prompt_tokens": len(item.prompt),
+                "tokens": len(recording.tokens),
+                "capped": recording.finish_reason == "length",
+                "kv_bytes": row_bytes(
+                    params.config, cell.policy, len(item.prompt), item.limit, dtype.name
+                ),
+                "dense_kv_bytes": dense_bytes(
+                    params.config, len(item.prompt) + len(recording.tokens), dtype
+                ),
+                "seconds": round(recording.seconds, 3),
+                "step_ms": round(1e3 * recording.step_seconds, 3),
+                "text": answer,
+            }
+            results.add(sample)
+            done.add(item.name)
+            right += bool(sample["correct"])
             bar.set_postfix_str(f"right {right}/{len(done)}", refresh=False)
             bar.update()
 
@@ -165,7 +201,7 @@ def table(results: Results) -> Table:
     columns = tuple(Column(**column) for column in results.config["columns"])
     lines = []
     for policy in results.config["policies"]:
-        samples = results.of(policy["label"])
+        samples = results.of(results.config["task"]["name"], policy["label"])
         if samples:
             labels = {name: policy[name] for name in ("Policy", "Budget")}
             figures = tuple(estimate(column, samples) for column in columns)

@@ -14,6 +14,7 @@ from raas_jax.policies import Dense, RaaS
 
 TASK = LemmaTask(problems=5, smallest=4, largest=4, max_new_tokens=24)
 TRIED = [Dense(page_size=4), RaaS(8, page_size=4)]
+KEY = {"task": "lemma", "policy": "raas 8", "item": "0", "sample": 0}
 CONFIG = {"task": {"name": "lemma"}, "policies": [{"label": "raas 8", "budget": 8}]}
 
 
@@ -37,14 +38,14 @@ def whole(params, tmp_path_factory):
 
 def without_time(results):
     return {
-        key: {name: value for name, value in sample.items() if name != "seconds"}
+        key: {name: value for name, value in sample.items() if name not in ("seconds", "step_ms")}
         for key, sample in results.samples.items()
     }
 
 
 def test_a_whole_run(whole):
     assert len(whole.samples) == 10 and not whole.remarks()
-    for sample in whole.of("dense (page_size=4)"):
+    for sample in whole.of("lemma", "dense (page_size=4)"):
         assert sample["served"] == sample["lookups"] == sample["served_anywhere"]
         assert sample["capped"] == (sample["tokens"] == 24)
     dense, raas = table(whole).lines
@@ -106,14 +107,14 @@ def test_differences_are_readable():
 
 def test_bad_and_repeated_lines_are_left_out_and_named(tmp_path):
     results = Results.open(tmp_path / "run", CONFIG, {})
-    results.add({"policy": "raas 8", "item": "0", "correct": True})
+    results.add({**KEY, "correct": True})
     with pytest.raises(ValueError, match="is there already"):
-        results.add({"policy": "raas 8", "item": "0"})
+        results.add(KEY)
     with (tmp_path / "run" / "samples.jsonl").open("a") as file:
-        file.write('{"policy": "raas 8", "item": "0", "correct": false}\n')
-        file.write('not json\n[1]\n{"item": "1"}\n{"policy": "raas 8", "item": "12"}')
+        file.write(json.dumps({**KEY, "correct": False}) + "\n")
+        file.write('not json\n[1]\n{"item": "1"}\n' + json.dumps({**KEY, "item": "12"}))
     found = Results.read(tmp_path / "run")
-    assert found.of("raas 8") == [{"policy": "raas 8", "item": "0", "correct": True}]
+    assert found.of("lemma", "raas 8") == [{**KEY, "correct": True}]
     assert len(found.bad) == 4 and found.repeated == 1
     said = " ".join(found.remarks())
     assert "4 unreadable" in said and "1 repeated" in said
@@ -121,7 +122,7 @@ def test_bad_and_repeated_lines_are_left_out_and_named(tmp_path):
 
 def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
     results = Results.open(tmp_path / "run", CONFIG, {})
-    results.add({"policy": "raas 8", "item": "0"})
+    results.add(KEY)
     file = tmp_path / "run" / "samples.jsonl"
     before = file.read_bytes()
     real = type(file).open
@@ -147,7 +148,7 @@ def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(file), "open", lambda self, *args, **kw: Full(real(self, *args, **kw)))
         with pytest.raises(OSError, match="the 1 samples before are safe"):
-            results.add({"policy": "raas 8", "item": "1"})
+            results.add({**KEY, "item": "1"})
     assert file.read_bytes() == before
 
 
