@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import sys
+from collections.abc import Iterator
 from typing import Annotated, Any
 
 import tyro
@@ -22,6 +24,9 @@ class Eval:
     """lemma."""
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """Folder for the samples and the tables."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """A study, as configs/study_tradeoff.yaml: it says all that the other options say, but for
+    --model and --dtype."""
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
     """Hugging Face or Orbax folder, or demo."""
     policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "dense,raas"
@@ -52,6 +57,8 @@ class Eval:
         from raas_jax import evaluate
 
         evaluate.check_task(self.task)
+        if self.config is not None:
+            return self._run_study(self.config)
         smallest, largest = parse_range(self.definitions)
         task = evaluate.LemmaTask(
             problems=self.problems,
@@ -66,11 +73,24 @@ class Eval:
         from raas_jax import load
 
         params = load(self.model, dtype=self.dtype)
-        try:
+        with _resumable(self.out):
             evaluate.run(params, task, tried, self.out, model=self.model, rows=self.rows)
-        except KeyboardInterrupt:
-            print(f"\n{self.out} has what is finished; the same command goes on.", file=sys.stderr)
-            raise
+        return print_report(self.out)
+
+    def _run_study(self, file: str) -> int:
+        from raas_jax.evaluate.study import Study, run_study
+
+        meant = {"task", "out", "config", "model", "dtype"}
+        for field in dataclasses.fields(self):
+            if field.name not in meant and getattr(self, field.name) != field.default:
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} is given beside --config; write it into {file}.")
+        study = Study.from_file(file)
+        from raas_jax import load
+
+        params = load(self.model, dtype=self.dtype)
+        with _resumable(self.out):
+            run_study(params, study, self.out, model=self.model)
         return print_report(self.out)
 
 
@@ -84,6 +104,15 @@ class Report:
     def run(self) -> int:
         """Prints the table and saves it as Markdown and CSV."""
         return print_report(self.folder)
+
+
+@contextlib.contextmanager
+def _resumable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{folder} has what is finished; the same command goes on.", file=sys.stderr)
+        raise
 
 
 def print_report(folder: str) -> int:

@@ -274,9 +274,7 @@ def record(
                     finish_reason="stop" if answer[-1] in stop_tokens else "length",
                     page_size=P,
                     present=_present(table, written),
-                    stamps=_stamps(table, _of_row(marks, row, written), written)
-                    if marks
-                    else None,
+                    stamps=_stamps(table, _of_row(marks, row, written), written) if marks else None,
                     seconds=seconds,
                     # The first look has compiled the loop, or waited for prefill.
                     step_seconds=statistics.median(looks[1:] or looks or [seconds]),

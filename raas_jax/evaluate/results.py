@@ -105,7 +105,7 @@ class Results:
                 with (path / BAD).open("a", encoding="utf-8") as file:
                     file.writelines(line.rstrip("\n") + "\n" for line in found.bad)
                 lines = (json.dumps(sample) + "\n" for sample in found.samples.values())
-                _write(path / SAMPLES, "".join(lines))
+                write(path / SAMPLES, "".join(lines))
         elif any(path.iterdir()):
             raise ValueError(
                 f"{path} holds files but no {RUN}, so it is no folder of a run; give another --out."
@@ -114,7 +114,7 @@ class Results:
             found = cls(path, wanted, [], [])
         # Written before the first sample, so that every sample has its configuration.
         whole = {"config": wanted, "starts": [*starts, dict(environment)]}
-        _write(path / RUN, json.dumps(whole, indent=1) + "\n")
+        write(path / RUN, json.dumps(whole, indent=1) + "\n")
         return found
 
     def add(self, sample: Sample) -> None:
@@ -201,7 +201,7 @@ def _parse(line: str) -> Sample | None:
     return sample if good else None
 
 
-def _write(file: Path, text: str) -> None:
+def write(file: Path, text: str) -> None:
     """Replaces a file at once, so that a kill leaves the old or the new one."""
     fresh = file.with_name(file.name + ".new")
     with fresh.open("w", encoding="utf-8") as stream:

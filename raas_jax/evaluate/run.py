@@ -210,12 +210,16 @@ def table(results: Results) -> Table:
 
 
 def report(folder: str | Path) -> tuple[str, list[str]]:
-    """Makes `table.md` and `table.csv` of a run's folder from its samples.
+    """Makes `table.md`, `table.csv` and a study's pictures, of a run's folder from its samples.
 
     Returns:
       The table in Markdown with its title, and remarks on lines that could not be read.
     """
     results = Results.read(folder)
+    if results.config.get("kind") == "study":
+        from raas_jax.evaluate.study_report import report_study
+
+        return report_study(results), results.remarks()
     made = table(results)
     task = results.config["task"]
     options = ", ".join(f"{key} {value}" for key, value in task.items() if value is not None)

@@ -69,6 +69,13 @@ def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimat
     return Estimate(value, value - half, value + half)
 
 
+def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
+    """Mean of `first - second` over pairs, with the normal interval of the differences."""
+    if not first:
+        return Estimate(math.nan)
+    return mean([float(a) - float(b) for a, b in zip(first, second, strict=True)])
+
+
 def estimate(column: Column, samples: Sequence[Mapping[str, Any]]) -> Estimate:
     """The figure of a column over samples, of which there is at least one."""
     values = [sample[column.name] for sample in samples]
@@ -113,22 +120,11 @@ class Table:
             [
                 *line.labels.values(),
                 str(line.samples),
-                *map(_cell, self.columns, line.estimates),
+                *map(cell_text, self.columns, line.estimates),
             ]
             for line in self.lines
         ]
-        widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]
-        labels = len(self.lines[0].labels)
-        rule = ["-" * w if i < labels else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
-
-        def join(cells: Sequence[str]) -> str:
-            padded = (
-                cell.ljust(w) if i < labels else cell.rjust(w)
-                for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
-            )
-            return "| " + " | ".join(padded) + " |\n"
-
-        return "".join(map(join, [headings, rule, *rows]))
+        return markdown_table(headings, rows, labels=len(self.lines[0].labels))
 
     def csv(self) -> str:
         """A table for programs: `name`, `name_low`, `name_high`, unrounded."""
@@ -151,7 +147,23 @@ class Table:
         return text.getvalue()
 
 
-def _cell(column: Column, found: Estimate) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -> str:
+    """A padded table that reads well on a terminal too; the first `labels` columns are text."""
+    widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]
+    rule = ["-" * w if i < labels else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+
+    def join(cells: Sequence[str]) -> str:
+        padded = (
+            cell.ljust(w) if i < labels else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(cells, widths, strict=True))
+        )
+        return "| " + " | ".join(padded) + " |\n"
+
+    return "".join(map(join, [headings, rule, *rows]))
+
+
+def cell_text(column: Column, found: Estimate) -> str:
+    """A figure for people: value, and the 95 % interval in brackets."""
     if math.isnan(found.value):
         return "–"
     if column.kind == "bytes":
