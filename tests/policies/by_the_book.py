@@ -112,6 +112,10 @@ class SnapKV(Method):
         return [float(np.mean(page.seen[-self.window :])) for page in candidates]
 
 
+class SnapKVLong(SnapKV):
+    window = 6
+
+
 class Random(Method):
     recent = 2
 
@@ -153,30 +157,38 @@ class LazyEviction(Random):
     def worth(self, heads, head, candidates, draws):
         worth = []
         for page in candidates:
-            last, longest = 0, 1
+            last, longest = 0, 0
             later = page.seen[page.began :]
             for time, mass in enumerate(later, start=1):
                 if np.max(mass) > 0.12:
                     longest, last = max(longest, time - last), time
-            worth.append(-(len(later) - last) / longest)
+            idle = len(later) - last
+            back = 2 / (1 + math.exp(idle / longest)) if longest else -idle
+            often = 2 / (1 + math.exp(longest - 1)) if longest else 0
+            worth.append(back + often)
         return worth
 
 
-class VaSE(SnapKV):
+class VaSE(Random):
+    window = 2
+
+    def large(self, kept):
+        recent = Random.protected(self, kept, None)
+        old = sorted((page for page in kept if page not in recent), key=self.spread)
+        return old[len(old) - self.pages // 4 :]
+
     def protected(self, kept, new):
-        old = sorted((page for page in kept if page is not new), key=self.spread)
-        large = old[len(old) - self.pages // 4 :]
-        return large + super().protected(kept, new)
+        return self.large(kept) + super().protected(kept, new)
 
     def spread(self, page):
         return max(max(v) - min(v) for v in page.values)
 
     def tied(self, kept, new):
         # Without rotation, a token's values in the first layer are always the same.
-        least = min(
-            self.spread(page) for page in VaSE.protected(self, kept, new)[: self.pages // 4]
-        )
-        tied = [page for page in kept if abs(self.spread(page) - least) < 1e-5 and page is not new]
+        least = min(self.spread(page) for page in self.large(kept))
+        recent = Random.protected(self, kept, new)
+        tied = [page for page in kept if abs(self.spread(page) - least) < 1e-5]
+        tied = [page for page in tied if page not in recent]
         return tied if len(tied) > 1 else []
 
     def worth(self, heads, head, candidates, draws):

@@ -26,10 +26,11 @@ CASES = {
     "tova": ("tova", {}, book.TOVA),
     "tova, prompt evicted": ("tova", {"prompt": "evict"}, book.TOVAEvict),
     "snapkv": ("snapkv", {"window": 2}, book.SnapKV),
+    "snapkv, long window": ("snapkv", {"window": 6}, book.SnapKVLong),
     "random": ("random", {"recent": 2}, book.Random),
     "rkv": ("rkv", {"recent": 2, "window": 2}, book.RKV),
     "lazy_eviction": ("lazy_eviction", {"recent": 2, "alpha": 0.12}, book.LazyEviction),
-    "vase": ("vase", {"window": 2}, book.VaSE),
+    "vase": ("vase", {"recent": 2, "window": 2}, book.VaSE),
     "quest": ("quest", {}, book.Quest),
     "raas_quest": ("raas_quest", {"alpha": 0.12}, book.RaaSQuest),
 }
