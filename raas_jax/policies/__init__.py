@@ -30,6 +30,7 @@ from raas_jax.policies.rkv import RKV
 from raas_jax.policies.sink import Sink
 from raas_jax.policies.snapkv import SnapKV
 from raas_jax.policies.tova import TOVA
+from raas_jax.policies.triattention import TriAttention
 from raas_jax.policies.vase import VaSE
 
 _BY_NAME: dict[str, type[Policy]] = {
@@ -46,6 +47,7 @@ _BY_NAME: dict[str, type[Policy]] = {
     "sink": Sink,
     "snapkv": SnapKV,
     "tova": TOVA,
+    "triattention": TriAttention,
     "vase": VaSE,
 }
 
@@ -104,6 +106,7 @@ __all__ = [
     "Selection",
     "Sink",
     "SnapKV",
+    "TriAttention",
     "VaSE",
     "available",
     "best",

@@ -43,6 +43,9 @@ class Method:
     def __init__(self, page_size, pages, buffer=0):
         self.P, self.pages, self.buffer = page_size, pages, buffer
 
+    def look(self, sequence):
+        """At the whole sequence, once a page has been written and nothing has gone yet."""
+
     def reads(self, prompt, kept, queries):
         """The pages to read of the prompt and of the answer, for the query heads of one head."""
         return prompt, kept
@@ -196,6 +199,60 @@ class VaSE(Random):
         return [math.log(w) + draws(page) for w, page in zip(window, candidates, strict=True)]
 
 
+class TriAttention(Method):
+    """`centre` and `length` are `[layer][query head]`, pairs as complex numbers `[H / 2]`."""
+
+    horizon = 8
+    across_layers = True
+    centre = length = None
+
+    def look(self, sequence):
+        net = sequence.net
+        self.net, self.layers = net, [[list(kept) for kept in heads] for heads in sequence.kept]
+        self.position = sequence.length + sequence.drawn - 1
+        half = net.head_dim // 2
+        self.turns = np.array([net.theta ** (-2 * i / net.head_dim) for i in range(half)])
+
+    def score(self, layer, head):
+        """Page number → score of its best token, in one layer."""
+        kept = self.layers[layer][head]
+        tokens = [(page, page.start + i, k) for page in kept for i, k in enumerate(page.keys)]
+        group = self.net.query_heads // self.net.heads
+        by_query = []
+        for query in range(head * group, head * group + group):
+            centre, length = self.centre[layer][query], self.length[layer][query]
+            scores = []
+            for _, at, key in tokens:
+                half = len(key) // 2
+                plain = (key[:half] + 1j * key[half:]) * np.exp(-1j * at * self.turns)
+                phase = np.angle(centre * np.conj(plain))
+                ahead, total, count = 1, 0.0, 0
+                while ahead <= self.horizon:
+                    angle = (self.position + ahead - at) * self.turns + phase
+                    total += np.sum(abs(centre) * abs(plain) * np.cos(angle))
+                    ahead, count = 2 * ahead, count + 1
+                scores.append(total / count + np.sum((length - abs(centre)) * abs(plain)))
+            by_query.append((scores - np.mean(scores)) / np.std(scores))
+        return tokens, np.max(by_query, axis=0)
+
+    def worth(self, heads, head, candidates, draws):
+        here = [layer for layer, kept in enumerate(self.layers) if kept == heads]
+        total = {}
+        layers = range(len(self.layers)) if self.across_layers else here[:1]
+        for layer in layers:
+            tokens, scores = self.score(layer, head)
+            for (page, at, _), score in zip(tokens, scores, strict=True):
+                total[page.number, at] = total.get((page.number, at), 0.0) + score / len(layers)
+        return [
+            max(score for (number, _), score in total.items() if number == page.number)
+            for page in candidates
+        ]
+
+
+class TriAttentionByLayer(TriAttention):
+    across_layers = False
+
+
 def top(pages, queries, count):
     """The pages of the largest bounds, the largest of the query heads."""
 
@@ -319,11 +376,12 @@ class Sequence:
           How many pages went.
         """
         dropped = 0
-        for layer in range(len(self.net.layers)):
-            new = self.open[layer]
+        for layer, new in enumerate(self.open):
             for head, page in enumerate(new):
                 page.began = len(page.seen)
                 self.kept[layer][head].append(page)
+        self.method.look(self)
+        for layer, new in enumerate(self.open):
             heads = [list(kept) for kept in self.kept[layer]]
             for head, kept in enumerate(heads):
                 wanted = kept_by_library(layer, head)
