@@ -7,10 +7,13 @@ process, so that a busy moment hits all of them alike, and medians of paired rat
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import statistics
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,11 +21,21 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from raas_jax import policies
+from raas_jax.calibrate import calibrate
 from raas_jax.decode import DecodeState, Plan, cache_bytes, decode_pages, prefill, request
 from raas_jax.params import Params
-from raas_jax.policies import Boundary, Dense, Policy, RaaS, pages_for
+from raas_jax.policies import Boundary, Dense, Policy, RaaS, TriAttention, pages_for
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
+EVERY = (
+    "raas",
+    "raas:score=bound",
+    *(name for name in policies.available() if name not in ("dense", "fifo", "quest", "raas")),
+    "quest",
+    "dense",
+)
+"""What `all` stands for: those of constant memory first. "fifo" is "recent"."""
 CHUNK = 128
 """Tokens that are timed together: whole rounds of the policies that evict every 64 or 128."""
 
@@ -47,13 +60,13 @@ class Line:
     """One policy.
 
     Attributes:
-      policy: its repr.
-      slots: tokens that its slots hold in the last group of layers, `S * P`: what a step reads,
+      policy: its name.
+      slots: tokens that the slots of its last group of layers hold, `S * P`: what a step reads,
         besides the prompt and the open page.
       ms_per_token: median milliseconds per step; a step gives one token to every row.
-      over_attention: median ratio to a `Ring` of as many tokens; None for policies that read only a
-        part of their slots, or keep some layers whole.
-      over_raas: median ratio to the first `RaaS` among the policies; None if there is none.
+      over_attention: median ratio to a `Ring` of as many tokens; None for policies that read only
+        a part of their slots, keep some layers whole, or keep the prompt among its slots.
+      over_raas: median ratio to the first `RaaS` of the comparison; None if there is none.
       kv_bytes: memory of the cache: all segments, metadata and padding.
     """
 
@@ -81,7 +94,7 @@ class Comparison:
 
 def compare(
     params: Params,
-    policies: Sequence[Policy],
+    tried: Mapping[str, Policy],
     *,
     prompt_tokens: int = 128,
     batch: int = 1,
@@ -92,8 +105,8 @@ def compare(
 
     Args:
       params: the model, usually `Params.random`.
-      policies: what to compare; those that keep everything are measured at the length at which the
-        last of the others is full.
+      tried: what to compare, by name; policies that keep everything are measured at the length at
+        which the last of the others is full.
       prompt_tokens: length of the random prompt of every row.
       batch: rows.
       repetitions: timed turns of `CHUNK` tokens.
@@ -106,50 +119,46 @@ def compare(
     for name, value in named.items():
         if value < 1:
             raise ValueError(f"{name} is {value}; it must be at least 1.")
-    if not policies:
-        raise ValueError("policies are none; name at least one.")
-    lengths = [prompt_tokens] * batch
-    far = params.config.max_position_embeddings - prompt_tokens
-    bounded = [_tokens(params, policy, lengths, far) for policy in policies]
-    full = max((held for held in bounded if held < far), default=CHUNK)
-    # Two more pages than fill the slots, so that the timed steps evict.
-    warm = -(-(full + 2 * max(policy.page_size for policy in policies)) // CHUNK) * CHUNK
-    if warm + CHUNK > far:
-        raise ValueError(
-            f"the policies hold {full} tokens, more than the model's max_position_embeddings = "
-            f"{params.config.max_position_embeddings} leaves. Use smaller budgets."
-        )
+    if not tried:
+        raise ValueError("tried is empty; name at least one policy.")
+    warm = _tokens_to_fill(params, list(tried.values()), prompt_tokens)
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
-    runs: dict[Policy, _Run] = {}
-    rings: dict[Policy, Ring] = {}
-    with tqdm(disable=not progress, unit="policy") as bar:
-        for policy in policies:
-            bar.set_description(type(policy).__name__)
-            runs[policy] = _Run.create(params, policy, prompt, warm)
-            plain = len(set(runs[policy].plan.slots)) == 1 and not policy.selects
-            if plain and policy.page_size == runs[policy].plan.page_size:
-                ring = Ring(runs[policy].tokens, page_size=policy.page_size)
-                rings[policy] = ring
-                if ring not in runs and not isinstance(policy, Dense):
-                    runs[ring] = _Run.create(params, ring, prompt, warm)
-            bar.update()
-        times: dict[Policy, list[float]] = {policy: [] for policy in runs}
+    rings = {
+        name: ring
+        for name, policy in tried.items()
+        if (ring := _ring(params, policy, prompt_tokens, warm))
+    }
+    # Next to its ring, so that a busy moment hits both.
+    order = [*dict.fromkeys(rings.values()), None]
+    entries: list[str | Ring] = []
+    for ring in order:
+        entries += ([ring] if ring else []) + [name for name in tried if rings.get(name) == ring]
+    steps = len(entries) * (warm + repetitions * CHUNK)
+    runs: dict[str | Ring, _Run] = {}
+    times: dict[str | Ring, list[float]] = {entry: [] for entry in entries}
+    with tqdm(total=steps, disable=not progress, unit="token") as bar:
+        for entry in entries:
+            bar.set_description(str(entry))
+            policy = tried[entry] if isinstance(entry, str) else entry
+            runs[entry] = _Run.create(params, policy, prompt, warm)
+            bar.update(warm)
         bar.set_description("timing")
         for _ in range(repetitions):
-            for policy, run in runs.items():
-                times[policy].append(run.time(params))
-    raas = next((policy for policy in policies if isinstance(policy, RaaS)), None)
+            for entry in entries:
+                times[entry].append(runs[entry].time(params))
+                bar.update(CHUNK)
+    raas = next((name for name, policy in tried.items() if isinstance(policy, RaaS)), None)
     lines = [
         Line(
-            repr(policy),
-            runs[policy].tokens,
-            1e3 * statistics.median(times[policy]),
-            _ratio(times, policy, rings.get(policy)),
-            _ratio(times, policy, raas),
-            runs[policy].kv_bytes,
+            name,
+            runs[name].plan.slots[-1] * runs[name].plan.page_size,
+            1e3 * statistics.median(times[name]),
+            _ratio(times, name, rings.get(name)),
+            _ratio(times, name, raas),
+            runs[name].kv_bytes,
         )
-        for policy in policies
+        for name in tried
     ]
     device = jax.devices()[0]
     return Comparison(
@@ -164,16 +173,64 @@ def compare(
     )
 
 
-def _tokens(params: Params, policy: Policy, lengths: list[int], new: int) -> int:
-    plan = Plan.create(params.config, policy, lengths, new)
-    return plan.slots[-1] * plan.page_size
+@contextlib.contextmanager
+def every_policy(
+    params: Params, budget: int, page_size: int
+) -> Iterator[tuple[dict[str, Policy], list[str]]]:
+    """All of `EVERY` with this budget, and why any is left out; triattention is calibrated here."""
+    rng = np.random.default_rng(1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "centres.safetensors"
+        ids = rng.integers(0, params.config.vocab_size, 256).tolist()
+        calibrate(params, [ids], progress=False).write(file)
+        made: dict[str, Policy] = {}
+        left_out: list[str] = []
+        for text in EVERY:
+            options: dict[str, Any] = {"page_size": page_size}
+            if text != "dense":
+                options["budget"] = budget
+            if policies.by_name(text.partition(":")[0]) is TriAttention:
+                options["calibration"] = str(file)
+            try:
+                made[text] = policies.parse(text, **options)
+            except ValueError as error:
+                left_out.append(f"{text} is left out: {error}")
+        yield made, left_out
 
 
-def _ratio(times: dict[Policy, list[float]], policy: Policy, other: Policy | None) -> float | None:
-    if other not in times or other is None:
+def _tokens_to_fill(params: Params, tried: Sequence[Policy], prompt_tokens: int) -> int:
+    """Tokens until all slots are full and more, so that every timed step may evict."""
+    far = params.config.max_position_embeddings - prompt_tokens
+    held = [_slots(params, policy, prompt_tokens, far) * policy.page_size for policy in tried]
+    full = max((tokens for tokens in held if tokens < far), default=CHUNK)
+    warm = -(-(full + 2 * max(policy.page_size for policy in tried)) // CHUNK) * CHUNK
+    if warm + CHUNK > far:
+        raise ValueError(
+            f"the policies hold {full} tokens, more than the model's max_position_embeddings = "
+            f"{params.config.max_position_embeddings} leaves. Use smaller budgets."
+        )
+    return warm
+
+
+def _slots(params: Params, policy: Policy, prompt_tokens: int, new: int) -> int:
+    return Plan.create(params.config, policy, [prompt_tokens], new).slots[-1]
+
+
+def _ring(params: Params, policy: Policy, prompt_tokens: int, warm: int) -> Ring | None:
+    grouped = len(policy.groups(params.config.num_hidden_layers)) > 1
+    if grouped or policy.selects or policy.evicts_prompt or isinstance(policy, Dense):
         return None
-    pairs = zip(times[policy], times[other], strict=True)
-    return statistics.median(mine / theirs for mine, theirs in pairs)
+    slots = _slots(params, policy, prompt_tokens, warm + 2 * CHUNK)
+    return Ring(slots * policy.page_size, page_size=policy.page_size)
+
+
+def _ratio(
+    times: dict[str | Ring, list[float]], mine: str | Ring, other: str | Ring | None
+) -> float | None:
+    if other is None:
+        return None
+    pairs = zip(times[mine], times[other], strict=True)
+    return statistics.median(one / two for one, two in pairs)
 
 
 @jax.jit
@@ -190,10 +247,6 @@ class _Run:
     state: DecodeState
     chunk: int
     kv_bytes: int
-
-    @property
-    def tokens(self) -> int:
-        return self.plan.slots[-1] * self.plan.page_size
 
     @classmethod
     def create(cls, params: Params, policy: Policy, prompt: np.ndarray, warm: int) -> _Run:

@@ -98,7 +98,7 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[poli
     """
     sizes = _whole_numbers(budgets)
     found: list[policies.Policy] = []
-    for spec in _split(names):
+    for spec in split_names(names):
         given: dict[str, int] = {}
         if page_size is not None and not _names(spec, "page_size"):
             given["page_size"] = page_size
@@ -123,12 +123,13 @@ def _names(spec: str, option: str) -> bool:
 
 def _whole_numbers(text: str) -> list[int]:
     try:
-        return [int(part) for part in _split(text)]
+        return [int(part) for part in split_names(text)]
     except ValueError:
         raise ValueError(f"--budgets is {text!r}; write for example 32,64,128.") from None
 
 
-def _split(text: str) -> list[str]:
+def split_names(text: str) -> list[str]:
+    """What stands between the commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
