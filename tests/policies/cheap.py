@@ -25,12 +25,12 @@ FOLDER = tempfile.TemporaryDirectory()
 
 
 @functools.cache
-def calibration():
-    """A file of random centres for `CONFIG`, such as no model has, so that they matter."""
-    rng, c = np.random.default_rng(4), CONFIG
+def calibration(config=CONFIG):
+    """A file of random centres, such as no model has, so that they matter."""
+    rng, c = np.random.default_rng(4), config
     centre = rng.normal(size=(c.num_hidden_layers, c.num_attention_heads, c.head_dim))
     length = rng.uniform(2.0, 4.0, (*centre.shape[:2], c.head_dim // 2))
-    file = Path(FOLDER.name) / "centres.safetensors"
+    file = Path(FOLDER.name) / f"{c.head_dim}.safetensors"
     frequency = np.asarray(rope_frequencies(c.rope, c.head_dim))
     Centres(centre.astype(np.float32), length.astype(np.float32), frequency).write(file)
     return str(file)
