@@ -12,6 +12,7 @@ import tyro
 
 import raas_jax
 from raas_jax.commands.bench import Bench
+from raas_jax.commands.calibrate import Calibrate
 from raas_jax.commands.convert import Convert
 from raas_jax.commands.eval import Eval, Report
 from raas_jax.commands.generate import Generate
@@ -25,6 +26,7 @@ COMMANDS: dict[str, type[Command]] = {
     "memory": Memory,
     "bench": Bench,
     "train": Train,
+    "calibrate": Calibrate,
     "eval": Eval,
     "report": Report,
     "trace": Trace,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -10,11 +11,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from raas_jax.commands.options import Int, PolicyOptions, read_config, readable_bytes
+from raas_jax.commands.options import (
+    Int,
+    PolicyOptions,
+    parse_policies,
+    read_config,
+    readable_bytes,
+    split_names,
+)
 from raas_jax.params import Params
 
 if TYPE_CHECKING:
     from raas_jax.bench import Report
+    from raas_jax.bench_policies import Comparison
 
 
 @dataclasses.dataclass
@@ -40,16 +49,23 @@ class Bench:
         tyro.conf.arg(metavar="{transformers}", help_behavior_hint=""),
     ] = None
     """Also time Hugging Face's dense generate on the same weights, prompt and lengths."""
+    policies: Annotated[str | None, tyro.conf.arg(metavar="{all,NAMES}", help_behavior_hint="")] = (
+        None
+    )
+    """Compare policies instead, once their slots are full: all, or names with options and commas as
+    for eval. --budget and --page-size are of all, --policy and --lengths of none."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
 
     def run(self) -> int:
         """Prints the table, or the JSON object."""
+        if self.policies is not None:
+            return self._compare(self.policies)
         policy = self.policy.create()
         lengths = parse_lengths(self.lengths)
         config = read_config(self.config, self.layers)
-        load, cores = os.getloadavg()[0], os.cpu_count() or 1
+        load = os.getloadavg()[0]
         from raas_jax.bench import bench
 
         report = bench(
@@ -63,13 +79,48 @@ class Bench:
             progress=sys.stderr.isatty(),
         )
         print(json.dumps(dataclasses.asdict(report), indent=2) if self.json else table(report))
-        if load > 0.5 * cores:
-            print(
-                f"raas-jax: note: this machine was busy (load {load:.1f} on {cores} cores) before "
-                "the measurement began; the figures may be off.",
-                file=sys.stderr,
-            )
+        _warn_if_busy(load)
         return 0
+
+    def _compare(self, names: str) -> int:
+        config = read_config(self.config, self.layers)
+        budget, page_size = self.policy.budget or 1024, self.policy.page_size or 16
+        load = os.getloadavg()[0]
+        from raas_jax.bench_policies import compare, every_policy
+
+        params = Params.random(config, dtype=self.dtype)
+        with contextlib.ExitStack() as stack:
+            if names == "all":
+                tried, left_out = stack.enter_context(every_policy(params, budget, page_size))
+                for remark in left_out:
+                    print(f"raas-jax: note: {remark}", file=sys.stderr)
+            else:
+                made = parse_policies(names, str(budget), page_size)
+                tried = dict(zip(split_names(names), made, strict=True))
+            comparison = compare(
+                params,
+                tried,
+                prompt_tokens=self.prompt_tokens,
+                batch=self.batch,
+                repetitions=self.repetitions,
+                progress=sys.stderr.isatty(),
+            )
+        if self.json:
+            print(json.dumps(dataclasses.asdict(comparison), indent=2))
+        else:
+            print(comparison_table(comparison))
+        _warn_if_busy(load)
+        return 0
+
+
+def _warn_if_busy(load: float) -> None:
+    cores = os.cpu_count() or 1
+    if load > 0.5 * cores:
+        print(
+            f"raas-jax: note: this machine was busy (load {load:.1f} on {cores} cores) before "
+            "the measurement began; the figures may be off.",
+            file=sys.stderr,
+        )
 
 
 def parse_lengths(text: str) -> list[int]:
@@ -106,8 +157,6 @@ def table(report: Report) -> str:
                 f"{timing.speedup:.2f} x",
                 f"{whole:.2f} x" if whole else "-",
             ]
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return "\n".join(
         [
             f"{report.policy}",
@@ -115,11 +164,42 @@ def table(report: Report) -> str:
             f"prompt of {report.prompt_tokens}, {report.device}, jax {report.jax}, "
             f"reads {report.read_bandwidth / 1e9:.1f} GB/s",
             "",
-            _line(heads, widths),
-            rule,
-            *(_line(row, widths) for row in rows),
+            *_lines(heads, rows),
         ]
     )
+
+
+def comparison_table(comparison: Comparison) -> str:
+    """The comparison as Markdown; a dash where a ratio has no meaning."""
+    heads = ["policy", "tokens held", "ms/token", "of attention", "of RaaS", "KV memory"]
+    ratio = lambda value: "-" if value is None else f"{value:.2f} x"  # noqa: E731
+    rows = [
+        [
+            line.policy,
+            f"{line.slots}",
+            f"{line.ms_per_token:.2f}",
+            ratio(line.over_attention),
+            ratio(line.over_raas),
+            readable_bytes(line.kv_bytes),
+        ]
+        for line in comparison.lines
+    ]
+    c = comparison
+    return "\n".join(
+        [
+            f"{c.parameters / 1e6:.1f} M parameters, {c.dtype}, batch {c.batch}, prompt of "
+            f"{c.prompt_tokens}, {c.generated} generated, {c.device}, jax {c.jax}",
+            "",
+            *_lines(heads, rows),
+        ]
+    )
+
+
+def _lines(heads: list[str], rows: list[list[str]]) -> list[str]:
+    """A table in Markdown, its columns padded, the numbers to the right."""
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
+    return [_line(heads, widths), rule, *(_line(row, widths) for row in rows)]
 
 
 def _line(cells: list[str], widths: list[int]) -> str:

@@ -7,13 +7,11 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
-import yaml
 
-from raas_jax import policies
-from raas_jax.commands.options import Dtype, Int
+from raas_jax.commands.options import Dtype, Int, parse_policies
 
 
 @dataclasses.dataclass
@@ -132,48 +130,3 @@ def parse_range(text: str) -> tuple[int, int]:
     if not found:
         raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
     return int(found[1]), int(found[2] or found[1])
-
-
-def parse_policies(names: str, budgets: str, page_size: int | None) -> list[policies.Policy]:
-    """Every named policy, once for each budget if it has one.
-
-    Raises ValueError for an unknown policy (near matches) or option, and for a wrong value.
-    """
-    sizes = _budgets(budgets)
-    found: list[policies.Policy] = []
-    for spec in _split(names):
-        name, *pairs = spec.split(":")
-        kind = policies.by_name(name)
-        fields = {field.name for field in dataclasses.fields(kind)}
-        options = dict(_option(name, pair, fields) for pair in pairs)
-        if page_size is not None:
-            options.setdefault("page_size", page_size)
-        if "budget" in fields and "budget" not in options:
-            found += [kind(**{"budget": budget, **options}) for budget in sizes]
-        else:
-            found.append(kind(**options))
-    if not found:
-        raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
-    return found
-
-
-def _option(policy: str, pair: str, fields: set[str]) -> tuple[str, Any]:
-    key, equals, value = pair.partition("=")
-    key = key.strip().replace("-", "_")
-    if not equals or key not in fields:
-        raise ValueError(
-            f"--policies has {pair!r}; options of {policy} are {', '.join(sorted(fields))}, "
-            f"written as {policy}:name=value."
-        )
-    return key, yaml.safe_load(value)
-
-
-def _budgets(text: str) -> list[int]:
-    try:
-        return [int(part) for part in _split(text)]
-    except ValueError:
-        raise ValueError(f"--budgets is {text!r}; write for example 32,64,128.") from None
-
-
-def _split(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]

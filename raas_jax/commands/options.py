@@ -27,14 +27,35 @@ class PolicyOptions:
     """Which keys and values to keep."""
 
     policy: Annotated[
-        str, tyro.conf.arg(metavar="NAME", help=f"One of {', '.join(policies.available())}.")
+        str,
+        tyro.conf.arg(
+            metavar="NAME[:OPTION=VALUE...]",
+            help=f"One of {', '.join(policies.available())}; or your own, as file.py:MyPolicy.",
+        ),
     ] = "raas"
+    policy_option: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="OPTION=VALUE")
+    ] = ()
+    """Any other option of the policy, such as recent=64; may be repeated. A wrong one lists all."""
     budget: Int = None
-    """Tokens kept for each sequence, layer and key/value head; raas: 1024."""
+    """Tokens kept for each sequence, layer and key/value head; 1024."""
     page_size: Int = None
     """Tokens per page, the unit that is kept or forgotten; 16."""
+    share: Annotated[
+        Literal["kv_head", "layer"] | None,
+        tyro.conf.arg(metavar="{kv_head,layer}", help_behavior_hint=""),
+    ] = None
+    """Decide per key/value head or once per layer; kv_head (tova: layer)."""
+    prompt_pages: Annotated[
+        Literal["beside", "within", "evict"] | None,
+        tyro.conf.arg(metavar="{beside,within,evict}", help_behavior_hint=""),
+    ] = None
+    """The prompt is kept beside the budget, or within it, or (h2o, sink, tova) may go as published;
+    beside."""
+    dense_layers: Int = None
+    """This many first layers keep everything; 0."""
     alpha: Float = None
-    """raas: a page with a larger share of the attention is in use; 1e-4."""
+    """raas, lazy_eviction: a page with a larger share of the attention is in use; 1e-4."""
     top_fraction: Float = None
     """raas: instead of alpha, this share of the pages is in use."""
     score: Annotated[
@@ -42,37 +63,74 @@ class PolicyOptions:
         tyro.conf.arg(metavar="{mass,bound}", help_behavior_hint=""),
     ] = None
     """raas: exact attention (mass), or the paper's upper bound; mass."""
-    share: Annotated[
-        Literal["kv_head", "layer"] | None,
-        tyro.conf.arg(metavar="{kv_head,layer}", help_behavior_hint=""),
-    ] = None
-    """raas: decide per key/value head or once per layer; kv_head."""
-    prompt_pages: Annotated[
-        Literal["beside", "within"] | None,
-        tyro.conf.arg(metavar="{beside,within}", help_behavior_hint=""),
-    ] = None
-    """raas: is the prompt beside the budget or within it, as in the paper; beside."""
-    dense_layers: Int = None
-    """raas: this many first layers keep everything; 0."""
 
     def create(self) -> policies.Policy:
         """The policy with the options that were given.
 
-        Raises ValueError for an unknown policy, and for an option that it does not have.
+        Raises ValueError for an unknown policy or option (near matches), and for a wrong value.
         """
-        kind = policies.by_name(self.policy)
         given = {name: value for name, value in vars(self).items() if value is not None}
-        del given["policy"]
+        spec = ":".join([given.pop("policy"), *given.pop("policy_option")])
+        for pair in self.policy_option:
+            if "=" not in pair:
+                raise ValueError(f"--policy-option is {pair!r}; write OPTION=VALUE.")
         if "prompt_pages" in given:
             given["prompt"] = given.pop("prompt_pages")
-        known = {field.name for field in dataclasses.fields(kind)}
-        for name in given:
-            if name not in known:
-                flag = "prompt-pages" if name == "prompt" else name.replace("_", "-")
-                raise ValueError(
-                    f"--{flag} is not an option of the policy {self.policy}; leave it out."
-                )
-        return kind(**given)
+        known = {field.name for field in dataclasses.fields(_kind(spec))}
+        for name in set(given) - known:
+            flag = "prompt-pages" if name == "prompt" else name.replace("_", "-")
+            raise ValueError(
+                f"--{flag} is not an option of the policy {self.policy}; leave it out."
+            )
+        return policies.parse(spec, **given)
+
+
+def parse_policies(names: str, budgets: str, page_size: int | None) -> list[policies.Policy]:
+    """Every named policy, once for each budget if it has one.
+
+    Args:
+      names: separated by commas, each with options, as in `dense,raas:alpha=0.01:share=layer`.
+      budgets: whole numbers, separated by commas.
+      page_size: of all policies that do not name their own; None is each one's default.
+
+    Raises:
+      ValueError: for an unknown policy or option (near matches), and for a wrong value.
+    """
+    sizes = _whole_numbers(budgets)
+    found: list[policies.Policy] = []
+    for spec in split_names(names):
+        given: dict[str, int] = {}
+        if page_size is not None and not _names(spec, "page_size"):
+            given["page_size"] = page_size
+        has_budget = any(field.name == "budget" for field in dataclasses.fields(_kind(spec)))
+        if has_budget and not _names(spec, "budget"):
+            found += [policies.parse(spec, budget=budget, **given) for budget in sizes]
+        else:
+            found.append(policies.parse(spec, **given))
+    if not found:
+        raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
+    return found
+
+
+def _kind(spec: str) -> type[policies.Policy]:
+    return policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
+
+
+def _names(spec: str, option: str) -> bool:
+    parts = (part.partition("=")[0].strip().replace("-", "_") for part in spec.split(":")[1:])
+    return option in parts
+
+
+def _whole_numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in split_names(text)]
+    except ValueError:
+        raise ValueError(f"--budgets is {text!r}; write for example 32,64,128.") from None
+
+
+def split_names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 @dataclasses.dataclass

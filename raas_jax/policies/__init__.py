@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
+from raas_jax.policies import spec as _spec
 from raas_jax.policies.base import (
     Boundary,
     Bounded,
@@ -30,6 +30,7 @@ from raas_jax.policies.rkv import RKV
 from raas_jax.policies.sink import Sink
 from raas_jax.policies.snapkv import SnapKV
 from raas_jax.policies.tova import TOVA
+from raas_jax.policies.triattention import TriAttention
 from raas_jax.policies.vase import VaSE
 
 _BY_NAME: dict[str, type[Policy]] = {
@@ -46,6 +47,7 @@ _BY_NAME: dict[str, type[Policy]] = {
     "sink": Sink,
     "snapkv": SnapKV,
     "tova": TOVA,
+    "triattention": TriAttention,
     "vase": VaSE,
 }
 
@@ -56,17 +58,30 @@ def available() -> tuple[str, ...]:
 
 
 def by_name(name: str) -> type[Policy]:
-    """The class of a named policy. Raises ValueError with near matches for an unknown name."""
-    if name in _BY_NAME:
-        return _BY_NAME[name]
-    near = difflib.get_close_matches(str(name).lower(), available(), n=3, cutoff=0.4)
-    hint = f" Did you mean {' or '.join(near)}?" if near else ""
-    raise ValueError(f"policy is {name!r}; there are {', '.join(available())}.{hint}")
+    """The class of a named policy, or of `module:Class` and `path/to/file.py:Class`.
+
+    Raises ValueError, with near matches for an unknown name.
+    """
+    return _spec.kind(name, _BY_NAME)
 
 
 def create(name: str, **options: Any) -> Policy:
     """A named policy with its options; those that it does not have raise TypeError."""
     return by_name(name)(**options)
+
+
+def parse(text: str, **options: Any) -> Policy:
+    """A policy as the command line takes it: `h2o:recent_fraction=0.25`, `file.py:Mine:budget=64`.
+
+    Args:
+      text: a name, or an import path as in `by_name`, and options.
+      options: more options, by the names of the policy's fields.
+
+    Raises:
+      ValueError: for an unknown name or option (with near matches), a value of the wrong kind, an
+        option given twice, and whatever the policy refuses.
+    """
+    return _spec.parse(text, _BY_NAME, options)
 
 
 __all__ = [
@@ -91,6 +106,7 @@ __all__ = [
     "Selection",
     "Sink",
     "SnapKV",
+    "TriAttention",
     "VaSE",
     "available",
     "best",
@@ -98,5 +114,6 @@ __all__ = [
     "create",
     "lowest",
     "pages_for",
+    "parse",
     "put",
 ]

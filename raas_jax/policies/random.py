@@ -6,10 +6,10 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from raas_jax.policies.base import Boundary
 from raas_jax.policies.budgeted import Batched
+from raas_jax.policies.draws import by_slot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,10 +25,4 @@ class RandomEviction(Batched):
 
     def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, S = candidates.shape
-
-        def draw(key: jax.Array, slot: jax.Array) -> jax.Array:
-            # Folded with the slot: a draw does not depend on how many slots the batch has.
-            return jax.random.uniform(jax.random.fold_in(key, slot), (L, K))
-
-        of_row = jax.vmap(draw, in_axes=(None, 0), out_axes=2)
-        return jax.vmap(of_row, in_axes=(0, None), out_axes=1)(boundary.keys, jnp.arange(S))
+        return by_slot(jax.random.uniform, boundary.keys, (L, K, S))

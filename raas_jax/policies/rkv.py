@@ -24,13 +24,15 @@ class RKV(Batched):
     stays. The `recent` newest tokens, those of the window, are never evicted.
 
     A page is represented by the mean of its keys' directions; at `page_size=1` that is the key.
-    Departs from the authors' code: importance is not smoothed over neighbouring tokens, since pages
-    keep neighbours together; the prompt is kept; and a page without a similar one loses nothing
-    (there, the first token's similarity is dropped instead).
+    Departs from the authors' code: query heads are pooled after the softmax, not before; importance
+    is not smoothed over 7 neighbouring tokens, since pages keep neighbours together; the prompt is
+    kept; and a page without a similar one loses nothing (there, the first token's similarity is
+    dropped instead).
 
     Attributes:
-      window: observation queries; the paper uses 8.
-      mix: weight of importance; 0.1 in the paper.
+      window: observation queries, more than a page of them rounded up to whole pages; the paper
+        uses 8.
+      mix: weight of importance; 0.1 in the paper, 0.07 in the authors' code.
       similar: cosine above which two pages are alike.
     """
 
@@ -47,11 +49,12 @@ class RKV(Batched):
         super().__post_init__()
 
     def init(self, shape: tuple[int, int, int, int]) -> Marks:
-        return jnp.zeros(shape, jnp.int32), Window.empty(shape, self.window)
+        return jnp.zeros(shape, jnp.int32), Window.empty(shape, self.window, self.page_size)
 
     def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
         written, window = marks
-        return written, window.observe(*self.pool_masses(evidence, jnp.max), now)
+        mass, open_mass = self.pool_masses(evidence, jnp.max)
+        return written, window.observe(mass, open_mass, now, self.window, self.page_size)
 
     def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
         written, window = super().commit(marks, slot, page, now)

@@ -22,11 +22,12 @@ class SnapKV(Budgeted):
     the query heads of a key/value head counts.
 
     Departs from the paper: the prompt is kept, and scores are not smoothed over neighbouring
-    tokens, since pages already keep neighbours together. Metadata: `Window`, and the clock when
-    each page was written.
+    tokens (the authors pool over 5 or 7), since pages already keep neighbours together. Metadata:
+    `Window`, and the clock when each page was written.
 
     Attributes:
-      window: queries that are observed; the paper uses 16 to 64.
+      window: queries that are observed, more than a page of them rounded up to whole pages; the
+        paper uses 16 to 64.
     """
 
     window: int = 32
@@ -39,11 +40,12 @@ class SnapKV(Budgeted):
         return pages_for(self.window, self.page_size), f"with window={self.window}"
 
     def init(self, shape: tuple[int, int, int, int]) -> Marks:
-        return Window.empty(shape, self.window), jnp.zeros(shape, jnp.int32)
+        return Window.empty(shape, self.window, self.page_size), jnp.zeros(shape, jnp.int32)
 
     def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
         window, written = marks
-        return window.observe(*self.pool_masses(evidence, jnp.mean), now), written
+        mass, open_mass = self.pool_masses(evidence, jnp.mean)
+        return window.observe(mass, open_mass, now, self.window, self.page_size), written
 
     def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
         window, written = marks

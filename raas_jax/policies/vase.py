@@ -1,4 +1,4 @@
-"""VaSE: large values stay, the rest is sampled by attention (after arXiv 2606.03928)."""
+"""VaSE: large values stay, the rest is sampled by attention (arXiv 2606.03928)."""
 
 from __future__ import annotations
 
@@ -8,78 +8,77 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, lowest, pages_for, put
-from raas_jax.policies.budgeted import Budgeted, best, check_count
+from raas_jax.policies.base import Boundary, Evidence, Marks, Page, put
+from raas_jax.policies.budgeted import Batched, best, check_count
+from raas_jax.policies.draws import by_slot
 from raas_jax.policies.window import Window
 
 
 @dataclasses.dataclass(frozen=True)
-class VaSE(Budgeted):
-    """Protects the pages of the largest value range, and samples which of the others to keep.
+class VaSE(Batched):
+    """Every `every` tokens, keeps large values and a sample of the rest, and the newest tokens.
 
     The range of a token is the largest minus the smallest component of its value vector; of a page,
-    the largest of its tokens. Of the pages that are not protected, those kept are drawn without
-    replacement with probability proportional to their attention: the one with the lowest log
-    attention plus Gumbel noise goes. Draws are the same for a row whatever else is in the batch.
+    the largest of its tokens. Of the pages older than `recent`, those of the largest range fill the
+    share `protected` of the budget. What is left of it is drawn from the others without
+    replacement, with probability proportional to their attention from the last `window` queries
+    (mean over the query heads): the pages with the largest log attention plus Gumbel noise. Draws
+    are the same for a row whatever else is in the batch.
 
-    The paper's recipe has these two parts; which attention is meant is our choice here, that of the
-    last `window` queries (mean over the query heads), whose own tokens are never evicted. The
-    prompt is kept.
+    Departs from the paper: the prompt is kept, and with it the first four tokens, which the authors
+    protect by name; attention is the share of the whole softmax, where they take it anew over the
+    candidates; and it is not smoothed over 5 neighbouring tokens, since pages keep neighbours
+    together.
 
     Attributes:
-      protected: share of a row's pages for large values, rounded down; a quarter in the paper.
-      window: queries whose attention counts.
+      protected: share of a row's budget for large values, in whole pages, rounded down; a quarter
+        in the paper.
+      window: queries whose attention counts, more than a page of them rounded up to whole pages;
+        as many as `every` and `recent` in the paper, 64.
     """
 
+    every: int = 64
+    recent: int = 64
     protected: float = 0.25
-    window: int = 8
+    window: int = 64
 
     def __post_init__(self) -> None:
         check_count("window", self.window, 1)
         if not 0 <= self.protected < 1:
             raise ValueError(f"protected is {self.protected!r}; it must be in [0, 1).")
         super().__post_init__()
-
-    def reserve(self) -> tuple[int, str]:
-        recent, pages = pages_for(self.window, self.page_size), self.budget // self.page_size
-        reason = f"with window={self.window}, protected={self.protected}"
-        return recent + int(pages * self.protected), reason
+        pages, recent = self.budget // self.page_size, self.reserve()[0]
+        if recent + int(pages * self.protected) >= pages:
+            raise ValueError(
+                f"budget is {self.budget}, of which recent={self.recent} and "
+                f"protected={self.protected} leave no page to draw. Use a larger budget, or "
+                "reserve less."
+            )
 
     def init(self, shape: tuple[int, int, int, int]) -> Marks:
-        zeros = jnp.zeros(shape, jnp.float32)
-        return Window.empty(shape, self.window), zeros, zeros.astype(jnp.int32)
+        window = Window.empty(shape, self.window, self.page_size)
+        return jnp.zeros(shape, jnp.int32), (window, jnp.zeros(shape, jnp.float32))
 
     def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
-        window, spread, written = marks
-        return window.observe(*self.pool_masses(evidence, jnp.mean), now), spread, written
+        written, (window, spread) = marks
+        mass, open_mass = self.pool_masses(evidence, jnp.mean)
+        window = window.observe(mass, open_mass, now, self.window, self.page_size)
+        return written, (window, spread)
 
     def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        window, spread, written = marks
+        written, (window, spread) = super().commit(marks, slot, page, now)
         v = page.v.astype(jnp.float32)
         of_page = jnp.max(jnp.max(v, axis=-1) - jnp.min(v, axis=-1), axis=-1)
         if self.share == "layer":
             of_page = jnp.broadcast_to(jnp.max(of_page, axis=2, keepdims=True), of_page.shape)
-        return (
-            window.commit(slot),
-            put(spread, slot, of_page),
-            put(written, slot, now[:, None]),
-        )
+        return written, (window.commit(slot), put(spread, slot, of_page))
 
-    def victim(self, marks: Any, boundary: Boundary) -> jax.Array:
-        window, spread, written = marks
+    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        _, (window, spread) = marks
         L, _, K, S = spread.shape
         heads = 1 if self.share == "layer" else K
-
-        def draw(key: jax.Array, slot: jax.Array) -> jax.Array:
-            # Folded with the slot: a draw does not depend on how many slots the batch has.
-            return jax.random.gumbel(jax.random.fold_in(key, slot), (L, heads))
-
-        of_row = jax.vmap(draw, in_axes=(None, 0), out_axes=2)
-        noise = jax.vmap(of_row, in_axes=(0, None), out_axes=1)(boundary.keys, jnp.arange(S))
-        score = jnp.log(window.total() + 1e-30) + noise
-        # The share of a row's own pages, even where the batch has more slots.
-        pages = jnp.sum(boundary.allowed, axis=-1)
+        noise = by_slot(jax.random.gumbel, boundary.keys, (L, heads, S))
+        pages = self.budget_pages(boundary.prompt_lengths)
         count = jnp.floor(pages.astype(jnp.float32) * self.protected).astype(jnp.int32)
-        large = best(jnp.where(boundary.fill > 0, spread, -jnp.inf), count)
-        recent = self.newest(written, boundary.now, pages_for(self.window, self.page_size))
-        return lowest(jnp.where(large | recent, jnp.inf, score), boundary)
+        large = best(jnp.where(candidates, spread, -jnp.inf), count) & candidates
+        return jnp.where(large, jnp.inf, jnp.log(window.total() + 1e-30) + noise)

@@ -1,4 +1,8 @@
-"""The attention of the last few queries, kept for every page: an observation window."""
+"""The attention of the last few queries, kept for every page: an observation window.
+
+Pages are chosen only at page boundaries, so the window is needed only there, and one sum for each
+page of queries does: S numbers for each P tokens of the window, not for each of them.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from raas_jax.policies.base import pages_for
+
 
 class Window(NamedTuple):
-    """Attention from the last `W` queries, newest at index `clock % W`.
+    """Attention from the queries of the last `W` pages, that of page number `n` at `n % W`.
 
     Attributes:
-      kept: float32 `[L, B, K, S, W]` (without `L` in the layer loop).
+      kept: float32 `[L, B, K, W, S]` (without `L` in the layer loop).
       opened: float32 `[L, B, K, W]`, to the page being written.
     """
 
@@ -20,29 +26,48 @@ class Window(NamedTuple):
     opened: jax.Array
 
     @classmethod
-    def empty(cls, shape: tuple[int, int, int, int], width: int) -> Window:
-        """No attention yet; shape is `(L, B, K, S)`."""
-        return cls(
-            jnp.zeros((*shape, width), jnp.float32), jnp.zeros((*shape[:3], width), jnp.float32)
-        )
+    def empty(cls, shape: tuple[int, int, int, int], queries: int, page_size: int) -> Window:
+        """No attention yet, of this many queries; shape is `(L, B, K, S)`."""
+        *front, S = shape
+        W = pages_for(queries, page_size)
+        return cls(jnp.zeros((*front, W, S), jnp.float32), jnp.zeros((*front, W), jnp.float32))
 
-    def observe(self, mass: jax.Array, open_mass: jax.Array, now: jax.Array) -> Window:
-        """Replaces the oldest query; mass `[B, K, S]`, open_mass `[B, K]`, now `[B]`."""
-        width = self.kept.shape[-1]
-        oldest = jnp.arange(width) == (now % width)[:, None]
+    def observe(
+        self,
+        mass: jax.Array,
+        open_mass: jax.Array,
+        now: jax.Array,
+        queries: int,
+        page_size: int,
+    ) -> Window:
+        """Adds a query; mass `[B, K, S]`, open_mass `[B, K]`, now `[B]`.
+
+        Of less than a page of `queries` only the last ones of each page count; more are rounded up
+        to whole pages.
+        """
+        W = self.kept.shape[-2]
+        number, offset = jnp.divmod(now - 1, page_size)
+        first = max(page_size - queries, 0)
+        here = jnp.arange(W) == (number % W)[:, None]
+        # What the entry holds from W pages ago, or from queries too early, is given up.
+        stays = (~here | (offset > first)[:, None])[:, None]
+        adds = (here & (offset >= first)[:, None])[:, None]
+        add = lambda held, new, stays, adds: (  # noqa: E731
+            jnp.where(stays, held, 0.0) + jnp.where(adds, new, 0.0)
+        )
         return Window(
-            jnp.where(oldest[:, None, None], mass[..., None], self.kept),
-            jnp.where(oldest[:, None], open_mass[..., None], self.opened),
+            add(self.kept, mass[:, :, None], stays[..., None], adds[..., None]),
+            add(self.opened, open_mass[..., None], stays, adds),
         )
 
     def commit(self, slot: jax.Array) -> Window:
         """The open page moves to `slot [L, B, K]`."""
-        chosen = jnp.arange(self.kept.shape[3]) == slot[..., None]
+        chosen = jnp.arange(self.kept.shape[-1]) == slot[..., None]
         return Window(
-            jnp.where(chosen[..., None], self.opened[:, :, :, None], self.kept),
+            jnp.where(chosen[..., None, :], self.opened[..., None], self.kept),
             jnp.zeros_like(self.opened),
         )
 
     def total(self) -> jax.Array:
         """Sum over the window: float32 `[L, B, K, S]`."""
-        return jnp.sum(self.kept, axis=-1)
+        return jnp.sum(self.kept, axis=-2)

@@ -7,7 +7,8 @@ from tiny_lemma import save_tiny
 
 import raas_jax
 from raas_jax.cli import main
-from raas_jax.commands.eval import parse_policies, parse_range
+from raas_jax.commands.eval import parse_range
+from raas_jax.commands.options import parse_policies
 from raas_jax.evaluate import LemmaTask, Results, report, run, table
 from raas_jax.evaluate.results import differences
 from raas_jax.policies import Dense, RaaS
@@ -172,7 +173,7 @@ def test_bad_options(tmp_path, capsys):
     for args, said in [
         (["lema"], "Did you mean lemma?"),
         (["lemma", "--policies", "rass"], "Did you mean raas"),
-        (["lemma", "--policies", "raas:alhpa=1"], "options of raas are"),
+        (["lemma", "--policies", "raas:alhpa=1"], "Did you mean alpha"),
         (["lemma", "--budgets", "32;64"], "write for example 32,64,128"),
         (["lemma", "--budgets", "30"], "not a multiple"),
         (["lemma", "--definitions", "many"], "24-48"),

@@ -43,6 +43,9 @@ class Method:
     def __init__(self, page_size, pages, buffer=0):
         self.P, self.pages, self.buffer = page_size, pages, buffer
 
+    def look(self, sequence):
+        """At the whole sequence, once a page has been written and nothing has gone yet."""
+
     def reads(self, prompt, kept, queries):
         """The pages to read of the prompt and of the answer, for the query heads of one head."""
         return prompt, kept
@@ -112,6 +115,10 @@ class SnapKV(Method):
         return [float(np.mean(page.seen[-self.window :])) for page in candidates]
 
 
+class SnapKVLong(SnapKV):
+    window = 6
+
+
 class Random(Method):
     recent = 2
 
@@ -153,35 +160,97 @@ class LazyEviction(Random):
     def worth(self, heads, head, candidates, draws):
         worth = []
         for page in candidates:
-            last, longest = 0, 1
+            last, longest = 0, 0
             later = page.seen[page.began :]
             for time, mass in enumerate(later, start=1):
                 if np.max(mass) > 0.12:
                     longest, last = max(longest, time - last), time
-            worth.append(-(len(later) - last) / longest)
+            idle = len(later) - last
+            back = 2 / (1 + math.exp(idle / longest)) if longest else -idle
+            often = 2 / (1 + math.exp(longest - 1)) if longest else 0
+            worth.append(back + often)
         return worth
 
 
-class VaSE(SnapKV):
+class VaSE(Random):
+    window = 2
+
+    def large(self, kept):
+        recent = Random.protected(self, kept, None)
+        old = sorted((page for page in kept if page not in recent), key=self.spread)
+        return old[len(old) - self.pages // 4 :]
+
     def protected(self, kept, new):
-        old = sorted((page for page in kept if page is not new), key=self.spread)
-        large = old[len(old) - self.pages // 4 :]
-        return large + super().protected(kept, new)
+        return self.large(kept) + super().protected(kept, new)
 
     def spread(self, page):
         return max(max(v) - min(v) for v in page.values)
 
     def tied(self, kept, new):
         # Without rotation, a token's values in the first layer are always the same.
-        least = min(
-            self.spread(page) for page in VaSE.protected(self, kept, new)[: self.pages // 4]
-        )
-        tied = [page for page in kept if abs(self.spread(page) - least) < 1e-5 and page is not new]
+        least = min(self.spread(page) for page in self.large(kept))
+        recent = Random.protected(self, kept, new)
+        tied = [page for page in kept if abs(self.spread(page) - least) < 1e-5]
+        tied = [page for page in tied if page not in recent]
         return tied if len(tied) > 1 else []
 
     def worth(self, heads, head, candidates, draws):
         window = [np.sum(np.mean(page.seen[-self.window :], axis=1)) for page in candidates]
         return [math.log(w) + draws(page) for w, page in zip(window, candidates, strict=True)]
+
+
+class TriAttention(Method):
+    """`centre` and `length` are `[layer][query head]`, pairs as complex numbers `[H / 2]`."""
+
+    horizon = 8
+    across_layers = True
+    centre = length = None
+
+    def look(self, sequence):
+        net = sequence.net
+        self.net, self.layers = net, [[list(kept) for kept in heads] for heads in sequence.kept]
+        self.position = sequence.length + sequence.drawn - 1
+        half = net.head_dim // 2
+        self.turns = np.array([net.theta ** (-2 * i / net.head_dim) for i in range(half)])
+
+    def score(self, layer, head):
+        """Page number → score of its best token, in one layer."""
+        kept = self.layers[layer][head]
+        tokens = [(page, page.start + i, k) for page in kept for i, k in enumerate(page.keys)]
+        group = self.net.query_heads // self.net.heads
+        by_query = []
+        for query in range(head * group, head * group + group):
+            centre, length = self.centre[layer][query], self.length[layer][query]
+            scores = []
+            for _, at, key in tokens:
+                half = len(key) // 2
+                plain = (key[:half] + 1j * key[half:]) * np.exp(-1j * at * self.turns)
+                phase = np.angle(centre * np.conj(plain))
+                ahead, total, count = 1, 0.0, 0
+                while ahead <= self.horizon:
+                    angle = (self.position + ahead - at) * self.turns + phase
+                    total += np.sum(abs(centre) * abs(plain) * np.cos(angle))
+                    ahead, count = 2 * ahead, count + 1
+                scores.append(total / count + np.sum((length - abs(centre)) * abs(plain)))
+            by_query.append((scores - np.mean(scores)) / np.std(scores))
+        return tokens, np.max(by_query, axis=0)
+
+    def worth(self, heads, head, candidates, draws):
+        here = [layer for layer, kept in enumerate(self.layers) if kept == heads]
+        total = {}
+        layers = range(len(self.layers)) if self.across_layers else here[:1]
+        for layer in layers:
+            tokens, scores = self.score(layer, head)
+            for (page, at, _), score in zip(tokens, scores, strict=True):
+                total[page.number, at] = total.get((page.number, at), 0.0) + score / len(layers)
+        return [
+            max(score for (number, _), score in total.items() if number == page.number)
+            for page in candidates
+        ]
+
+
+class TriAttentionByLayer(TriAttention):
+    across_layers = False
 
 
 def top(pages, queries, count):
@@ -307,11 +376,12 @@ class Sequence:
           How many pages went.
         """
         dropped = 0
-        for layer in range(len(self.net.layers)):
-            new = self.open[layer]
+        for layer, new in enumerate(self.open):
             for head, page in enumerate(new):
                 page.began = len(page.seen)
                 self.kept[layer][head].append(page)
+        self.method.look(self)
+        for layer, new in enumerate(self.open):
             heads = [list(kept) for kept in self.kept[layer]]
             for head, kept in enumerate(heads):
                 wanted = kept_by_library(layer, head)

@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from cheap import CONFIG, start
+from cheap import CONFIG, calibration, start
 from tiny import prompts_of, random_params
 
 from raas_jax import policies
 from raas_jax.decode import EVICTION_STREAM, Plan, decode_page
+from raas_jax.policies.triattention import Centres
 from raas_jax.sampling import row_keys
 
 # Policy, its options, and the method by the book. Budgets are in pages.
@@ -26,10 +27,17 @@ CASES = {
     "tova": ("tova", {}, book.TOVA),
     "tova, prompt evicted": ("tova", {"prompt": "evict"}, book.TOVAEvict),
     "snapkv": ("snapkv", {"window": 2}, book.SnapKV),
+    "snapkv, long window": ("snapkv", {"window": 6}, book.SnapKVLong),
     "random": ("random", {"recent": 2}, book.Random),
     "rkv": ("rkv", {"recent": 2, "window": 2}, book.RKV),
     "lazy_eviction": ("lazy_eviction", {"recent": 2, "alpha": 0.12}, book.LazyEviction),
-    "vase": ("vase", {"window": 2}, book.VaSE),
+    "vase": ("vase", {"recent": 2, "window": 2}, book.VaSE),
+    "triattention": ("triattention", {"horizon": 8}, book.TriAttention),
+    "triattention, by layer": (
+        "triattention",
+        {"horizon": 8, "across_layers": False},
+        book.TriAttentionByLayer,
+    ),
     "quest": ("quest", {}, book.Quest),
     "raas_quest": ("raas_quest", {"alpha": 0.12}, book.RaaSQuest),
 }
@@ -54,6 +62,8 @@ def test_the_method_by_the_book(case, page_size):
         options["every"] = BUFFER * P
     if name == "raas_quest":
         options["prompt_budget"] = 2 * P
+    if name == "triattention":
+        options["calibration"] = calibration()
     policy = policies.create(name, **options)
     # The first prompt is longer than the budget, the second shorter than the sinks.
     lengths = [pages * P + 2, 2, 2 * P + 1]
@@ -64,6 +74,10 @@ def test_the_method_by_the_book(case, page_size):
         jax.tree.map(np.asarray, params.weights), theta=CONFIG.rope.theta, eps=CONFIG.rms_norm_eps
     )
     method = kind(P, pages, BUFFER if batched else 0)
+    if name == "triattention":
+        centres = Centres.read(calibration())
+        method.centre = centres.centre[..., :4] + 1j * centres.centre[..., 4:]
+        method.length = centres.length
     rows = [book.Sequence(network, method, prompt) for prompt in prompts]
     check_logprobs(first.tokens, first.logprobs, [row.logits for row in rows])
     both = Library(state, rows, plan, row_keys(2, 3))

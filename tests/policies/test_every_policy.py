@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import CONFIG, start
+from cheap import CONFIG, calibration, start
 from tiny import prompts_of, random_params
 
 import raas_jax
@@ -30,14 +30,19 @@ OPTIONS = {
     "random": [{"every": 4, "recent": 4}],
     "rkv": [{"every": 4, "recent": 2, "window": 2, "prompt": "within"}],
     "lazy_eviction": [{"every": 4, "recent": 4, "alpha": 0.12}],
-    "snapkv": [{"window": 3, "share": "layer"}],
-    "vase": [{"window": 2}],
+    "snapkv": [{"window": 4, "share": "layer"}],
+    "vase": [{"every": 4, "recent": 4, "window": 4}],
+    "triattention": [{"every": 4, "dense_layers": 1}],
     "sink": [{"prompt": "within", "dense_layers": 1}, {"prompt": "evict"}],
     "h2o": [{"share": "layer"}, {"prompt": "evict"}],
     "tova": [{}, {"prompt": "evict"}],
 }
 EVERY = [
-    pytest.param(name, options, id=", ".join([name, *map(str, options.values())]))
+    pytest.param(
+        name,
+        options,
+        id=", ".join([name, *map(str, options.values())]),
+    )
     for name in policies.available()
     for options in OPTIONS.get(name, [{}])
 ]
@@ -48,6 +53,8 @@ def tight(name, options):
         return Dense(page_size=P)
     if name == "raas_quest":
         options = {**options, "prompt_budget": 2 * P}
+    if name == "triattention":
+        options = {**options, "calibration": calibration()}
     spare = 5 if options.get("prompt") == "within" else 0
     return policies.create(name, budget=(6 + spare) * P, page_size=P, **options)
 
@@ -57,6 +64,8 @@ def ample(name, options):
         return Dense(page_size=P)
     if name == "raas_quest":
         options = {**options, "prompt_budget": 10 * P}
+    if name == "triattention":
+        options = {**options, "calibration": calibration()}
     return policies.create(name, budget=(PAGES + 6) * P, page_size=P, **options)
 
 
@@ -167,9 +176,13 @@ def test_a_policy_of_ones_own_works_without_registration():
         ("rkv", {"every": 0}, "every is 0"),
         ("rkv", {"mix": 1.5}, "mix is 1.5"),
         ("vase", {"protected": 1.0}, "protected is 1.0"),
+        ("vase", {"budget": 80}, "budget is 80, of which recent=64 and protected=0.25 leave"),
         ("h2o", {"recent_fraction": 1.0}, "recent_fraction is 1.0"),
         ("h2o", {"prompt": "evict", "dense_layers": 2}, "dense_layers is 2, but prompt='evict'"),
         ("recent", {"prompt": "evict"}, "prompt is 'evict'; choose one of 'beside', 'within'"),
+        ("triattention", {}, "calibration is not given.*raas-jax calibrate"),
+        ("triattention", {"calibration": __file__}, "which `raas-jax calibrate` did not write"),
+        ("triattention", {"horizon": 0}, "horizon is 0"),
         ("quest", {"budget": 20}, "budget is 20, not a multiple of page_size=16"),
         ("raas_quest", {"prompt_budget": 20}, "prompt_budget is 20, not a multiple"),
         ("raas_quest", {"prompt": "within"}, "prompt is 'within'"),

@@ -1,0 +1,75 @@
+"""Where the queries of a model lie before their rotation, for policies that expect them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm.auto import tqdm
+
+from raas_jax.attention import causal_attention
+from raas_jax.model import block_graph, merge, rope_frequencies, rope_rotation
+from raas_jax.params import Params
+from raas_jax.policies.dense import bucket
+from raas_jax.policies.triattention import Centres
+
+
+def calibrate(
+    params: Params, sequences: Sequence[Sequence[int]], *, progress: bool | None = None
+) -> Centres:
+    """Reads the sequences, and averages the queries of every layer and head over all tokens.
+
+    Args:
+      params: the model.
+      sequences: token ids; best prompts with the model's own answers. A few thousand tokens do.
+      progress: a bar on stderr; None shows it on a terminal.
+
+    Raises:
+      ValueError: no sequence, or an empty one.
+    """
+    if not sequences or not all(len(ids) for ids in sequences):
+        raise ValueError("sequences have nothing to read; give at least one, none of them empty.")
+    sums: Any = None
+    hidden = None if progress is None else not progress
+    for ids in tqdm(sequences, unit="sequence", disable=hidden):
+        padded = np.zeros((1, 32 * bucket(-(-len(ids) // 32))), np.int32)
+        padded[0, : len(ids)] = ids
+        found = _sum_queries(params, jnp.asarray(padded), jnp.int32(len(ids)))
+        # In float64, since float32 loses what it adds to a large sum.
+        found = jax.tree.map(partial(np.asarray, dtype=np.float64), found)
+        sums = found if sums is None else jax.tree.map(np.add, sums, found)
+    tokens = sum(len(ids) for ids in sequences)
+    centre, length = ((x / tokens).astype(np.float32) for x in sums)
+    frequency = np.asarray(rope_frequencies(params.config.rope, params.config.head_dim))
+    return Centres(centre, length, frequency)
+
+
+@jax.jit
+def _sum_queries(
+    params: Params, tokens: jax.Array, length: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sums of the queries `[L, N, H]` and of the lengths of their pairs `[L, N, H / 2]`."""
+    config = params.config
+    model = merge(config, params.weights)
+    position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+    rotation = rope_rotation(config.rope, config.head_dim, position)
+    still = rope_rotation(config.rope, config.head_dim, jnp.zeros_like(position))
+    graph = block_graph(config, params.weights["embedding"].dtype.name)
+    counts = (position < length)[0, :, None, None]
+
+    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        block = nnx.merge(graph, weights)
+        q, k, v = block.qkv(x, rotation)
+        plain, _, _ = block.qkv(x, still)
+        plain = jnp.where(counts, plain[0].astype(jnp.float32), 0.0)
+        real, imaginary = jnp.split(plain, 2, axis=-1)
+        lengths = jnp.sqrt(real * real + imaginary * imaginary)
+        sums = jnp.sum(plain, axis=0), jnp.sum(lengths, axis=0)
+        return block.finish(x, causal_attention(q, k, v)), sums
+
+    return jax.lax.scan(layer, model.embed(tokens), params.weights["layers"])[1]

@@ -1,0 +1,181 @@
+"""TriAttention: which keys suit the queries to come, by their centres (arXiv 2604.04921)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from raas_jax.policies.base import Boundary
+from raas_jax.policies.budgeted import Batched, check_count
+
+
+class Centres(NamedTuple):
+    """What is known of a model's queries before their rotation, as pairs of one frequency each.
+
+    Attributes:
+      centre: float32 `[L, N, H]`, the mean query; its halves are real and imaginary parts.
+      length: float32 `[L, N, H / 2]`, the mean length of each pair.
+      frequency: float32 `[H / 2]`, radians by which a position turns each pair.
+    """
+
+    centre: np.ndarray
+    length: np.ndarray
+    frequency: np.ndarray
+
+    def write(self, file: str | Path) -> None:
+        """Saves them as safetensors, where `TriAttention(calibration=file)` finds them."""
+        Path(file).write_bytes(save(self._asdict()))
+
+    @classmethod
+    def read(cls, file: str | Path) -> Centres:
+        """The inverse of `write`. Raises FileNotFoundError, or ValueError for another file."""
+        path = Path(file)
+        if not path.is_file():
+            raise FileNotFoundError(f"calibration is {str(file)!r}; there is no such file.")
+        try:
+            found = cls(**load(path.read_bytes()))
+        except (SafetensorError, TypeError) as error:
+            raise ValueError(
+                f"calibration is {str(file)!r}, which `raas-jax calibrate` did not write ({error})."
+            ) from error
+        return found
+
+
+@dataclasses.dataclass(frozen=True)
+class TriAttention(Batched):
+    """Every `every` tokens, keeps the tokens that the queries to come will suit best.
+
+    Before their rotation, the queries of a head lie round a centre that hardly depends on the text.
+    Turned to a position to come, the centre is the query to expect there: its product with a key is
+    the trigonometric part of the key's score, averaged over distances 1, 2, 4, ... up to `horizon`.
+    The other part takes each pair of the key's components as often as queries stray from the
+    centre: the pair's length times the mean length of queries there less that of the centre.
+    Scores are standardised for each query head over the generated tokens that are kept, the largest
+    head of a key/value head counts, and layers are averaged. A page is worth its best token.
+
+    Keys are taken as they lie in the cache, rotated: turning the centre by the positions to come
+    and not by the distances gives the same products, with nothing to turn back.
+
+    Departs from the authors' code: the newest page stays, and shared heads are averaged.
+
+    Attributes:
+      calibration: file of the model's `Centres`, made by `raas-jax calibrate`.
+      recent: newest tokens that are never evicted, in whole pages, at least one.
+      horizon: tokens ahead, the longest distance.
+      across_layers: average the scores of all layers (but dense ones), so that a head keeps the
+        same tokens in each; else each layer decides.
+    """
+
+    every: int = 128
+    recent: int = 1
+    calibration: str = ""
+    horizon: int = 65536
+    across_layers: bool = True
+    # The file's contents are part of what a decode is compiled for.
+    digest: str = dataclasses.field(default="", init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_count("horizon", self.horizon, 1)
+        if not self.calibration:
+            raise ValueError(
+                "calibration is not given, but TriAttention needs to know the model's queries. "
+                "Make a file with `raas-jax calibrate --model MODEL --out FILE`, and give "
+                "calibration=FILE."
+            )
+        Centres.read(self.calibration)
+        digest = hashlib.blake2b(Path(self.calibration).read_bytes(), digest_size=8).hexdigest()
+        object.__setattr__(self, "digest", digest)
+        super().__post_init__()
+
+    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        L, _, K, _, P, H = boundary.k.shape
+        valid = jnp.arange(P) < boundary.fill[..., None]
+        position = boundary.prompt_lengths + boundary.now - 1
+        centres = self._centres(L, K, H)
+        query, stray = expected_queries(centres, position, self.horizon)
+
+        def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
+            k, query, stray, valid = layer
+            score = score_keys(k.astype(jnp.float32), query, stray)
+            return jnp.max(standardised(score, valid[:, :, None]), axis=2)
+
+        # One layer at a time: the float32 copy of the keys is a layer's, not the cache's.
+        of_token = jax.lax.map(of_layer, (boundary.k, query, stray, valid))
+        if self.across_layers:
+            of_token = jnp.broadcast_to(jnp.mean(of_token, axis=0), of_token.shape)
+        return jnp.max(jnp.where(valid, of_token, -jnp.inf), axis=-1)
+
+    def _centres(self, L: int, K: int, H: int) -> Centres:
+        """Of the last `L` layers, since dense ones come first; heads are `[L, K, G, ...]`."""
+        centre, length, frequency = _read(self.calibration, self.digest)
+        layers, N, width = centre.shape
+        if layers < L or N % K or width != H:
+            raise ValueError(
+                f"calibration {self.calibration!r} is of {layers} layers, {N} query heads and head "
+                f"dim {width}; this decode has {L} layers, {K} key/value heads and head dim {H}. "
+                "Make it with the same model."
+            )
+        by_head = lambda x: x[-L:].reshape(L, K, N // K, -1)  # noqa: E731
+        return Centres(by_head(centre), by_head(length), frequency)
+
+
+@functools.lru_cache(maxsize=8)
+def _read(file: str, digest: str) -> Centres:
+    return Centres.read(file)
+
+
+def expected_queries(
+    centres: Centres, position: jax.Array, horizon: int
+) -> tuple[jax.Array, jax.Array]:
+    """The mean query to come, rotated, and how much queries stray from their centre.
+
+    Args:
+      centres: heads as `[L, K, G, ...]`.
+      position: int32 `[B]`, tokens so far in each row.
+      horizon: the largest distance.
+
+    Returns:
+      float32 `[L, B, K, G, H]`, and `[L, K, G, H / 2]`.
+    """
+    distance = 2.0 ** np.arange(int(horizon).bit_length())
+    # In float64, once: a distance turns a pair many thousand times.
+    turn = np.mean(np.exp(1j * distance[:, None] * centres.frequency.astype(np.float64)), axis=0)
+    halves = np.split(centres.centre.astype(np.float64), 2, axis=-1)
+    ahead = (halves[0] + 1j * halves[1]) * turn
+    real, imaginary = (jnp.asarray(x[:, None], jnp.float32) for x in (ahead.real, ahead.imag))
+    angle = position.astype(jnp.float32)[:, None, None, None] * jnp.asarray(centres.frequency)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    query = jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
+    return query, jnp.asarray(centres.length - _lengths(centres.centre))
+
+
+def score_keys(k: jax.Array, query: jax.Array, stray: jax.Array) -> jax.Array:
+    """Scores of rotated keys k `[B, K, S, P, H]` for query `[B, K, G, H]`: `[B, K, G, S, P]`."""
+    toward = jnp.einsum("bksph,bkgh->bkgsp", k, query)
+    real, imaginary = jnp.split(k, 2, axis=-1)
+    length = jnp.sqrt(real * real + imaginary * imaginary)
+    return toward + jnp.einsum("bkspf,kgf->bkgsp", length, stray)
+
+
+def standardised(score: jax.Array, valid: jax.Array) -> jax.Array:
+    """Less the mean and over the standard deviation of the valid ones, over the last two axes."""
+    count = jnp.sum(valid, axis=(-2, -1), keepdims=True).astype(jnp.float32)
+    count = jnp.maximum(count, 1.0)
+    mean = jnp.sum(jnp.where(valid, score, 0.0), axis=(-2, -1), keepdims=True) / count
+    apart = jnp.where(valid, score - mean, 0.0)
+    deviation = jnp.sqrt(jnp.sum(apart * apart, axis=(-2, -1), keepdims=True) / count)
+    return apart / jnp.maximum(deviation, 1e-6)
+
+
+def _lengths(x: np.ndarray) -> np.ndarray:
+    real, imaginary = np.split(x, 2, axis=-1)
+    return np.sqrt(real * real + imaginary * imaginary)

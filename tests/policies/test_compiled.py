@@ -1,0 +1,108 @@
+"""As the compiler optimises it: no policy copies the cache, and none reads what is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cheap import calibration, start
+from hlo import written_in_loops
+from tiny import prompts_of, random_params
+
+from raas_jax import ModelConfig, policies
+from raas_jax.decode import Plan, decode_pages
+
+# The cache is far larger than anything else: weights, activations, scores of one layer.
+CONFIG = ModelConfig(32, 16, 24, 4, 4, 2, 16, qk_norm=True, model_type="qwen3")
+P, BUDGET, PAGES, LENGTHS = 16, 256, 14, [150, 20]
+
+CASES = [
+    "recent",
+    "random:every=64:recent=32",
+    "sink:prompt=evict",
+    "h2o",
+    "h2o:prompt=evict",
+    "tova",
+    "snapkv",
+    "rkv:every=64",
+    "lazy_eviction:every=32:recent=32",
+    "vase:every=32:recent=32:window=32",
+    "triattention:every=64",
+    "quest",
+    "raas_quest:prompt_budget=64",
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def thorough_compilation():
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+@functools.cache
+def params():
+    return random_params(CONFIG, 0, 3.0)
+
+
+def test_every_policy_is_here():
+    names = {case.partition(":")[0] for case in CASES}
+    # These two are in tests/test_constant_memory.py and tests/test_oracle.py.
+    assert names | {"dense", "raas", "fifo"} == set(policies.available())
+
+
+def poisoned(state):
+    """NaN wherever no token lies: empty slots, ends of pages, padding of the prompt."""
+    cache = state.cache
+
+    def poison(x, fill):
+        dead = np.arange(P) >= np.asarray(fill)[..., None]
+        return jnp.where(jnp.asarray(dead)[..., None], jnp.nan, x)
+
+    def bounds(found, fill):
+        dead = jnp.asarray(np.asarray(fill) == 0)[..., None]
+        return found and jax.tree.map(lambda x: jnp.where(dead, jnp.nan, x), found)
+
+    prompt, kept = cache.prompt, cache.kept[0]
+    fill = jnp.broadcast_to(prompt.fill()[None], prompt.k.shape[:4])
+    prompt = dataclasses.replace(
+        prompt,
+        k=poison(prompt.k, fill),
+        v=poison(prompt.v, fill),
+        bounds=bounds(prompt.bounds, fill),
+    )
+    kept = dataclasses.replace(
+        kept,
+        k=poison(kept.k, kept.fill),
+        v=poison(kept.v, kept.fill),
+        bounds=bounds(kept.bounds, kept.fill),
+    )
+    opened = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.open)
+    cache = dataclasses.replace(cache, prompt=prompt, kept=(kept,), open=opened)
+    return dataclasses.replace(state, cache=cache)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_is_copied_and_nothing_dead_is_read(case):
+    options = {"page_size": P, "budget": BUDGET}
+    if case.startswith("triattention"):
+        options["calibration"] = calibration(CONFIG)
+    policy = policies.parse(case, **options)
+    plan = Plan.create(CONFIG, policy, LENGTHS, 2 * PAGES * P)
+    state, _ = start(params(), plan, prompts_of(LENGTHS, 1), seed=3)
+    program = decode_pages.lower(params(), state, plan=plan, pages=PAGES).compile()
+    sizes = [state.cache.prompt.k.nbytes, state.cache.kept[0].k.nbytes]
+    assert written_in_loops(program.as_text(), min(size for size in sizes if size)) == []
+    clean, bad = jax.tree.map(jnp.copy, state), poisoned(state)
+    for _ in range(2):
+        # Slots that were emptied on the way are poisoned for the second round.
+        clean, wanted = program(params(), clean)
+        bad, drawn = program(params(), poisoned(bad))
+        np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
+        np.testing.assert_array_equal(drawn.logprobs, wanted.logprobs)
+    assert np.all(np.asarray(clean.evicted) > 0) or policy.selects
+    np.testing.assert_array_equal(bad.cache.kept[0].fill, clean.cache.kept[0].fill)
