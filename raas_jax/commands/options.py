@@ -55,9 +55,9 @@ class PolicyOptions:
     dense_layers: Int = None
     """This many first layers keep everything; 0."""
     alpha: Float = None
-    """raas, lazy_eviction: a page with a larger share of the attention is in use; 1e-4."""
+    """raas, lazy_eviction: a page with a larger share of the attention is in use (paper: 1e-4)."""
     top_fraction: Float = None
-    """raas: instead of alpha, this share of the pages is in use."""
+    """raas: this share of the pages is in use, those of the most attention; 0.25."""
     score: Annotated[
         Literal["mass", "bound"] | None,
         tyro.conf.arg(metavar="{mass,bound}", help_behavior_hint=""),

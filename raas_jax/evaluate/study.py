@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from raas_jax import policies
+from raas_jax.calibrate import calibrate
 from raas_jax.evaluate.ceiling import ceiling
 from raas_jax.evaluate.lemma import LemmaTask
 from raas_jax.evaluate.recording import row_bytes
@@ -25,12 +26,16 @@ from raas_jax.evaluate.results import Results
 from raas_jax.evaluate.run import ANSWERS, BYTES, Cell, fingerprint, run_cells
 from raas_jax.evaluate.speed import Speed, measure_speed
 from raas_jax.evaluate.tasks import Item
+from raas_jax.generate import generate
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 
 TOLERANCE = 0.02
 """How far, as a share, a policy's bytes may exceed the reference's: pages are whole."""
 CEILING = "Belady (oracle)"
+CALIBRATION = "centres.safetensors"
+CALIBRATED_ON = 16
+"""Problems of the validation split whose right answers calibrate a policy that needs it."""
 _OF_BUDGET = re.compile(r"budget/(\d+)")
 
 
@@ -266,6 +271,41 @@ def plan_study(study: Study, params: Params) -> tuple[list[Planned], list[str]]:
     return list(planned.values()), impossible
 
 
+def calibrated(study: Study, params: Params, file: Path) -> Study:
+    """The study with `calibration: auto` replaced by a file of the model's own text, made once."""
+
+    def wants(entry: Entry) -> bool:
+        return ("calibration", "auto") in entry.options
+
+    everyone = [*study.entries, *(e for ablation in study.ablations for e in ablation.entries)]
+    if not any(map(wants, everyone)):
+        return study
+    if not file.is_file():
+        tested = study.tested[0].task
+        others = dataclasses.replace(tested, split="validation", problems=CALIBRATED_ON)
+        prompts = [list(item.prompt) for item in others.items(params)]
+        answers = generate(params, prompts, policy=policies.Dense(), max_new_tokens=256)
+        texts = [[*ids, *out.tokens] for ids, out in zip(prompts, answers, strict=True)]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        calibrate(params, texts, progress=False).write(file)
+
+    def filled(entry: Entry) -> Entry:
+        if not wants(entry):
+            return entry
+        return dataclasses.replace(
+            entry, options=tuple({**dict(entry.options), "calibration": str(file)}.items())
+        )
+
+    return dataclasses.replace(
+        study,
+        entries=tuple(map(filled, study.entries)),
+        ablations=tuple(
+            dataclasses.replace(ablation, entries=tuple(map(filled, ablation.entries)))
+            for ablation in study.ablations
+        ),
+    )
+
+
 def _ceilings(
     study: Study, tested: Tested, params: Params, of_median: Callable[[Policy], int]
 ) -> list[Planned]:
@@ -339,6 +379,8 @@ def run_study(
     Raises:
       ValueError: a folder of another run, with what differs. Nothing was computed.
     """
+    # Beside the folder, which holds samples alone.
+    study = calibrated(study, params, Path(out).with_name(f"{Path(out).name}.{CALIBRATION}"))
     planned, impossible = plan_study(study, params)
     columns = (ANSWERS, *study.tested[0].task.columns, BYTES)
     config = {

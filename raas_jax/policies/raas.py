@@ -18,6 +18,9 @@ import jax.numpy as jnp
 from raas_jax.policies.base import Boundary, Evidence, Page, lowest, pages_for, put
 from raas_jax.policies.budgeted import Budgeted, check_choice, check_count
 
+DEFAULT_TOP_FRACTION = 0.25
+PAIRWISE = 128  # Up to this many slots, comparing all pairs is quicker than sorting.
+
 
 class Stamps(NamedTuple):
     """When each page was last attended to, and when it was written; -1 for an empty slot.
@@ -34,22 +37,26 @@ class Stamps(NamedTuple):
 class RaaS(Budgeted):
     """Reasoning-aware sparsity with a fixed budget.
 
-    After every token, a page is stamped with the present time if its score is above `alpha`, or,
-    where `top_fraction` is given, if it is among that share of the occupied slots (rounded up;
-    pages that tie with the last one are stamped too). At a page boundary the new page, stamped
-    with the present time, takes an empty slot, or else that of the oldest stamp. Of pages with the
-    same stamp the one that was written first goes: the paper leaves this open, but it matters,
-    since a small `alpha` stamps most pages at every step. The page being written always stays.
+    After every token, pages that are in use are stamped with the present time. At a page boundary
+    the new page, stamped with the present time, takes an empty slot, or else that of the oldest
+    stamp. Of pages with the same stamp the one that was written first goes: the paper leaves this
+    open, but it matters, since a small `alpha` stamps most pages at every step. The page being
+    written always stays.
 
-    `half_life` makes stamps soft, and then no threshold is needed: of every score that a page ever
-    received, what is left halves every `half_life` tokens, and the stamp is the time at which a
-    score of one alone would have left as much. Short half-lives are LRU, long ones LFU, as in LRFU
-    (Lee et al., IEEE Transactions on Computers 50(12), 2001), with attention as the access.
+    Which pages are in use, one of three rules says; give at most one of them. `top_fraction`: those
+    of the highest scores (pages that tie with the last one are in use too). `alpha`: those whose
+    score exceeds it. `half_life`: there is no threshold, and stamps are soft: of every score that a
+    page ever received, what is left halves every `half_life` tokens, and the stamp is the time at
+    which a score of one alone would have left as much. Short half-lives are LRU, long ones LFU, as
+    in LRFU (Lee et al., IEEE Transactions on Computers 50(12), 2001), with attention as the access.
+
+    The default is what did best in our study (`docs/study.md`): the top quarter. `RaaS.paper` is
+    the setting of the paper's experiments.
 
     Attributes:
       alpha: threshold on a page's score, in [0, 1]; the paper's experiments use 1e-4.
-      top_fraction: in (0, 1]; stamps a share of the pages instead of comparing with `alpha`.
-      half_life: tokens, above 0; None for stamps as in the paper.
+      top_fraction: share of the occupied slots, in (0, 1], rounded up; 0.25 where no rule is given.
+      half_life: tokens, above 0.
       recent: newest generated tokens that are never evicted, in whole pages; 0 keeps only the page
         being written.
       score: "mass" is the page's exact share of the softmax; "bound" is the paper's: the softmax,
@@ -57,7 +64,7 @@ class RaaS(Budgeted):
         query heads of a group the largest score counts.
     """
 
-    alpha: float = 1e-4
+    alpha: float | None = None
     top_fraction: float | None = dataclasses.field(default=None, kw_only=True)
     half_life: float | None = dataclasses.field(default=None, kw_only=True)
     recent: int = dataclasses.field(default=0, kw_only=True)
@@ -65,8 +72,8 @@ class RaaS(Budgeted):
 
     def __post_init__(self) -> None:
         check_count("recent", self.recent, 0)
-        if not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1] or None.")
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
             raise ValueError(
                 f"top_fraction is {self.top_fraction!r}; it must be in (0, 1] or None."
@@ -76,10 +83,12 @@ class RaaS(Budgeted):
                 f"half_life is {self.half_life!r}; it must be a finite number of tokens above 0, "
                 "or None."
             )
-        if self.half_life is not None and self.top_fraction is not None:
+        rules = {name: getattr(self, name) for name in ("alpha", "top_fraction", "half_life")}
+        given = [f"{name}={value}" for name, value in rules.items() if value is not None]
+        if len(given) > 1:
             raise ValueError(
-                f"half_life is {self.half_life} and top_fraction {self.top_fraction}, but soft "
-                "stamps take every score as it is. Give one of them."
+                f"{' and '.join(given)} are given, but each is a rule of its own for which pages "
+                "are in use. Give one of them."
             )
         check_choice("score", self.score, ("mass", "bound"))
         super().__post_init__()
@@ -113,9 +122,11 @@ class RaaS(Budgeted):
             # The logarithm of nothing is no time at all; such a page has been the oldest for long.
             soft = now + self.half_life * jnp.log2(jnp.maximum(left, jnp.finfo(left.dtype).tiny))
             return marks._replace(stamp=jnp.where(occupied, soft, marks.stamp))
-        attended = score > self.alpha
-        if self.top_fraction is not None:
-            attended = score >= _score_of_last(score, occupied, self.top_fraction)
+        if self.alpha is not None:
+            attended = score > self.alpha
+        else:
+            fraction = DEFAULT_TOP_FRACTION if self.top_fraction is None else self.top_fraction
+            attended = _among_top(score, occupied, fraction)
         return marks._replace(stamp=jnp.where(attended & occupied, now, marks.stamp))
 
     def commit(self, marks: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
@@ -132,11 +143,16 @@ class RaaS(Budgeted):
         return lowest(jnp.where(oldest, marks.written, newest), boundary)
 
 
-def _score_of_last(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
-    """The lowest score among the best `ceil(fraction * occupied)` pages: `[B, K, 1]`."""
-    count = jnp.sum(occupied, axis=-1, keepdims=True)
+def _among_top(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
+    """Whether a page is among the best `ceil(fraction * occupied)`, ties included: `[B, K, S]`."""
+    S = score.shape[-1]
     # A table of exact numbers: in floating point, 0.55 of 100 pages is more than 55.
     share = Fraction(str(fraction))
-    best = jnp.asarray([math.ceil(n * share) for n in range(score.shape[-1] + 1)])[count]
-    ranked = jnp.sort(jnp.where(occupied, score, -jnp.inf), axis=-1, descending=True)
-    return jnp.take_along_axis(ranked, jnp.maximum(best - 1, 0), axis=-1)
+    table = jnp.asarray([math.ceil(n * share) for n in range(S + 1)], jnp.int32)
+    count = table[jnp.sum(occupied, axis=-1, keepdims=True)]
+    score = jnp.where(occupied, score, -jnp.inf)
+    if S <= PAIRWISE:
+        higher = score[..., None, :] > score[..., :, None]
+        return jnp.sum(higher, axis=-1, dtype=jnp.int32) < count
+    ranked = jnp.sort(score, axis=-1, descending=True)
+    return score >= jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0), axis=-1)

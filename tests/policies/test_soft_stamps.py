@@ -98,7 +98,7 @@ def test_a_short_half_life_is_the_last_use():
     [
         ({"half_life": 0.0}, "half_life is 0.0; it must be a finite number of tokens above 0"),
         ({"half_life": float("inf")}, "half_life is inf"),
-        ({"half_life": 8.0, "top_fraction": 0.5}, "half_life is 8.0 and top_fraction 0.5"),
+        ({"half_life": 8.0, "top_fraction": 0.5}, "top_fraction=0.5 and half_life=8.0 are given"),
         ({"recent": -1}, "recent is -1"),
         ({"budget": 64, "recent": 64}, "budget is 64, but with recent=64.*at least 80"),
     ],
