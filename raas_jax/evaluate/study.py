@@ -31,7 +31,10 @@ from raas_jax.params import Params
 from raas_jax.policies import Policy
 
 TOLERANCE = 0.02
-"""How far, as a share, a policy's bytes may exceed the reference's: pages are whole."""
+"""How far, as a share, a policy's bytes may exceed the reference's at the same budget: pages are
+whole, and metadata differs by a few bytes."""
+MOST_PAGES = 64
+"""How many pages more than the reference's budget are tried for a policy."""
 CEILING = "Belady (oracle)"
 CALIBRATION = "centres.safetensors"
 CALIBRATED_ON = 16
@@ -227,6 +230,7 @@ class Planned:
 def plan_study(study: Study, params: Params) -> tuple[list[Planned], list[str]]:
     """All cells, in the order in which they are run, and why others cannot be."""
     planned: dict[tuple[str, str], Planned] = {}
+    made_of: dict[str, Entry] = {}
     impossible: list[str] = []
     for tested in study.tested:
         of_median = _bytes_of_median(params, tested.task.items(params))
@@ -241,9 +245,12 @@ def plan_study(study: Study, params: Params) -> tuple[list[Planned], list[str]]:
             label = f"{entry.label} {budget}" if entry.has_budget else entry.label
             key = tested.label, label
             if key in planned:
+                if made_of[entry.label] != entry:
+                    raise ValueError(f"label {entry.label!r} names two policies; give each its own")
                 groups = tuple(dict.fromkeys([*planned[key].groups, group]))
                 planned[key] = dataclasses.replace(planned[key], groups=groups)
                 return
+            made_of[entry.label] = entry
             try:
                 policy = _fitted(study, entry, budget, of_median)
             except ValueError as error:
@@ -323,40 +330,47 @@ def _ceilings(
 
 
 def _bytes_of_median(params: Params, items: Sequence[Item]) -> Callable[[Policy], int]:
-    """Bytes of a row under a policy, for the median prompt and the longest answer allowed."""
+    """Bytes of a row under a policy, for the median prompt and the longest answer allowed.
+
+    What it returns raises ValueError for a policy that cannot take one of the prompts.
+    """
     ordered = sorted(len(item.prompt) for item in items)
     prompt, limit = ordered[len(ordered) // 2], max(item.limit for item in items)
     dtype = params.weights["embedding"].dtype.name
-    return lambda policy: row_bytes(params.config, policy, prompt, limit, dtype)
+
+    def of_median(policy: Policy) -> int:
+        policy.check_prompts(ordered)
+        return row_bytes(params.config, policy, prompt, limit, dtype)
+
+    return of_median
 
 
 def _fitted(study: Study, entry: Entry, budget: int, of_median: Callable[[Policy], int]) -> Policy:
-    """The entry at the largest budget that takes no more bytes than the reference at `budget`."""
+    """The entry at the largest budget that takes no more bytes than the reference at `budget`.
+
+    Raises ValueError, with the reason, where there is no such budget.
+    """
     if not (entry.has_budget and entry.equal_bytes):
         return entry.create(budget, study.page_size)
     target = of_median(study.entry(study.reference).create(budget, study.page_size))
     page_size = dict(entry.options).get("page_size", study.page_size)
-    own = budget // page_size * page_size
-    best: Policy | None = None
-    reason: ValueError | None = None
-    # Bytes grow with the budget: up while it fits, down while it does not.
+    step = max(page_size, study.page_size)
+    nominal = budget // step * step
+    # What keeps the prompt among its pages needs more tokens for the same bytes.
+    own = nominal + MOST_PAGES * step
+    reason = ""
     while own > 0:
         try:
             policy = entry.create(own, study.page_size)
-            fits = of_median(policy) <= target * (1 + TOLERANCE)
+            size = of_median(policy)
         except ValueError as error:
-            reason, fits, policy = error, False, None
-        if fits:
-            best, own = policy, own + page_size
-        elif best is not None:
-            return best
-        else:
-            own -= page_size
-        if own > 4096 + budget:
-            return best if best is not None else entry.create(budget, study.page_size)
-    if best is not None:
-        return best
-    raise reason or ValueError(f"no budget of {entry.label} takes as few bytes as {target}")
+            # The first refusal says what it needs; smaller budgets only repeat it.
+            raise ValueError(reason or str(error)) from None
+        if size <= target or (own <= nominal and size <= target * (1 + TOLERANCE)):
+            return policy
+        reason = f"with budget={own} it takes {size} bytes, where RaaS takes {target}"
+        own -= step
+    raise ValueError(reason)
 
 
 def run_study(
