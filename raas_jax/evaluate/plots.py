@@ -10,6 +10,7 @@ import matplotlib
 
 if TYPE_CHECKING:
     from raas_jax.evaluate.study_report import Point, StudyReport
+    from raas_jax.evaluate.tables import Estimate
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -158,10 +159,7 @@ def distance_to_ceiling(report: StudyReport) -> Any:
         here.sort(key=lambda each: each[1].value)
         names = [entry for entry, _ in here]
         values = [100 * found.value for _, found in here]
-        spread = [
-            [v - 100 * (f.value if f.low is None else f.low) for v, (_, f) in zip(values, here)],  # noqa: B905
-            [100 * (f.value if f.high is None else f.high) - v for v, (_, f) in zip(values, here)],  # noqa: B905
-        ]
+        spread = _spread([found for _, found in here])
         colours = [_colour(report, name, 0) for name in names]
         axis.barh(names, values, xerr=spread, color=colours, ecolor="#555555", height=0.7)
         axis.axvline(0, color=_CEILING, linewidth=1)
@@ -183,10 +181,7 @@ def ablations(report: StudyReport) -> Any:
             axis.errorbar(
                 range(len(names)),
                 [100 * each.value for each in found],
-                yerr=[
-                    [100 * (e.value - (e.value if e.low is None else e.low)) for e in found],
-                    [100 * ((e.value if e.high is None else e.high) - e.value) for e in found],
-                ],
+                yerr=_spread(found),
                 marker=_MARKERS[number],
                 markersize=5,
                 color=_COLOURS[number],
@@ -226,6 +221,14 @@ def against_length(report: StudyReport) -> Any:
     axes[0].legend(fontsize=8)
     figure.tight_layout()
     return figure
+
+
+def _spread(found: Sequence[Estimate]) -> list[list[float]]:
+    """How far intervals reach below and above their values, in percentage points."""
+    return [
+        [100 * (each.value - each.low) if each.low is not None else 0.0 for each in found],
+        [100 * (each.high - each.value) if each.high is not None else 0.0 for each in found],
+    ]
 
 
 def _panels(count: int, *, height: float, columns: int = 4) -> tuple[Any, Sequence[Any]]:
