@@ -6,6 +6,7 @@ is the same code with a mesh of one.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "embed": None,
     "head_dim": None,
+    "any": None,
 }
 
 
@@ -81,4 +83,44 @@ def weight_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         logical_axes(config),
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
+    )
+
+
+def data_axis(mesh: Mesh) -> str:
+    """The mesh axis over which rows are spread."""
+    axis = RULES["rows"]
+    assert axis in mesh.shape
+    return axis
+
+
+def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
+    """A sharding for every array of a `DecodeState`: by rows, and by key/value heads.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: with the axes `data` and `model`.
+      rows_divide: False keeps all rows on every device, for the few that are about to join.
+    """
+    rows = "rows" if rows_divide else "any"
+
+    def of(axes: tuple[str, ...], tree: Any) -> Any:
+        def one(leaf: Any) -> NamedSharding:
+            rest = ("any",) * (leaf.ndim - len(axes))
+            return NamedSharding(mesh, partition(mesh, (*axes[: leaf.ndim], *rest), leaf.shape))
+
+        return jax.tree.map(one, tree)
+
+    by_head, by_row = ("layers", rows, "kv_heads"), (rows,)
+    cache = state.cache
+    scalars = dataclasses.replace(state, cache=None, marks=None, stop_tokens=None)
+    return dataclasses.replace(
+        of(by_row, scalars),
+        cache=dataclasses.replace(
+            of(by_head, cache),
+            prompt=dataclasses.replace(
+                of(by_head, cache.prompt), lengths=of(by_row, cache.prompt.lengths)
+            ),
+        ),
+        marks=of(by_head, state.marks),
+        stop_tokens=of((), state.stop_tokens),
     )
