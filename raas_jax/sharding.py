@@ -7,6 +7,7 @@ is the same code with a mesh of one.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_model, logical_axes
+from raas_jax.params import Params
 
 RULES: dict[str, str | None] = {
     "rows": "data",
@@ -86,13 +88,6 @@ def weight_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
     )
 
 
-def data_axis(mesh: Mesh) -> str:
-    """The mesh axis over which rows are spread."""
-    axis = RULES["rows"]
-    assert axis in mesh.shape
-    return axis
-
-
 def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
     """A sharding for every array of a `DecodeState`: by rows, and by key/value heads.
 
@@ -124,3 +119,16 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
         marks=of(by_head, state.marks),
         stop_tokens=of((), state.stop_tokens),
     )
+
+
+def place_weights(params: Params, mesh: Mesh) -> Params:
+    """The parameters on the mesh; says once what it replicates for want of a divisor."""
+    ways, heads = mesh.shape["model"], params.config.num_key_value_heads
+    if heads % ways:
+        warnings.warn(
+            f"{heads} key/value heads do not divide by model={ways}: each device of the model axis "
+            "holds all of them. A model axis that divides them takes less memory.",
+            stacklevel=3,
+        )
+    weights = jax.device_put(params.weights, weight_shardings(params.config, mesh))
+    return dataclasses.replace(params, weights=weights)

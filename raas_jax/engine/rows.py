@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from raas_jax.decode import (
 from raas_jax.params import Params
 from raas_jax.policies.base import Marks
 from raas_jax.sampling import Sampler
-from raas_jax.sharding import data_axis, state_shardings
+from raas_jax.sharding import RULES, state_shardings
 
 
 class Newcomers(NamedTuple):
@@ -134,7 +133,7 @@ def admit(
     part_specs = jax.tree.map(lambda s: s.spec, state_shardings(part, mesh, rows_divide=False))
     # Each device writes the rows that it holds; nothing is asked of the compiler.
     insert = jax.shard_map(
-        partial(_insert, plan=plan, axis=data_axis(mesh)),
+        partial(_insert, plan=plan, axis=RULES["rows"]),
         mesh=mesh,
         in_specs=(state_specs, part_specs, whole, whole, whole),
         out_specs=state_specs,
@@ -250,9 +249,9 @@ class Programs(NamedTuple):
       shape: the state as `ShapeDtypeStruct`s, with their shardings on a mesh.
     """
 
-    empty: Callable[[], DecodeState]
-    admit: Callable[[Params, DecodeState, Newcomers], tuple[DecodeState, Drawn]]
-    advance: Callable[[Params, DecodeState], tuple[DecodeState, Seen]]
+    empty: Any
+    admit: Any
+    advance: Any
     shape: DecodeState
 
 
@@ -282,7 +281,7 @@ def programs(
         partial(admit, plan=plan, mesh=mesh),
         partial(advance, plan=plan, pages=pages),
     )
-    donated = {"donate_argnums": 1}
+    donated: dict[str, Any] = {"donate_argnums": 1}
     if mesh is None:
         return Programs(
             jax.jit(empty),
@@ -292,7 +291,7 @@ def programs(
         )
     placed = state_shardings(shape, mesh)
     # What the host reads is replicated, so that every process can.
-    out = {"out_shardings": (placed, NamedSharding(mesh, PartitionSpec()))}
+    out: dict[str, Any] = {"out_shardings": (placed, NamedSharding(mesh, PartitionSpec()))}
     return Programs(
         jax.jit(empty, out_shardings=placed),
         jax.jit(admit_rows, **donated, **out),
