@@ -70,6 +70,7 @@ def dispatch(
     target: Target | None,
     arrays: Sequence[jax.Array | None],
     axes: tuple[Sequence[str], Any],
+    prefers_xla: Callable[[Target], bool] = lambda target: False,
     **options: Any,
 ) -> Any:
     """Calls the backend that `implementation` names, or the best one for the target.
@@ -83,6 +84,8 @@ def dispatch(
       arrays: the operands.
       axes: the axis letters of every operand and of the results ("BNH" for `[B, N, H]`), the
         latter in the structure of what is returned.
+      prefers_xla: whether "xla" is the better choice on a target for these shapes; not asked where
+        `implementation` names one.
       **options: static arguments.
 
     Raises:
@@ -90,7 +93,8 @@ def dispatch(
     """
     target = Target.of() if target is None else target
     if implementation is None:
-        order = [name for name in (target.platform, "xla") if name in backends]
+        first = () if prefers_xla(target) else (target.platform,)
+        order = [name for name in (*first, "xla") if name in backends]
     elif implementation in backends:
         order = [implementation]
     else:

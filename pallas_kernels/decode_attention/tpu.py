@@ -79,7 +79,12 @@ def decode_attention_tpu(
         index = lambda b, h, s, j, *_: (b, h, s, *(0 for _ in tail))  # noqa: E731
         return pl.BlockSpec((1, heads, 1, *tail), index)
 
-    kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
+    if P == 1:
+        # Pages of one token lie as one long page would; so they are said to be.
+        k_pages, v_pages = (x.reshape(L, B, K, S, H) for x in (k_pages, v_pages))
+        kv = pl.BlockSpec((1, 1, heads, pages, H), lambda *at: pages_index(*at)[:5])
+    else:
+        kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
     out, stats, lse = pl.pallas_call(
         functools.partial(
             _kernel, scale=scale, chunk=chunk, page=P, number=number, precision=_precision(k_pages)
@@ -229,10 +234,12 @@ def _attend_head(
     page: int,
     precision: Any,
 ) -> None:
-    """One block of pages, k and v `[pages, P, H]`, of one head, q `[rows, H]`."""
-    pages, P, H = k_ref.shape
-    rows, chunks, chunk_pages = q_ref.shape[0], pages * P // chunk, chunk // page
-    k, v = (ref[...].reshape(pages * P, H) for ref in (k_ref, v_ref))
+    """One block of pages, k and v `[pages, P, H]` or, of single tokens, `[pages, H]`, of one head.
+
+    q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]`.
+    """
+    (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
+    k, v = (ref[...].reshape(-1, H) for ref in (k_ref, v_ref))
     scores = scale * _dot(q_ref[...], k, (1, 1), precision)
 
     # member[t, p]: token t of a chunk lies in its page p.

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
+from pallas_kernels.dispatch import Target
+
 LANES = 128
 SUBLANES = 8
 
@@ -32,6 +34,18 @@ BLOCK_BYTES = {"TPU v4": 1 << 20, "TPU v5": 1 << 20, "TPU7x": 1 << 20}
 
 DEFAULT_BLOCK_BYTES = 1 << 19
 TOKENS_AT_MOST = 2048
+UNEVEN_TOKENS_AT_MOST = 512
+"""Where pages do not divide 128: the matrix that sums pages then spans the whole block."""
+
+
+def prefers_xla(target: Target, P: int, H: int) -> bool:
+    """Whether plain XLA is the better choice where both would serve these pages.
+
+    A TPU stores pages whose rows do not fill its tiles in another order, so that nothing is padded.
+    The kernels want them padded, and to get there costs a copy of the whole buffer.
+    """
+    tiles = H % LANES == 0 and (P % SUBLANES == 0 or P in (1, 2, 4))
+    return target.platform == "tpu" and not tiles
 
 
 def tpu_blocks(
@@ -41,13 +55,14 @@ def tpu_blocks(
     room = BLOCK_BYTES.get(device_kind, DEFAULT_BLOCK_BYTES)
     # As they lie in memory: rows of whole lanes.
     token = -(-H // LANES) * LANES * itemsize
-    tokens = min(TOKENS_AT_MOST, max(1, room // token))
+    most = TOKENS_AT_MOST if LANES % P == 0 else UNEVEN_TOKENS_AT_MOST
+    tokens = min(most, max(1, room // token))
     pages = min(S, max(1, tokens // P))
     if pages < S and LANES % P == 0:
         pages = max(1, pages * P // LANES) * LANES // P
     cores = CORES.get(device_kind, 1)
     splits = 1
-    if (B * K) % cores and B * K < 2 * cores and S >= cores:
+    if (B * K) % cores and 2 * cores > B * K and cores <= S:
         splits = cores
         pages = min(pages, -(-S // splits))
     # Heads that fit, but not so many that a core has nothing to do.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_integers
+from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.page_commit.reference import page_commit_reference
 
@@ -59,4 +62,5 @@ def page_commit(
         target,
         (pages, page, slot.astype(jnp.int32)),
         _AXES,
+        prefers_xla=functools.partial(prefers_xla, P=pages.shape[4], H=pages.shape[5]),
     )

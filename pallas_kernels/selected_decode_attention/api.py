@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_integers, check_layer, check_pages
 from pallas_kernels.decode_attention.reference import DecodeAttention
+from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.selected_decode_attention.reference import selected_decode_attention_reference
 
@@ -68,5 +71,6 @@ def selected_decode_attention(
         target,
         (q, k_pages, v_pages, fill, slots.astype(jnp.int32), layer),
         _AXES,
+        prefers_xla=functools.partial(prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5]),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
