@@ -43,10 +43,7 @@ def decode_attention_tpu(
     """
     B, N, H = q.shape
     L, _, K, S, P, _ = k_pages.shape
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"caches are bfloat16 or float32, not {k_pages.dtype}")
-    if S == 0:
-        raise NotImplementedError("there are no slots")
+    check_served(k_pages, S)
     if blocks is None:
         blocks = tpu_blocks(device_kind, B, K, S, P, H, k_pages.dtype.itemsize)
     heads, pages, splits = blocks.heads, blocks.pages, blocks.splits
@@ -87,7 +84,12 @@ def decode_attention_tpu(
         kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
     out, stats, lse = pl.pallas_call(
         functools.partial(
-            _kernel, scale=scale, chunk=chunk, page=P, number=number, precision=_precision(k_pages)
+            _kernel,
+            scale=scale,
+            chunk=chunk,
+            page=P,
+            number=number,
+            precision=precision_for(k_pages),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
@@ -131,6 +133,14 @@ def decode_attention_tpu(
     return _merge(out[..., :G, :], stats[..., :G, 0], stats[..., :G, 1], lse.reshape(B, N, S))
 
 
+def check_served(k_pages: jax.Array, slots: int) -> None:
+    """Raises NotImplementedError for a dtype that the kernel does not take, or no slots at all."""
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"caches are bfloat16 or float32, not {k_pages.dtype}")
+    if not slots:
+        raise NotImplementedError("there are no slots to read")
+
+
 def _fetched(live: jax.Array) -> jax.Array:
     """The block that is in memory at each step: int32 `[steps]` from which blocks are live."""
     number = jnp.arange(live.size, dtype=jnp.int32)
@@ -156,7 +166,7 @@ def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) ->
     )
 
 
-def _precision(pages: jax.Array) -> Any:
+def precision_for(pages: jax.Array) -> Any:
     """Full products for a float32 cache; a bfloat16 one needs no more than the plain ones."""
     return jax.lax.Precision.HIGHEST if pages.dtype == jnp.float32 else None
 
@@ -197,7 +207,7 @@ def _kernel(
     @pl.when(fetched_ref[step] == step)
     def attend() -> None:
         for head in range(k_ref.shape[2]):
-            _attend_head(
+            attend_block(
                 q_ref.at[0, head],
                 k_ref.at[0, 0, head],
                 v_ref.at[0, 0, head],
@@ -219,7 +229,7 @@ def _kernel(
         stats_ref[0, :, 0, :, 1:2] = total_ref[:, :, 0:1]
 
 
-def _attend_head(
+def attend_block(
     q_ref: Any,
     k_ref: Any,
     v_ref: Any,
@@ -240,7 +250,7 @@ def _attend_head(
     """
     (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
     k, v = (ref[...].reshape(-1, H) for ref in (k_ref, v_ref))
-    scores = scale * _dot(q_ref[...], k, (1, 1), precision)
+    scores = scale * dot(q_ref[...], k, (1, 1), precision)
 
     # member[t, p]: token t of a chunk lies in its page p.
     token = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk_pages), 0)
@@ -249,8 +259,8 @@ def _attend_head(
     member = inside.astype(jnp.float32)
     # Counts up to 128 are exact in one pass.
     fill = fill_ref[...].astype(jnp.float32)
-    live_row = _dot(fill, member, (1, 1))
-    live_column = _dot(member, fill, (1, 1))
+    live_row = dot(fill, member, (1, 1))
+    live_column = dot(member, fill, (1, 1))
     lane = jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
     sublane = jax.lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
     place_row = jax.lax.rem(lane, page).astype(jnp.float32)
@@ -273,7 +283,7 @@ def _attend_head(
     if chunks > 1:
         parts = [weights[:, c * chunk : (c + 1) * chunk] for c in range(chunks)]
         stacked = jnp.concatenate(parts, axis=0)
-    sums = _dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
+    sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
     lse = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
     lse_ref[...] = lse
 
@@ -283,13 +293,13 @@ def _attend_head(
         valid = place_column < live_column[:, c : c + 1]
         parts.append(jnp.where(valid, v[c * chunk : (c + 1) * chunk], 0))
     v = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=0)
-    acc_ref[...] = acc_ref[...] * shrink + _dot(weights.astype(v.dtype), v, (1, 0), precision)
+    acc_ref[...] = acc_ref[...] * shrink + dot(weights.astype(v.dtype), v, (1, 0), precision)
     total = total_ref[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
     peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
 
 
-def _dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any = None) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any = None) -> jax.Array:
     """Contracts one axis of each of two matrices, summed in float32."""
     return jax.lax.dot_general(
         a,

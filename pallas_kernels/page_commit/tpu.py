@@ -13,8 +13,17 @@ from jax.experimental.pallas import tpu as pltpu
 def page_commit_tpu(
     pages: jax.Array, page: jax.Array, slot: jax.Array, *, device_kind: str = ""
 ) -> jax.Array:
-    """See `api.page_commit`, which checks the arguments. The result lies where `pages` lay."""
+    """See `api.page_commit`, which checks the arguments. The result lies where `pages` lay.
+
+    Raises:
+      NotImplementedError: a page is not whole words of 32 bits in every lane.
+    """
     L, B, K, _, P, H = pages.shape
+    if P * pages.dtype.itemsize % 4:
+        raise NotImplementedError(
+            f"a page of {P} {pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
+            "use an even page_size, or float32"
+        )
 
     def kernel(slot_ref: Any, page_ref: Any, _: Any, pages_ref: Any, done: Any) -> None:
         layer = pl.program_id(0)
