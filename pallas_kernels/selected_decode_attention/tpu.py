@@ -70,7 +70,7 @@ def selected_decode_attention_tpu(
     slots = jnp.pad(slots, padding, constant_values=-1).reshape(steps, 1, pages)
 
     def of_head(*tail: int) -> pl.BlockSpec:
-        return pl.BlockSpec((1, *tail), lambda g, _: (g // per_head, *(0 for _ in tail)))
+        return pl.BlockSpec((1, *tail), lambda g, _: (jax.lax.div(g, per_head), *(0 for _ in tail)))
 
     def of_step(*tail: int) -> pl.BlockSpec:
         return pl.BlockSpec((1, *tail), lambda g, _: (g, *(0 for _ in tail)))
