@@ -48,12 +48,10 @@ def prefill_attention_tpu(
     mask = splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * N)
     attend = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
 
-    def of_row(
-        q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None
-    ) -> jax.Array:
+    def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         ids = None if segments is None else splash.SegmentIds(segments, segments)
         return attend(q, k, v, ids)
 
-    heads_first = [jnp.swapaxes(x, 1, 2) for x in ((q * scale).astype(q.dtype), k, v)]
-    out = jax.vmap(of_row)(*heads_first, segments)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q * scale).astype(q.dtype), k, v))
+    out = jax.vmap(of_row)(q, k, v, segments)
     return jnp.swapaxes(out, 1, 2)[:, :T].astype(q.dtype)
