@@ -85,7 +85,7 @@ def written_in_loops(text: str, size: int) -> list[str]:
 def collectives(text: str) -> dict[str, int]:
     """How often each kind of collective stands in a module; one in a loop counts once."""
     kinds = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
-    count = {kind: 0 for kind in kinds}
+    count = dict.fromkeys(kinds, 0)
     for part in computations(text).values():
         for each in part:
             kind = each.op.removesuffix("-start")
