@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.config import ModelConfig
@@ -44,12 +45,11 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
         raise ValueError(
             f"data={data} and model={model} ask for {data * model} devices; there are {len(found)}."
         )
-    return jax.make_mesh(
-        (data, model),
-        ("data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=found[: data * model],
+    # Eight ways over a torus of 4 x 4 x 4 take one side and half of another.
+    grid = mesh_utils.create_device_mesh(
+        (data, model), found[: data * model], allow_split_physical_axes=True
     )
+    return Mesh(grid, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def partition(
