@@ -58,7 +58,7 @@ def decode_attention_tpu(
     padded = jnp.pad(fill, ((0, 0), (0, 0), (0, whole - S)))
     fills = padded.reshape(B, K, splits * per_split, chunks, chunk_pages)
     live = jnp.any(padded.reshape(B, K // heads, heads, -1, pages) > 0, axis=(2, 4))
-    fetched = _fetched(live.reshape(-1))
+    fetched = fetched_blocks(live.reshape(-1))
 
     def number(b: Any, h: Any, s: Any, j: Any) -> Any:
         return ((b * shape[1] + h) * splits + s) * per_split + j
@@ -141,7 +141,7 @@ def check_served(k_pages: jax.Array, slots: int) -> None:
         raise NotImplementedError("there are no slots to read")
 
 
-def _fetched(live: jax.Array) -> jax.Array:
+def fetched_blocks(live: jax.Array) -> jax.Array:
     """The block that is in memory at each step: int32 `[steps]` from which blocks are live."""
     number = jnp.arange(live.size, dtype=jnp.int32)
     latest = jax.lax.cummax(jnp.where(live, number, -1))
