@@ -1,6 +1,7 @@
 """Attention over pages of keys and values: operations that know nothing of models or policies."""
 
 from pallas_kernels.decode_attention import DecodeAttention, decode_attention
+from pallas_kernels.dispatch import Target
 from pallas_kernels.page_bound import page_bound
 from pallas_kernels.page_commit import page_commit
 from pallas_kernels.prefill_attention import prefill_attention
@@ -8,6 +9,7 @@ from pallas_kernels.selected_decode_attention import selected_decode_attention
 
 __all__ = [
     "DecodeAttention",
+    "Target",
     "decode_attention",
     "page_bound",
     "page_commit",

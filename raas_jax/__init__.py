@@ -7,29 +7,36 @@
 """
 
 from raas_jax import policies
+from raas_jax.answer import Output, Stats
 from raas_jax.config import ModelConfig
-from raas_jax.generate import Output, Piece, Stats, generate, generate_ids, stream
+from raas_jax.engine import Engine, Request, Result
+from raas_jax.generate import Piece, generate, generate_ids, stream
 from raas_jax.params import Params
 from raas_jax.policies import Dense, Policy, RaaS
 from raas_jax.sampling import Sampling
+from raas_jax.sharding import make_mesh
 from raas_jax.weights import convert, load
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Dense",
+    "Engine",
     "ModelConfig",
     "Output",
     "Params",
     "Piece",
     "Policy",
     "RaaS",
+    "Request",
+    "Result",
     "Sampling",
     "Stats",
     "convert",
     "generate",
     "generate_ids",
     "load",
+    "make_mesh",
     "policies",
     "stream",
 ]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from pallas_kernels import (
     DecodeAttention,
+    Target,
     decode_attention,
     page_bound,
     prefill_attention,
@@ -20,10 +21,15 @@ from raas_jax.policies.base import Bounded, Selection
 
 
 def causal_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, segments: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    segments: jax.Array | None = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Causal attention of q `[B, T, N, H]` over k, v `[B, T, K, H]` → `[B, T, N, H]`."""
-    return prefill_attention(q, k, v, segments)
+    return prefill_attention(q, k, v, segments, target=target)
 
 
 def prompt_mass(
@@ -80,6 +86,7 @@ class Reader:
       prompt_fill: int32 `[B', 1, Sp]`, tokens in each page of the prompts.
       offset: int32 scalar, 0..P-1.
       samples: rows that share one prompt, `B / B'`.
+      target: what is compiled for; None is the default backend.
     """
 
     cache: Cache
@@ -90,6 +97,7 @@ class Reader:
     prompt_fill: jax.Array
     offset: jax.Array
     samples: int
+    target: Target | None = None
 
     def attend(
         self, q: jax.Array, selection: Selection = _ALL
@@ -102,10 +110,18 @@ class Reader:
         """
         kept, opened = self.cache.kept[self.group], self.cache.open
         if selection.kept is None:
-            of_kept = decode_attention(q, kept.k, kept.v, self.fill, self.layer_in_group)
+            of_kept = decode_attention(
+                q, kept.k, kept.v, self.fill, self.layer_in_group, target=self.target
+            )
         else:
             of_kept = selected_decode_attention(
-                q, kept.k, kept.v, self.fill, selection.kept, self.layer_in_group
+                q,
+                kept.k,
+                kept.v,
+                self.fill,
+                selection.kept,
+                self.layer_in_group,
+                target=self.target,
             )
         of_open = decode_attention(
             q,
@@ -113,6 +129,8 @@ class Reader:
             opened.v[:, :, :, None],
             jnp.broadcast_to(self.offset + 1, (1, 1, 1)),
             self.layer,
+            # A single page is too little work for a kernel.
+            implementation="xla",
         )
         of_prompt = self._attend_prompt(q, selection.prompt)
         parts = [of_kept, of_open] if of_prompt is None else [of_prompt, of_kept, of_open]
@@ -129,10 +147,15 @@ class Reader:
             return None
         if slots is not None:
             return selected_decode_attention(
-                q, prompt.k, prompt.v, self.prompt_fill, slots, self.layer
+                q, prompt.k, prompt.v, self.prompt_fill, slots, self.layer, target=self.target
             )
         shared = decode_attention(
-            by_prompt(q, heads, self.samples), prompt.k, prompt.v, self.prompt_fill, self.layer
+            by_prompt(q, heads, self.samples),
+            prompt.k,
+            prompt.v,
+            self.prompt_fill,
+            self.layer,
+            target=self.target,
         )
         return jax.tree.map(partial(by_row, heads=heads, samples=self.samples), shared)
 
@@ -144,13 +167,19 @@ class Reader:
         if prompt.bounds is not None:
             bounds = prompt.bounds
             of_prompt = page_bound(
-                by_prompt(q, heads, self.samples), bounds.key_min, bounds.key_max, self.layer
+                by_prompt(q, heads, self.samples),
+                bounds.key_min,
+                bounds.key_max,
+                self.layer,
+                target=self.target,
             )
             filled = jnp.repeat(self.prompt_fill > 0, self.samples, axis=0)
             of_prompt = jnp.where(filled, by_row(of_prompt, heads, self.samples), -jnp.inf)
         if kept.bounds is not None:
             bounds = kept.bounds
-            of_kept = page_bound(q, bounds.key_min, bounds.key_max, self.layer_in_group)
+            of_kept = page_bound(
+                q, bounds.key_min, bounds.key_max, self.layer_in_group, target=self.target
+            )
             filled = jnp.repeat(self.fill > 0, N // heads, axis=1)
             of_kept = jnp.where(filled, of_kept, -jnp.inf)
         return Bounded(of_prompt, of_kept)
@@ -161,7 +190,7 @@ class Reader:
         assert of_prompt is not None and of_kept is not None
         open_k = jax.lax.dynamic_index_in_dim(self.cache.open.k, self.layer, 0)[:, :, :, None]
         open_bounds = page_bounds(open_k, jnp.broadcast_to(self.offset + 1, open_k.shape[:4]))
-        of_open = page_bound(q, open_bounds.key_min, open_bounds.key_max, 0)
+        of_open = page_bound(q, open_bounds.key_min, open_bounds.key_max, 0, implementation="xla")
         pages = [of_kept, of_prompt, of_open]
         share = jax.nn.softmax(jnp.concatenate(pages, axis=-1), axis=-1)
         return share[..., : of_kept.shape[-1]]

@@ -14,7 +14,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import page_commit
+from pallas_kernels import Target, page_commit
 
 _pytree = functools.partial(jax.tree_util.register_dataclass)
 
@@ -111,7 +111,13 @@ def write_open(
     return Open(put(opened.k, k), put(opened.v, v))
 
 
-def commit(kept: Kept, page_k: jax.Array, page_v: jax.Array, slot: jax.Array) -> Kept:
+def commit(
+    kept: Kept,
+    page_k: jax.Array,
+    page_v: jax.Array,
+    slot: jax.Array,
+    target: Target | None = None,
+) -> Kept:
     """Writes a full page `[L, B, K, P, H]` over `slot [L, B, K]`: eviction and insertion in one."""
     S, P = kept.k.shape[3], kept.k.shape[4]
     chosen = jnp.arange(S) == slot[..., None]
@@ -123,8 +129,8 @@ def commit(kept: Kept, page_k: jax.Array, page_v: jax.Array, slot: jax.Array) ->
             jnp.where(chosen[..., None], page.key_max[:, :, :, None], bounds.key_max),
         )
     return Kept(
-        k=page_commit(kept.k, page_k, slot),
-        v=page_commit(kept.v, page_v, slot),
+        k=page_commit(kept.k, page_k, slot, target=target),
+        v=page_commit(kept.v, page_v, slot, target=target),
         fill=jnp.where(chosen, P, kept.fill),
         bounds=bounds,
     )

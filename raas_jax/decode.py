@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import Target
 from raas_jax.attention import Reader, causal_attention, prompt_mass
 from raas_jax.cache import Bounds, Cache, Kept, Open, Prompt, commit, page_bounds, write_open
 from raas_jax.config import ModelConfig
@@ -49,12 +50,14 @@ class Plan:
       prompt_slots: `Sp`, pages of the longest prompt's bucket.
       slots: `S`, slots of kept pages, for each of the policy's groups of layers.
       samples: rows that share one prompt, `B / B'`; rows of one prompt are neighbours.
+      target: what the decode is compiled for; None is the default backend, without a mesh.
     """
 
     policy: Policy
     prompt_slots: int
     slots: tuple[int, ...]
     samples: int = 1
+    target: Target | None = None
 
     @classmethod
     def create(
@@ -64,6 +67,7 @@ class Plan:
         prompt_tokens: Sequence[int],
         max_new_tokens: int,
         samples: int = 1,
+        target: Target | None = None,
     ) -> Plan:
         """For prompts of these lengths; raises ValueError if the policy cannot take one."""
         policy.check_prompts(prompt_tokens)
@@ -77,6 +81,7 @@ class Plan:
             bucket(pages_for(max(prompt_tokens), policy.page_size)),
             tuple(part.slots(prompt_tokens, max_new_tokens) for _, part in groups),
             samples,
+            target,
         )
 
     @property
@@ -220,7 +225,7 @@ def prefill(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
         block = nnx.merge(graph, weights)
         q, k, v = block.qkv(x, rotation)
-        x = block.finish(x, causal_attention(q, k, v))
+        x = block.finish(x, causal_attention(q, k, v, target=plan.target))
         mass = prompt_mass(q, k, lengths, plan.page_size, queries) if queries else None
         return x, (_as_pages(k, plan.page_size), _as_pages(v, plan.page_size), mass)
 
@@ -432,6 +437,7 @@ def _run_group(
             prompt_fill,
             offset,
             plan.samples,
+            plan.target,
         )
         grouped = partial(_by_head, heads=config.num_key_value_heads)
         selection = Selection()
@@ -475,7 +481,7 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
         page = Page(*(x[first : first + layers] for x in (state.cache.open.k, state.cache.open.v)))
         filled = jnp.take_along_axis(group.fill, slot[..., None], axis=-1)[..., 0] > 0
         lost = filled.astype(jnp.int32)
-        group = commit(group, page.k, page.v, slot)
+        group = commit(group, page.k, page.v, slot, plan.target)
         group_marks = policy.commit(state.marks[index], slot, page, now)
         released = policy.release(
             group_marks, boundary._replace(fill=group.fill, k=group.k, v=group.v)

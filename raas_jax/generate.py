@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax import text
+from raas_jax.answer import Answer, Output, answer_limit, default_limit
 from raas_jax.decode import (
     DecodeState,
     Drawn,
@@ -22,68 +22,14 @@ from raas_jax.decode import (
     cache_bytes,
     decode_pages,
     decode_until_done,
-    dense_bytes,
     prefill,
     request,
 )
 from raas_jax.params import Params
-from raas_jax.policies import Policy, RaaS, pages_for
+from raas_jax.policies import Policy, RaaS
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
-DEFAULT_MAX_NEW_TOKENS = 32_768
 TOKENS_PER_LOOK = 32  # How often the host looks: often enough to stream, too rarely to matter.
-
-
-@dataclasses.dataclass(frozen=True)
-class Stats:
-    """What one answer took.
-
-    Attributes:
-      prompt_tokens: length of the prompt.
-      generated_tokens: tokens drawn, the stop token included.
-      kept_pages: pages of generated tokens in the cache at the end, per layer and key/value head,
-        and of the prompt where the policy may evict it; the page being written is not counted.
-      evicted_pages: pages that had to go.
-      kv_bytes: what the row's share of the cache takes: prompt, kept and open pages, the policy's
-        metadata, padding.
-      dense_kv_bytes: what the keys and values of all its tokens would take, nothing dropped.
-      prefill_seconds: from the call to the first token, compilation included where it was needed.
-      decode_seconds: from then to the last.
-    """
-
-    prompt_tokens: int
-    generated_tokens: int
-    kept_pages: int
-    evicted_pages: int
-    kv_bytes: int
-    dense_kv_bytes: int
-    prefill_seconds: float
-    decode_seconds: float
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["tokens", "logprobs"],
-    meta_fields=["text", "finish_reason", "stats"],
-)
-@dataclasses.dataclass(frozen=True)
-class Output:
-    """One answer.
-
-    Attributes:
-      text: without special tokens, cut before the stop string; None where there is no tokenizer.
-      tokens: token ids, the stop token included. Inside a jit an int32 array `[max_new_tokens]`
-        (or `[B, max_new_tokens]`), -1 after the end.
-      finish_reason: "stop" (a stop token or string), "length" (`max_new_tokens`), "interrupted".
-      logprobs: of the tokens, under the model at temperature 1, before any filter.
-      stats: what it took; None inside a jit.
-    """
-
-    text: str | None
-    tokens: Any
-    finish_reason: str | None
-    logprobs: Any
-    stats: Stats | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +116,7 @@ def generate(
                 bar.update(sum(len(row.tokens) for row in run.rows) - bar.n)
         except KeyboardInterrupt:
             run.interrupt()
-    outputs = [row.output(run) for row in run.rows]
+    outputs = [run.output(index) for index in range(len(run.rows))]
     return outputs[0] if run.single else outputs
 
 
@@ -196,19 +142,17 @@ def stream(
 
 
 def _pieces(run: _Run) -> Iterator[Piece]:
-    finished: set[int] = set()
+    going = list(range(len(run.rows)))
     try:
         for _ in run.looks():
-            for row in run.rows:
-                if row.index not in finished:
-                    yield row.piece(run)
-                    if row.finish_reason:
-                        finished.add(row.index)
+            for index in list(going):
+                yield run.piece(index)
+                if run.rows[index].finish_reason:
+                    going.remove(index)
     except KeyboardInterrupt:
         run.interrupt()
-        for row in run.rows:
-            if row.index not in finished:
-                yield row.piece(run)
+        for index in going:
+            yield run.piece(index)
 
 
 @partial(
@@ -283,7 +227,7 @@ def _generate_traced(
         raise ValueError(f"prompt has shape {prompt.shape}; inside a jit give ids [T] or [B, T].")
     batch = prompt[None] if prompt.ndim == 1 else prompt
     if max_new_tokens is None:
-        max_new_tokens = _default_limit(params, batch.shape[1])
+        max_new_tokens = default_limit(params, batch.shape[1])
     stops = tuple(sorted({*params.config.eos_token_ids, *stop_token_ids}))
     drawn = generate_ids(
         params,
@@ -298,85 +242,18 @@ def _generate_traced(
     return Output(None, tokens, None, logprobs, None)
 
 
-@dataclasses.dataclass
-class _Row:
-    """One answer in the making, on the host."""
-
-    index: int
-    prompt: list[int]
-    limit: int
-    stop_ids: frozenset[int]
-    detokenizer: text.Detokenizer | None
-    tokens: list[int] = dataclasses.field(default_factory=list)
-    logprobs: list[float] = dataclasses.field(default_factory=list)
-    text: str = ""
-    finish_reason: str | None = None
-    kept_pages: int = 0
-    evicted_pages: int = 0
-    decode_seconds: float = 0.0
-    given: int = 0  # Tokens already given out as pieces.
-    given_text: int = 0
-
-    def take(self, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Adds what a look brought, up to the end of the answer."""
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
-            if self.finish_reason or token < 0:
-                break
-            self.tokens.append(token)
-            self.logprobs.append(logprob)
-            if token in self.stop_ids:
-                self.finish_reason = "stop"
-            elif self.detokenizer is not None:
-                self.text += self.detokenizer.push([token])
-                if self.detokenizer.stopped is not None:
-                    self.finish_reason = "stop"
-            if not self.finish_reason and len(self.tokens) >= self.limit:
-                self.finish_reason = "length"
-        if self.finish_reason:
-            self.flush()
-
-    def flush(self) -> None:
-        """Lets go of text that was held back."""
-        if self.detokenizer is not None:
-            self.text += self.detokenizer.finish()
-
-    def count_pages(self, committed: int, evicted: int, plan: Plan) -> None:
-        """Takes the device's counts, which run on a little when a stop string ends the row."""
-        mine = min(committed, max(0, len(self.tokens) - 2) // plan.page_size)
-        self.evicted_pages = max(0, evicted - (committed - mine))
-        self.kept_pages = mine - self.evicted_pages
-        if plan.policy.evicts_prompt:
-            self.kept_pages += pages_for(len(self.prompt), plan.page_size)
-
-    def output(self, run: _Run) -> Output:
-        stats = Stats(
-            prompt_tokens=len(self.prompt),
-            generated_tokens=len(self.tokens),
-            kept_pages=self.kept_pages,
-            evicted_pages=self.evicted_pages,
-            kv_bytes=run.row_bytes,
-            dense_kv_bytes=dense_bytes(
-                run.params.config, len(self.prompt) + len(self.tokens), run.dtype
-            ),
-            prefill_seconds=run.prefill_seconds,
-            decode_seconds=self.decode_seconds,
+def checked(params: Any, policy: Any) -> Policy:
+    """The policy, or the default one. Raises TypeError for what is no model or no policy."""
+    if not isinstance(params, Params):
+        raise TypeError(
+            f"params is a {type(params).__name__}; expected what raas_jax.load returns."
         )
-        known = self.text if self.detokenizer is not None else None
-        return Output(known, self.tokens, self.finish_reason, self.logprobs, stats)
-
-    def piece(self, run: _Run) -> Piece:
-        """What came since the last piece."""
-        piece = Piece(
-            text=self.text[self.given_text :],
-            tokens=self.tokens[self.given :],
-            row=self.index,
-            generated_tokens=len(self.tokens),
-            kept_pages=self.kept_pages,
-            evicted_pages=self.evicted_pages,
-            output=self.output(run) if self.finish_reason else None,
+    policy = RaaS() if policy is None else policy
+    if not isinstance(policy, Policy):
+        raise TypeError(
+            f"policy is {policy!r}; expected a policy such as raas_jax.RaaS(budget=1024)."
         )
-        self.given, self.given_text = len(self.tokens), len(self.text)
-        return piece
+    return policy
 
 
 class _Run:
@@ -393,17 +270,9 @@ class _Run:
         stop_token_ids: Iterable[int],
         seed: int | jax.Array | Sequence[int],
     ):
-        if not isinstance(params, Params):
-            raise TypeError(
-                f"params is a {type(params).__name__}; expected what raas_jax.load returns."
-            )
-        policy = RaaS() if policy is None else policy
-        if not isinstance(policy, Policy):
-            raise TypeError(
-                f"policy is {policy!r}; expected a policy such as raas_jax.RaaS(budget=1024)."
-            )
+        policy = checked(params, policy)
         ids, self.single = text.encode(params, prompt)
-        limits = [_row_limit(params, len(row), max_new_tokens) for row in ids]
+        limits = [answer_limit(params, len(row), max_new_tokens) for row in ids]
         stops = text.stop_token_ids(params, stop_token_ids)
         stop_strings = text.stop_strings(stop)
         readable = text.has_tokenizer(params)
@@ -416,16 +285,15 @@ class _Run:
         self._sampler = Sampler.create(settings, row_keys(seed, len(ids)))
         self._stops = stops
         self.rows = [
-            _Row(
-                i,
+            Answer(
                 row,
-                limits[i],
+                limit,
                 frozenset(stops),
                 text.Detokenizer(params, stop_strings) if readable else None,
             )
-            for i, row in enumerate(ids)
+            for row, limit in zip(ids, limits, strict=True)
         ]
-        self.prefill_seconds = 0.0
+        self._given = [(0, 0)] * len(ids)  # Tokens and characters given out as pieces.
         self.row_bytes = 0
 
     def looks(self) -> Iterator[None]:
@@ -439,7 +307,8 @@ class _Run:
             plan=self.plan,
         )
         self._look(Drawn(first.tokens[None], first.logprobs[None]))
-        self.prefill_seconds = time.perf_counter() - began
+        for row in self.rows:
+            row.prefill_seconds = time.perf_counter() - began
         self.row_bytes = cache_bytes(state) // len(self.rows)
         yield
         pages = max(1, TOKENS_PER_LOOK // self.plan.page_size)
@@ -453,20 +322,38 @@ class _Run:
     def interrupt(self) -> None:
         """Ends every answer that is still in the making."""
         for row in self.rows:
-            if not row.finish_reason:
-                row.flush()
-                row.finish_reason = "interrupted"
+            row.interrupt()
+
+    def output(self, index: int) -> Output:
+        """The answer of a row so far."""
+        row = self.rows[index]
+        return row.output(row.stats(self.params.config, self.dtype, self.row_bytes))
+
+    def piece(self, index: int) -> Piece:
+        """What a row has had since its last piece."""
+        row, (tokens, characters) = self.rows[index], self._given[index]
+        self._given[index] = len(row.tokens), len(row.text)
+        return Piece(
+            text=row.text[characters:],
+            tokens=row.tokens[tokens:],
+            row=index,
+            generated_tokens=len(row.tokens),
+            kept_pages=row.kept_pages,
+            evicted_pages=row.evicted_pages,
+            output=self.output(index) if row.finish_reason else None,
+        )
 
     def _look(self, drawn: Drawn, state: DecodeState | None = None, seconds: float = 0.0) -> None:
         tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
-        for row in self.rows:
+        if state is not None:
+            committed, evicted = np.asarray(state.committed), np.asarray(state.evicted)
+        for index, row in enumerate(self.rows):
             if row.finish_reason:
                 continue
-            row.take(tokens[:, row.index], logprobs[:, row.index])
+            row.take(tokens[:, index], logprobs[:, index])
             row.decode_seconds = seconds
             if state is not None:
-                committed, evicted = int(state.committed[row.index]), int(state.evicted[row.index])
-                row.count_pages(committed, evicted, self.plan)
+                row.count_pages(int(committed[index]), int(evicted[index]), self.plan)
 
     def _stop_early(self, state: DecodeState) -> DecodeState:
         """Tells the device of rows that a stop string has ended, which only the host can see."""
@@ -494,31 +381,3 @@ def _per_row(
     if len(value) != rows:
         raise ValueError(f"{name} has {len(value)} entries for {rows} prompts; give one for each.")
     return value
-
-
-def _default_limit(params: Params, prompt_tokens: int) -> int:
-    room = params.config.max_position_embeddings - prompt_tokens
-    if room < 1:
-        raise ValueError(
-            f"prompt has {prompt_tokens} tokens, but the model's context ends at "
-            f"{params.config.max_position_embeddings} (max_position_embeddings). Shorten it."
-        )
-    return min(room, DEFAULT_MAX_NEW_TOKENS)
-
-
-def _row_limit(params: Params, prompt_tokens: int, max_new_tokens: int | None) -> int:
-    room = _default_limit(params, prompt_tokens)
-    if max_new_tokens is None:
-        return room
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an int.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    limit = params.config.max_position_embeddings
-    if prompt_tokens + max_new_tokens > limit:
-        warnings.warn(
-            f"prompt ({prompt_tokens}) and max_new_tokens ({max_new_tokens}) together exceed the "
-            f"model's context of {limit} tokens; what it writes beyond that may be poor.",
-            stacklevel=4,
-        )
-    return max_new_tokens

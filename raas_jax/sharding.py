@@ -6,15 +6,19 @@ is the same code with a mesh of one.
 
 from __future__ import annotations
 
+import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_model, logical_axes
+from raas_jax.params import Params
 
 RULES: dict[str, str | None] = {
     "rows": "data",
@@ -26,6 +30,7 @@ RULES: dict[str, str | None] = {
     "layers": None,
     "embed": None,
     "head_dim": None,
+    "any": None,
 }
 
 
@@ -40,12 +45,11 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
         raise ValueError(
             f"data={data} and model={model} ask for {data * model} devices; there are {len(found)}."
         )
-    return jax.make_mesh(
-        (data, model),
-        ("data", "model"),
-        axis_types=(jax.sharding.AxisType.Auto,) * 2,
-        devices=found[: data * model],
+    # Eight ways over a torus of 4 x 4 x 4 take one side and half of another.
+    grid = mesh_utils.create_device_mesh(
+        (data, model), found[: data * model], allow_split_physical_axes=True
     )
+    return Mesh(grid, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
 def partition(
@@ -82,3 +86,49 @@ def weight_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
         shapes,
         is_leaf=lambda node: isinstance(node, tuple),
     )
+
+
+def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
+    """A sharding for every array of a `DecodeState`: by rows, and by key/value heads.
+
+    Args:
+      state: arrays or their shapes.
+      mesh: with the axes `data` and `model`.
+      rows_divide: False keeps all rows on every device, for the few that are about to join.
+    """
+    rows = "rows" if rows_divide else "any"
+
+    def of(axes: tuple[str, ...], tree: Any) -> Any:
+        def one(leaf: Any) -> NamedSharding:
+            rest = ("any",) * (leaf.ndim - len(axes))
+            return NamedSharding(mesh, partition(mesh, (*axes[: leaf.ndim], *rest), leaf.shape))
+
+        return jax.tree.map(one, tree)
+
+    by_head, by_row = ("layers", rows, "kv_heads"), (rows,)
+    cache = state.cache
+    scalars = dataclasses.replace(state, cache=None, marks=None, stop_tokens=None)
+    return dataclasses.replace(
+        of(by_row, scalars),
+        cache=dataclasses.replace(
+            of(by_head, cache),
+            prompt=dataclasses.replace(
+                of(by_head, cache.prompt), lengths=of(by_row, cache.prompt.lengths)
+            ),
+        ),
+        marks=of(by_head, state.marks),
+        stop_tokens=of((), state.stop_tokens),
+    )
+
+
+def place_weights(params: Params, mesh: Mesh) -> Params:
+    """The parameters on the mesh; says once what it replicates for want of a divisor."""
+    ways, heads = mesh.shape["model"], params.config.num_key_value_heads
+    if heads % ways:
+        warnings.warn(
+            f"{heads} key/value heads do not divide by model={ways}: each device of the model axis "
+            "holds all of them. A model axis that divides them takes less memory.",
+            stacklevel=3,
+        )
+    weights = jax.device_put(params.weights, weight_shardings(params.config, mesh))
+    return dataclasses.replace(params, weights=weights)

@@ -82,6 +82,18 @@ def written_in_loops(text: str, size: int) -> list[str]:
     return out
 
 
+def collectives(text: str) -> dict[str, int]:
+    """How often each kind of collective stands in a module; one in a loop counts once."""
+    kinds = "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"
+    count = dict.fromkeys(kinds, 0)
+    for part in computations(text).values():
+        for each in part:
+            kind = each.op.removesuffix("-start")
+            if kind in count:
+                count[kind] += 1
+    return {kind: number for kind, number in count.items() if number}
+
+
 def _in_place(each: Instruction, found: dict[str, list[Instruction]], size: int) -> bool:
     """Whether it, or all that a fusion puts out, writes less than `size` bytes into a buffer."""
     inside = next(part for part in found.values() if each in part)
@@ -89,6 +101,8 @@ def _in_place(each: Instruction, found: dict[str, list[Instruction]], size: int)
     if each.op == "fusion":
         inside = found[each.called[0]]
         ends = [i for i in inside if i.root]
+    if each.op == "custom-call" and "output_to_operand_aliasing={" in each.line:
+        return True
     named = {i.name: i for i in inside}
     while ends and ends[0].op in ("bitcast", "tuple"):
         ends = [named[name] for end in ends for name in end.operands]

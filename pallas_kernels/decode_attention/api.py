@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_layer, check_pages
 from pallas_kernels.decode_attention.reference import DecodeAttention, decode_attention_reference
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.decode_attention.tuning import prefers_xla
+from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 
-_BACKENDS = {"xla": decode_attention_reference}
+_BACKENDS = {
+    "xla": decode_attention_reference,
+    "tpu": load("pallas_kernels.decode_attention.tpu", "decode_attention_tpu"),
+    "gpu": load("pallas_kernels.decode_attention.gpu", "decode_attention_gpu"),
+}
+_AXES = ("BNH", "LBKSPH", "LBKSPH", "BKS", ""), DecodeAttention("BNH", "BN", "BN", "BNS")  # type: ignore[arg-type]
 
 
 def decode_attention(
@@ -20,6 +29,7 @@ def decode_attention(
     *,
     scale: float | None = None,
     implementation: Implementation = None,
+    target: Target | None = None,
 ) -> DecodeAttention:
     """Attention of one token per row over the pages of one layer, with the mass of every page.
 
@@ -31,36 +41,25 @@ def decode_attention(
         with 0 is dead: its contents, NaN included, never matter.
       layer: int32 scalar, which layer of the buffer to read.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by platform; "xla" forces the reference.
+      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      target: what is compiled for; the default backend where not given.
 
     Returns:
       `DecodeAttention`; merge it with other segments, or divide `out` by `sum`.
 
     Raises:
-      ValueError: the shapes do not fit together; names the argument.
+      ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
-    _check(q, k_pages, v_pages, fill)
-    fill = jnp.broadcast_to(fill, (q.shape[0], *k_pages.shape[2:4]))
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    layer = jnp.asarray(layer, jnp.int32)
+    check_pages(q, k_pages, v_pages, fill, shared=False)
+    layer = check_layer(layer, k_pages.shape[0])
+    fill = jnp.broadcast_to(fill, (q.shape[0], *k_pages.shape[2:4])).astype(jnp.int32)
     return dispatch(
-        "decode_attention", _BACKENDS, implementation, q, k_pages, v_pages, fill, layer, scale=scale
+        "decode_attention",
+        _BACKENDS,
+        implementation,
+        target,
+        (q, k_pages, v_pages, fill, layer),
+        _AXES,
+        prefers_xla=functools.partial(prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5]),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
-
-
-def _check(q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, fill: jax.Array) -> None:
-    if k_pages.ndim != 6 or v_pages.shape != k_pages.shape:
-        raise ValueError(
-            f"k_pages has shape {k_pages.shape} and v_pages {v_pages.shape}; both must be "
-            "[L, B, K, S, P, H]."
-        )
-    _, B, K, S, _, H = k_pages.shape
-    if q.ndim != 3 or q.shape[0] != B or q.shape[2] != H or q.shape[1] % K:
-        raise ValueError(
-            f"q has shape {q.shape}; with k_pages {k_pages.shape} it must be [{B}, N, {H}], "
-            f"N a multiple of {K}."
-        )
-    if fill.ndim != 3 or fill.shape[2] != S or fill.shape[0] not in (1, B):
-        raise ValueError(f"fill has shape {fill.shape}; it must be [{B}, {K}, {S}].")
-    if not jnp.issubdtype(fill.dtype, jnp.integer):
-        raise ValueError(f"fill has dtype {fill.dtype}; it must be an integer count of tokens.")

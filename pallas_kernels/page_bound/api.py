@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.checks import check_floats, check_layer
+from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.page_bound.reference import page_bound_reference
 
-_BACKENDS = {"xla": page_bound_reference}
+_BACKENDS = {
+    "xla": page_bound_reference,
+    "tpu": load("pallas_kernels.page_bound.tpu", "page_bound_tpu"),
+    "gpu": load("pallas_kernels.page_bound.gpu", "page_bound_gpu"),
+}
+_AXES = ("BNH", "LBKSH", "LBKSH", ""), "BNS"
 
 
 def page_bound(
@@ -19,6 +24,7 @@ def page_bound(
     *,
     scale: float | None = None,
     implementation: Implementation = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Upper bound of `scale * q · k` over the keys of each page (Quest, arXiv 2406.10774).
 
@@ -27,13 +33,14 @@ def page_bound(
       key_min, key_max: `[L, B, K, S, H]`, channel-wise extremes of each page's keys.
       layer: int32 scalar, which layer of the buffers to read.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by platform; "xla" forces the reference.
+      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      target: what is compiled for; the default backend where not given.
 
     Returns:
       float32 `[B, N, S]`. Slots are not masked: an empty slot's bound means nothing.
 
     Raises:
-      ValueError: the shapes do not fit together; names the argument.
+      ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
     if key_min.ndim != 5 or key_max.shape != key_min.shape:
         raise ValueError(
@@ -46,8 +53,19 @@ def page_bound(
             f"q has shape {q.shape}; with key_min {key_min.shape} it must be [{B}, N, {H}], "
             f"N a multiple of {K}."
         )
-    scale = H**-0.5 if scale is None else scale
-    layer = jnp.asarray(layer, jnp.int32)
+    check_floats("q", q)
+    check_floats("key_min", key_min)
+    if key_max.dtype != key_min.dtype:
+        raise ValueError(
+            f"key_max is {key_max.dtype} and key_min {key_min.dtype}; cast one to the other's."
+        )
+    layer = check_layer(layer, key_min.shape[0])
     return dispatch(
-        "page_bound", _BACKENDS, implementation, q, key_min, key_max, layer, scale=scale
+        "page_bound",
+        _BACKENDS,
+        implementation,
+        target,
+        (q, key_min, key_max, layer),
+        _AXES,
+        scale=H**-0.5 if scale is None else scale,
     )

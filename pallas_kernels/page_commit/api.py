@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.checks import check_integers
+from pallas_kernels.decode_attention.tuning import prefers_xla
+from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.page_commit.reference import page_commit_reference
 
-_BACKENDS = {"xla": page_commit_reference}
+_BACKENDS = {
+    "xla": page_commit_reference,
+    "tpu": load("pallas_kernels.page_commit.tpu", "page_commit_tpu"),
+    "gpu": load("pallas_kernels.page_commit.gpu", "page_commit_gpu"),
+}
+_AXES = ("LBKSPH", "LBKPH", "LBK"), "LBKSPH"
 
 
 def page_commit(
@@ -17,6 +26,7 @@ def page_commit(
     slot: jax.Array,
     *,
     implementation: Implementation = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Overwrites `pages[l, b, k, slot[l, b, k]]` with `page[l, b, k]`.
 
@@ -24,13 +34,14 @@ def page_commit(
       pages: `[L, B, K, S, P, H]`; donate it, and the write happens in place.
       page: `[L, B, K, P, H]`, same dtype.
       slot: int32 `[L, B, K]`, each in 0..S-1 (not checked: it is data).
-      implementation: None picks by platform; "xla" forces the reference.
+      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      target: what is compiled for; the default backend where not given.
 
     Returns:
       The updated `pages`.
 
     Raises:
-      ValueError: the shapes or dtypes do not fit together; names the argument.
+      ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
     if pages.ndim != 6:
         raise ValueError(f"pages has shape {pages.shape}; it must be [L, B, K, S, P, H].")
@@ -39,8 +50,17 @@ def page_commit(
         raise ValueError(
             f"page is {page.dtype}{list(page.shape)}; it must be {pages.dtype}{list(wanted)}."
         )
-    if slot.shape != pages.shape[:3] or not jnp.issubdtype(slot.dtype, jnp.integer):
+    if slot.shape != pages.shape[:3]:
         raise ValueError(
             f"slot is {slot.dtype}{list(slot.shape)}; it must be int32{list(pages.shape[:3])}."
         )
-    return dispatch("page_commit", _BACKENDS, implementation, pages, page, slot)
+    check_integers("slot", slot, "the slot of each page")
+    return dispatch(
+        "page_commit",
+        _BACKENDS,
+        implementation,
+        target,
+        (pages, page, slot.astype(jnp.int32)),
+        _AXES,
+        prefers_xla=functools.partial(prefers_xla, P=pages.shape[4], H=pages.shape[5]),
+    )

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.checks import check_floats, check_integers
+from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
-_BACKENDS = {"xla": prefill_attention_reference}
+_BACKENDS = {
+    "xla": prefill_attention_reference,
+    "tpu": load("pallas_kernels.prefill_attention.tpu", "prefill_attention_tpu"),
+    "gpu": load("pallas_kernels.prefill_attention.gpu", "prefill_attention_gpu"),
+}
+_AXES = ("BTNH", "BTKH", "BTKH", "BT"), "BTNH"
 
 
 def prefill_attention(
@@ -18,6 +24,7 @@ def prefill_attention(
     *,
     scale: float | None = None,
     implementation: Implementation = None,
+    target: Target | None = None,
 ) -> jax.Array:
     """Causal attention, grouped heads, no `T * T` scores in memory beyond 1,024 tokens.
 
@@ -26,13 +33,14 @@ def prefill_attention(
       k, v: `[B, T, K, H]`.
       segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by platform; "xla" forces the reference.
+      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      target: what is compiled for; the default backend where not given.
 
     Returns:
       `[B, T, N, H]` in q's dtype.
 
     Raises:
-      ValueError: the shapes do not fit together; names the argument.
+      ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
     if k.ndim != 4 or v.shape != k.shape:
         raise ValueError(f"k has shape {k.shape} and v {v.shape}; both must be [B, T, K, H].")
@@ -44,5 +52,16 @@ def prefill_attention(
         )
     if segments is not None and segments.shape != (B, T):
         raise ValueError(f"segments has shape {segments.shape}; it must be [{B}, {T}].")
-    scale = H**-0.5 if scale is None else scale
-    return dispatch("prefill_attention", _BACKENDS, implementation, q, k, v, segments, scale=scale)
+    if segments is not None:
+        check_integers("segments", segments, "the segment of each token")
+    for name, array in (("q", q), ("k", k), ("v", v)):
+        check_floats(name, array)
+    return dispatch(
+        "prefill_attention",
+        _BACKENDS,
+        implementation,
+        target,
+        (q, k, v, segments),
+        _AXES,
+        scale=H**-0.5 if scale is None else scale,
+    )

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.checks import check_integers, check_layer, check_pages
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.decode_attention.tuning import prefers_xla
+from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.selected_decode_attention.reference import selected_decode_attention_reference
 
-_BACKENDS = {"xla": selected_decode_attention_reference}
+_BACKENDS = {
+    "xla": selected_decode_attention_reference,
+    "tpu": load("pallas_kernels.selected_decode_attention.tpu", "selected_decode_attention_tpu"),
+    "gpu": load("pallas_kernels.selected_decode_attention.gpu", "selected_decode_attention_gpu"),
+}
+_AXES = (
+    ("BNH", "LBKSPH", "LBKSPH", "BKS", "BKC", ""),
+    DecodeAttention("BNH", "BN", "BN", "BNC"),  # type: ignore[arg-type]
+)
 
 
 def selected_decode_attention(
@@ -22,6 +34,7 @@ def selected_decode_attention(
     *,
     scale: float | None = None,
     implementation: Implementation = None,
+    target: Target | None = None,
 ) -> DecodeAttention:
     """Attention of one token per row over the listed pages of one layer, at the cost of these.
 
@@ -35,45 +48,29 @@ def selected_decode_attention(
         none.
       layer: int32 scalar, which layer of the buffers to read.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by platform; "xla" forces the reference.
+      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      target: what is compiled for; the default backend where not given.
 
     Returns:
       `DecodeAttention` over the listed pages, its `page_lse` `[B, N, C]` in their order.
 
     Raises:
-      ValueError: the shapes do not fit together; names the argument.
+      ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
-    if k_pages.ndim != 6 or v_pages.shape != k_pages.shape:
-        raise ValueError(
-            f"k_pages has shape {k_pages.shape} and v_pages {v_pages.shape}; both must be "
-            "[L, B', K, S, P, H]."
-        )
-    _, prompts, K, S, _, H = k_pages.shape
-    if q.ndim != 3 or q.shape[0] % prompts or q.shape[2] != H or q.shape[1] % K:
-        raise ValueError(
-            f"q has shape {q.shape}; with k_pages {k_pages.shape} it must be [B, N, {H}], "
-            f"B a multiple of {prompts} and N of {K}."
-        )
-    if fill.ndim != 3 or fill.shape[2] != S or not jnp.issubdtype(fill.dtype, jnp.integer):
-        raise ValueError(
-            f"fill is {fill.dtype}{list(fill.shape)}; it must be int32[{prompts}, {K}, {S}]."
-        )
+    check_pages(q, k_pages, v_pages, fill, shared=True)
+    K = k_pages.shape[2]
     if slots.ndim != 3 or slots.shape[:2] != (q.shape[0], K):
         raise ValueError(f"slots has shape {slots.shape}; it must be [{q.shape[0]}, {K}, any].")
-    if not jnp.issubdtype(slots.dtype, jnp.integer):
-        raise ValueError(f"slots has dtype {slots.dtype}; it must hold integers.")
-    fill = jnp.broadcast_to(fill, (prompts, K, S))
-    scale = H**-0.5 if scale is None else scale
-    layer = jnp.asarray(layer, jnp.int32)
+    check_integers("slots", slots, "slots to read")
+    layer = check_layer(layer, k_pages.shape[0])
+    fill = jnp.broadcast_to(fill, k_pages.shape[1:4]).astype(jnp.int32)
     return dispatch(
         "selected_decode_attention",
         _BACKENDS,
         implementation,
-        q,
-        k_pages,
-        v_pages,
-        fill,
-        slots,
-        layer,
-        scale=scale,
+        target,
+        (q, k_pages, v_pages, fill, slots.astype(jnp.int32), layer),
+        _AXES,
+        prefers_xla=functools.partial(prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5]),
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,12 +41,21 @@ class Memory:
     """Of weights and cache; the model's own."""
     layers: Int = None
     """Instead of the model's number of layers."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="KIND:SHAPE", help_behavior_hint="")] = None
+    """Compile for this instead of the device at hand, for instance v5e:2x4; nothing is run."""
+    mesh: Annotated[
+        str | None, tyro.conf.arg(metavar="data=INT,model=INT", help_behavior_hint="")
+    ] = None
+    """How the target's devices share rows (data) and heads (model)."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
 
     def run(self) -> int:
         """Prints the table, or the JSON object."""
+        if self.target is not None:
+            # Nothing is run, so no device is looked for.
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from raas_jax.memory import memory
 
         account = memory(
@@ -55,6 +65,8 @@ class Memory:
             max_new_tokens=self.max_new_tokens,
             batch=self.batch,
             dtype=self.dtype,
+            target=self.target,
+            **parse_mesh(self.mesh),
         )
         print(json.dumps(dataclasses.asdict(account), indent=2) if self.json else table(account))
         return 0
@@ -64,6 +76,17 @@ class Memory:
             raise ValueError("give one of --config FILE and --model SOURCE.")
         file = self.config if self.config is not None else config_file(str(self.model))
         return read_config(file, self.layers)
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """`data=2,model=4` as a dictionary; raises ValueError for anything else."""
+    found = {}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if name not in ("data", "model") or not size.isdigit() or not int(size):
+            raise ValueError(f"--mesh is {text!r}; write it like data=2,model=4.")
+        found[name] = int(size)
+    return found
 
 
 def config_file(source: str) -> str:
@@ -100,10 +123,25 @@ def table(account: Account) -> str:
         *_compiled("decode", account.decode, account.platform),
         *_compiled("prefill", account.prefill, account.platform),
     ]
-    return "\n".join(
+    lines = [
         f"{name:22}{readable_bytes(size):>10}  {size:>16,} {note}".rstrip()
         for name, size, note in rows
-    )
+    ]
+    if account.devices > 1:
+        shape = f"data={account.data},model={account.model}"
+        lines.insert(0, f"on each of {account.devices} devices of {account.platform} ({shape})")
+    if account.fits is not None:
+        lines.append(_verdict(account))
+    return "\n".join(lines)
+
+
+def _verdict(account: Account) -> str:
+    room = f" of {readable_bytes(account.available)}" if account.available else ""
+    if account.fits:
+        peaks = [part.peak for part in (account.decode, account.prefill) if part is not None]
+        taken = readable_bytes(max(peaks)) if peaks else "all"
+        return f"fits                  {taken:>10}{room} on {account.platform}"
+    return f"does not fit {account.platform}{room}: {account.refusal}"
 
 
 def _compiled(name: str, compiled: Compiled | None, platform: str) -> list[tuple[str, int, str]]:

@@ -226,7 +226,7 @@ def array(*shape, dtype=jnp.float32):
             "page is bfloat16",
         ),
         (page_commit, (K, PAGE, array(2, 3, dtype=jnp.int32)), "slot is"),
-        (page_commit, (K, PAGE, array(2, 3, 2)), "slot is float32"),
+        (page_commit, (K, PAGE, array(2, 3, 2)), "slot has dtype float32.* cast it to int32"),
         (page_bound, (array(3, 4, 4), array(3, 2, 4, 4), array(3, 2, 4, 4)), "key_min has shape"),
         (page_bound, (array(3, 4, 4), array(2, 3, 2, 4, 4), array(2, 3, 2, 4, 5)), "key_max"),
         (page_bound, (array(3, 5, 4), *(array(2, 3, 2, 4, 4),) * 2), "q has shape"),

@@ -52,7 +52,7 @@ def test_shapes_that_do_not_fit_are_named():
     for index, bad, name in (
         (0, q[:1], "q has shape"),
         (1, k[0], "k_pages has shape"),
-        (3, fill[..., :2], "fill is int32"),
+        (3, fill[..., :2], "fill has shape"),
         (4, good[4][:1], "slots has shape"),
         (4, good[4].astype(jnp.float32), "slots has dtype"),
     ):

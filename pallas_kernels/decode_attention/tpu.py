@@ -1,0 +1,310 @@
+"""`decode_attention` for TPU (Pallas, Mosaic): one pass over the keys and values, flash style.
+
+Each step of the grid takes a block of pages of one row and a few heads; Pallas fetches the next
+block meanwhile. A block without a live page is not fetched: its step asks for the block that is
+there already. Lanes hold tokens, so that one small product with a matrix of zeros and ones sums
+each page (and another spreads each page's fill over its tokens).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.reference import DecodeAttention
+from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, TpuBlocks, tpu_blocks
+
+
+def decode_attention_tpu(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    layer: jax.Array,
+    *,
+    scale: float,
+    device_kind: str = "",
+    blocks: TpuBlocks | None = None,
+) -> DecodeAttention:
+    """See `api.decode_attention`, which checks the arguments.
+
+    Args:
+      q, k_pages, v_pages, fill, layer, scale: as there.
+      device_kind: chooses the block sizes.
+      blocks: these instead.
+
+    Raises:
+      NotImplementedError: a dtype that the kernel does not take, or no slots at all.
+    """
+    B, N, H = q.shape
+    L, _, K, S, P, _ = k_pages.shape
+    check_served(k_pages, S)
+    if blocks is None:
+        blocks = tpu_blocks(device_kind, B, K, S, P, H, k_pages.dtype.itemsize)
+    heads, pages, splits = blocks.heads, blocks.pages, blocks.splits
+    per_split = -(-S // (pages * splits))
+    shape = (B, K // heads, splits, per_split)
+    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
+    grouped = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+
+    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    chunks, chunk_pages = pages * P // chunk, chunk // P
+    whole = splits * per_split * pages
+    padded = jnp.pad(fill, ((0, 0), (0, 0), (0, whole - S)))
+    fills = padded.reshape(B, K, splits * per_split, chunks, chunk_pages)
+    live = jnp.any(padded.reshape(B, K // heads, heads, -1, pages) > 0, axis=(2, 4))
+    fetched = fetched_blocks(live.reshape(-1))
+
+    def number(b: Any, h: Any, s: Any, j: Any) -> Any:
+        return ((b * shape[1] + h) * splits + s) * per_split + j
+
+    def pages_index(b: Any, h: Any, s: Any, j: Any, layer: Any, fetched: Any) -> Any:
+        at = fetched[number(b, h, s, j)]
+        block, at = jax.lax.rem(at, splits * per_split), jax.lax.div(at, splits * per_split)
+        return layer[0], jax.lax.div(at, shape[1]), jax.lax.rem(at, shape[1]), block, 0, 0
+
+    def of_block(*tail: int) -> pl.BlockSpec:
+        index = lambda b, h, s, j, *_: (b, h, s * per_split + j, *(0 for _ in tail))  # noqa: E731
+        return pl.BlockSpec((1, heads, 1, *tail), index)
+
+    def of_split(*tail: int) -> pl.BlockSpec:
+        index = lambda b, h, s, j, *_: (b, h, s, *(0 for _ in tail))  # noqa: E731
+        return pl.BlockSpec((1, heads, 1, *tail), index)
+
+    if P == 1:
+        # Pages of one token lie as one long page would; so they are said to be.
+        k_pages, v_pages = (x.reshape(L, B, K, S, H) for x in (k_pages, v_pages))
+        kv = pl.BlockSpec((1, 1, heads, pages, H), lambda *at: pages_index(*at)[:5])
+    else:
+        kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
+    out, stats, lse = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            scale=scale,
+            chunk=chunk,
+            page=P,
+            number=number,
+            precision=precision_for(k_pages),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=shape,
+            in_specs=[
+                pl.BlockSpec((1, heads, rows, H), lambda b, h, s, j, *_: (b, h, 0, 0)),
+                kv,
+                kv,
+                of_block(chunks, chunk_pages),
+            ],
+            out_specs=[
+                of_split(rows, H),
+                of_split(rows, 2),
+                of_block(chunks, rows, chunk_pages),
+            ],
+            scratch_shapes=[
+                pltpu.VMEM((heads, rows, H), jnp.float32),
+                pltpu.VMEM((heads, rows, LANES), jnp.float32),
+                pltpu.VMEM((heads, rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B, K, splits, rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, splits, rows, 2), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (B, K, splits * per_split, chunks, rows, chunk_pages), jnp.float32
+            ),
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * N * S * P * H,
+            bytes_accessed=2 * B * K * S * P * H * k_pages.dtype.itemsize,
+            transcendentals=B * N * S * P,
+        ),
+        name="decode_attention",
+    )(layer.reshape(1), fetched, grouped, k_pages, v_pages, fills)
+    # Blocks, chunks and pages in a chunk are, in this order, the slots.
+    lse = jnp.moveaxis(lse, 4, 2).reshape(B, K, rows, whole)[:, :, :G, :S]
+    return _merge(out[..., :G, :], stats[..., :G, 0], stats[..., :G, 1], lse.reshape(B, N, S))
+
+
+def check_served(k_pages: jax.Array, slots: int) -> None:
+    """Raises NotImplementedError for a dtype that the kernel does not take, or no slots at all."""
+    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"caches are bfloat16 or float32, not {k_pages.dtype}")
+    if not slots:
+        raise NotImplementedError("there are no slots to read")
+
+
+def fetched_blocks(live: jax.Array) -> jax.Array:
+    """The block that is in memory at each step: int32 `[steps]` from which blocks are live."""
+    number = jnp.arange(live.size, dtype=jnp.int32)
+    latest = jax.lax.cummax(jnp.where(live, number, -1))
+    return jnp.where(latest < 0, jnp.argmax(live).astype(jnp.int32), latest)
+
+
+def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) -> DecodeAttention:
+    """Joins the splits of `out [B, K, splits, G, H]` by log-sum-exp."""
+    B, K, splits, G, H = out.shape
+    if splits == 1:
+        joined = out[:, :, 0], peak[:, :, 0], total[:, :, 0]
+    else:
+        top = jnp.max(peak, axis=2)
+        factor = jnp.exp(peak - jnp.where(jnp.isneginf(top), 0.0, top)[:, :, None])
+        joined = (
+            jnp.sum(out * factor[..., None], axis=2),
+            top,
+            jnp.sum(total * factor, axis=2),
+        )
+    return DecodeAttention(
+        joined[0].reshape(B, K * G, H), joined[1].reshape(B, -1), joined[2].reshape(B, -1), lse
+    )
+
+
+def precision_for(pages: jax.Array) -> Any:
+    """Full products for a float32 cache; a bfloat16 one needs no more than the plain ones."""
+    return jax.lax.Precision.HIGHEST if pages.dtype == jnp.float32 else None
+
+
+def _kernel(
+    layer_ref: Any,
+    fetched_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    fill_ref: Any,
+    out_ref: Any,
+    stats_ref: Any,
+    lse_ref: Any,
+    acc_ref: Any,
+    peak_ref: Any,
+    total_ref: Any,
+    *,
+    scale: float,
+    chunk: int,
+    page: int,
+    number: Any,
+    precision: Any,
+) -> None:
+    step = number(*(pl.program_id(axis) for axis in range(4)))
+    j, last = pl.program_id(3), pl.num_programs(3) - 1
+
+    @pl.when(j == 0)
+    def start() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    @pl.when(fetched_ref[step] != step)
+    def dead() -> None:
+        lse_ref[...] = jnp.full_like(lse_ref, -jnp.inf)
+
+    @pl.when(fetched_ref[step] == step)
+    def attend() -> None:
+        for head in range(k_ref.shape[2]):
+            attend_block(
+                q_ref.at[0, head],
+                k_ref.at[0, 0, head],
+                v_ref.at[0, 0, head],
+                fill_ref.at[0, head, 0],
+                lse_ref.at[0, head, 0],
+                acc_ref.at[head],
+                peak_ref.at[head],
+                total_ref.at[head],
+                scale=scale,
+                chunk=chunk,
+                page=page,
+                precision=precision,
+            )
+
+    @pl.when(j == last)
+    def finish() -> None:
+        out_ref[0, :, 0] = acc_ref[...]
+        stats_ref[0, :, 0, :, 0:1] = peak_ref[:, :, 0:1]
+        stats_ref[0, :, 0, :, 1:2] = total_ref[:, :, 0:1]
+
+
+def attend_block(
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    fill_ref: Any,
+    lse_ref: Any,
+    acc_ref: Any,
+    peak_ref: Any,
+    total_ref: Any,
+    *,
+    scale: float,
+    chunk: int,
+    page: int,
+    precision: Any,
+) -> None:
+    """One block of pages, k and v `[pages, P, H]` or, of single tokens, `[pages, H]`, of one head.
+
+    q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]`.
+    """
+    (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
+    k, v = (ref[...].reshape(-1, H) for ref in (k_ref, v_ref))
+    scores = scale * dot(q_ref[...], k, (1, 1), precision)
+
+    # member[t, p]: token t of a chunk lies in its page p.
+    token = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk_pages), 0)
+    owner = jax.lax.broadcasted_iota(jnp.int32, (chunk, chunk_pages), 1)
+    inside = (token >= owner * page) & (token < owner * page + page)
+    member = inside.astype(jnp.float32)
+    # Counts up to 128 are exact in one pass.
+    fill = fill_ref[...].astype(jnp.float32)
+    live_row = dot(fill, member, (1, 1))
+    live_column = dot(member, fill, (1, 1))
+    lane = jax.lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
+    sublane = jax.lax.broadcasted_iota(jnp.int32, (chunk, 1), 0)
+    place_row = jax.lax.rem(lane, page).astype(jnp.float32)
+    place_column = jax.lax.rem(sublane, page).astype(jnp.float32)
+
+    parts = []
+    for c in range(chunks):
+        valid = place_row < live_row[c : c + 1]
+        parts.append(jnp.where(valid, scores[:, c * chunk : (c + 1) * chunk], -jnp.inf))
+    scores = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=1)
+
+    before = peak_ref[:, 0:1]
+    peak = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
+    # The block has a live page, but with several heads not every head has.
+    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    weights = jnp.exp(scores - safe)
+    shrink = jnp.exp(before - safe)
+
+    stacked = weights
+    if chunks > 1:
+        parts = [weights[:, c * chunk : (c + 1) * chunk] for c in range(chunks)]
+        stacked = jnp.concatenate(parts, axis=0)
+    sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
+    lse = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
+    lse_ref[...] = lse
+
+    # A dead token may hold anything, NaN included, and 0 * NaN is NaN.
+    parts = []
+    for c in range(chunks):
+        valid = place_column < live_column[:, c : c + 1]
+        parts.append(jnp.where(valid, v[c * chunk : (c + 1) * chunk], 0))
+    v = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=0)
+    acc_ref[...] = acc_ref[...] * shrink + dot(weights.astype(v.dtype), v, (1, 0), precision)
+    total = total_ref[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
+    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+
+
+def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any = None) -> jax.Array:
+    """Contracts one axis of each of two matrices, summed in float32."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((axes[0],), (axes[1],)), ((), ())),
+        precision=precision,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,63 @@
+"""`page_commit` for TPU (Pallas, Mosaic): copies within the device's memory, nothing else moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+
+def page_commit_tpu(
+    pages: jax.Array, page: jax.Array, slot: jax.Array, *, device_kind: str = ""
+) -> jax.Array:
+    """See `api.page_commit`, which checks the arguments. The result lies where `pages` lay.
+
+    Raises:
+      NotImplementedError: a page is not whole words of 32 bits in every lane.
+    """
+    L, B, K, _, P, H = pages.shape
+    if P * pages.dtype.itemsize % 4:
+        raise NotImplementedError(
+            f"a page of {P} {pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
+            "use an even page_size, or float32"
+        )
+
+    def kernel(slot_ref: Any, page_ref: Any, _: Any, pages_ref: Any, done: Any) -> None:
+        layer = pl.program_id(0)
+
+        def copy(index: jax.Array) -> Any:
+            row, head = jax.lax.div(index, K), jax.lax.rem(index, K)
+            return pltpu.make_async_copy(
+                page_ref.at[layer, row, head],
+                pages_ref.at[layer, row, head, slot_ref[0, 0, index]],
+                done,
+            )
+
+        # All of a layer's copies are under way at once.
+        jax.lax.fori_loop(0, B * K, lambda index, _: copy(index).start(), None)
+        jax.lax.fori_loop(0, B * K, lambda index, _: copy(index).wait(), None)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    return pl.pallas_call(
+        kernel,
+        grid=(L,),
+        in_specs=[
+            pl.BlockSpec((1, 1, B * K), lambda layer: (layer, 0, 0), memory_space=pltpu.SMEM),
+            anywhere,
+            anywhere,
+        ],
+        out_specs=anywhere,
+        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        scratch_shapes=[pltpu.SemaphoreType.DMA],
+        input_output_aliases={2: 0},
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=pl.CostEstimate(
+            flops=0,
+            bytes_accessed=2 * L * B * K * P * H * jnp.dtype(pages.dtype).itemsize,
+            transcendentals=0,
+        ),
+        name="page_commit",
+    )(slot.reshape(L, 1, B * K), page, pages)

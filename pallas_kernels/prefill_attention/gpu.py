@@ -1,0 +1,31 @@
+"""`prefill_attention` for NVIDIA GPUs: cuDNN's fused attention, through `jax.nn`."""
+
+from __future__ import annotations
+
+import jax
+
+
+def prefill_attention_gpu(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    *,
+    scale: float,
+    device_kind: str = "",
+) -> jax.Array:
+    """See `api.prefill_attention`, which checks the arguments.
+
+    Raises:
+      NotImplementedError: segments, float32, or a head dim that cuDNN does not take.
+    """
+    H = q.shape[-1]
+    if segments is not None:
+        raise NotImplementedError("cuDNN's attention knows no segments")
+    if q.dtype.itemsize != 2:
+        raise NotImplementedError(f"cuDNN's attention takes bfloat16 and float16, not {q.dtype}")
+    if H % 8 or H > 128:
+        raise NotImplementedError(f"cuDNN's attention takes head dims 8, 16 ... 128, not {H}")
+    return jax.nn.dot_product_attention(
+        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+    )

@@ -1,0 +1,212 @@
+"""`selected_decode_attention` for TPU (Pallas, Mosaic): each listed page is fetched on its own.
+
+While a step computes, the pages of the next one are on their way into the other half of the
+buffer. Places of the list that name no page, or an empty one, are not fetched.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention.reference import DecodeAttention
+from pallas_kernels.decode_attention.tpu import attend_block, check_served, precision_for
+from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, tpu_blocks
+
+
+def selected_decode_attention_tpu(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    slots: jax.Array,
+    layer: jax.Array,
+    *,
+    scale: float,
+    device_kind: str = "",
+    pages: int | None = None,
+) -> DecodeAttention:
+    """See `api.selected_decode_attention`, which checks the arguments.
+
+    Args:
+      q, k_pages, v_pages, fill, slots, layer, scale: as there.
+      device_kind: chooses how many pages a step takes.
+      pages: this many instead.
+
+    Raises:
+      NotImplementedError: a dtype that the kernel does not take, no slots, or pages that are not
+        whole words of 32 bits.
+    """
+    B, N, H = q.shape
+    _, prompts, K, _, P, _ = k_pages.shape
+    C = slots.shape[2]
+    check_served(k_pages, C)
+    if P * k_pages.dtype.itemsize % 4:
+        raise NotImplementedError(
+            f"a page of {P} {k_pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
+            "use an even page_size, or float32"
+        )
+    if pages is None:
+        pages = tpu_blocks(device_kind, 1, 1, C, P, H, k_pages.dtype.itemsize).pages
+    per_head = -(-C // pages)
+    steps, whole = B * K * per_head, per_head * pages
+    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
+    grouped = jnp.pad(q.reshape(B * K, G, H), ((0, 0), (0, rows - G), (0, 0)))
+
+    # What is not read, for whatever reason, is a slot of -1 with a fill of 0.
+    row = jnp.arange(B)[:, None, None] // (B // prompts)
+    filled = fill[row, jnp.arange(K)[:, None], jnp.maximum(slots, 0)]
+    filled = jnp.where(slots < 0, 0, filled)
+    slots = jnp.where(filled > 0, slots, -1)
+    padding = (0, 0), (0, 0), (0, whole - C)
+    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    shape = (steps, pages * P // chunk, chunk // P)
+    filled = jnp.pad(filled, padding).reshape(shape)
+    slots = jnp.pad(slots, padding, constant_values=-1).reshape(steps, 1, pages)
+
+    def of_head(*tail: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *tail), lambda g, _: (jax.lax.div(g, per_head), *(0 for _ in tail)))
+
+    def of_step(*tail: int) -> pl.BlockSpec:
+        return pl.BlockSpec((1, *tail), lambda g, _: (g, *(0 for _ in tail)))
+
+    def slots_of(ahead: int) -> pl.BlockSpec:
+        index = lambda g, _: (jnp.minimum(g + ahead, steps - 1), 0, 0)  # noqa: E731
+        return pl.BlockSpec((1, 1, pages), index, memory_space=pltpu.SMEM)
+
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    out, stats, lse = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            per_head=per_head,
+            rows_per_prompt=B // prompts,
+            heads=K,
+            scale=scale,
+            chunk=chunk,
+            page=P,
+            precision=precision_for(k_pages),
+        ),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(steps,),
+            in_specs=[
+                slots_of(0),
+                slots_of(1),
+                of_head(rows, H),
+                of_step(*shape[1:]),
+                anywhere,
+                anywhere,
+            ],
+            out_specs=[of_head(rows, H), of_head(rows, 2), of_step(shape[1], rows, shape[2])],
+            scratch_shapes=[
+                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
+                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.VMEM((rows, H), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+                pltpu.VMEM((rows, LANES), jnp.float32),
+            ],
+        ),
+        out_shape=[
+            jax.ShapeDtypeStruct((B * K, rows, H), jnp.float32),
+            jax.ShapeDtypeStruct((B * K, rows, 2), jnp.float32),
+            jax.ShapeDtypeStruct((steps, shape[1], rows, shape[2]), jnp.float32),
+        ],
+        # One step starts the copies of the next, so that they must follow each other.
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * B * N * C * P * H,
+            bytes_accessed=2 * B * K * C * P * H * k_pages.dtype.itemsize,
+            transcendentals=B * N * C * P,
+        ),
+        name="selected_decode_attention",
+    )(layer.reshape(1), slots, slots, grouped, filled, k_pages, v_pages)
+    lse = lse.reshape(B * K, per_head * shape[1], rows, shape[2])
+    lse = jnp.moveaxis(lse, 2, 1).reshape(B, K, rows, whole)[:, :, :G, :C]
+    return DecodeAttention(
+        out[:, :G].reshape(B, N, H),
+        stats[:, :G, 0].reshape(B, N),
+        stats[:, :G, 1].reshape(B, N),
+        lse.reshape(B, N, C),
+    )
+
+
+def _kernel(
+    layer_ref: Any,
+    slots_ref: Any,
+    next_ref: Any,
+    q_ref: Any,
+    fill_ref: Any,
+    k_pages_ref: Any,
+    v_pages_ref: Any,
+    out_ref: Any,
+    stats_ref: Any,
+    lse_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    done: Any,
+    acc_ref: Any,
+    peak_ref: Any,
+    total_ref: Any,
+    *,
+    per_head: int,
+    rows_per_prompt: int,
+    heads: int,
+    **options: Any,
+) -> None:
+    step, steps = pl.program_id(0), pl.num_programs(0)
+    half, part = jax.lax.rem(step, 2), jax.lax.rem(step, per_head)
+
+    def for_each_copy(of_step: jax.Array, slots: Any, act: Any) -> None:
+        row_and_head = jax.lax.div(of_step, per_head)
+        prompt = jax.lax.div(row_and_head, heads * rows_per_prompt)
+        head, into = jax.lax.rem(row_and_head, heads), jax.lax.rem(of_step, 2)
+
+        def of_page(place: jax.Array, _: None) -> None:
+            slot = slots[0, 0, place]
+
+            @pl.when(slot >= 0)
+            def live() -> None:
+                for pages, buffer in (k_pages_ref, k_ref), (v_pages_ref, v_ref):
+                    page = pages.at[layer_ref[0], prompt, head, slot]
+                    act(pltpu.make_async_copy(page, buffer.at[into, place], done.at[into]))
+
+        jax.lax.fori_loop(0, slots.shape[2], of_page, None)
+
+    @pl.when(step == 0)
+    def first() -> None:
+        for_each_copy(step, slots_ref, lambda copy: copy.start())
+
+    @pl.when(step + 1 < steps)
+    def ahead() -> None:
+        for_each_copy(step + 1, next_ref, lambda copy: copy.start())
+
+    @pl.when(part == 0)
+    def start() -> None:
+        acc_ref[...] = jnp.zeros_like(acc_ref)
+        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
+        total_ref[...] = jnp.zeros_like(total_ref)
+
+    for_each_copy(step, slots_ref, lambda copy: copy.wait())
+    attend_block(
+        q_ref.at[0],
+        k_ref.at[half],
+        v_ref.at[half],
+        fill_ref.at[0],
+        lse_ref.at[0],
+        acc_ref,
+        peak_ref,
+        total_ref,
+        **options,
+    )
+
+    @pl.when(part == per_head - 1)
+    def finish() -> None:
+        out_ref[0] = acc_ref[...]
+        stats_ref[0, :, 0:1] = peak_ref[:, 0:1]
+        stats_ref[0, :, 1:2] = total_ref[:, 0:1]

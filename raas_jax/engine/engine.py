@@ -1,0 +1,581 @@
+"""The engine: any number of requests through a fixed number of rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from pallas_kernels import Target
+from raas_jax import text
+from raas_jax.answer import Answer, default_limit
+from raas_jax.decode import DecodeState, Drawn, Plan, cache_bytes
+from raas_jax.engine import saving
+from raas_jax.engine.requests import Id, Job, Request, Result, check
+from raas_jax.engine.rows import Newcomers, Programs, Seen, programs
+from raas_jax.engine.schedule import Row, Schedule, Start
+from raas_jax.engine.sizing import largest_batch
+from raas_jax.generate import checked
+from raas_jax.params import Params
+from raas_jax.policies import Policy, pages_for
+from raas_jax.sharding import place_weights
+
+_log = logging.getLogger(__name__)
+SMALLEST_BUCKET = 64  # Tokens. Shorter prompts gain little from a program of their own.
+
+
+@dataclasses.dataclass
+class Usage:
+    """What an engine has done so far.
+
+    Attributes:
+      steps: token steps, each of all rows.
+      row_steps: steps times rows.
+      useful_row_steps: of these, those that drew a token of an answer.
+      prompts: prompts read.
+      prompt_tokens, padded_prompt_tokens: their tokens, and with the padding of their buckets.
+      decode_seconds: waiting for the device to decode, the host's own work apart.
+    """
+
+    steps: int = 0
+    row_steps: int = 0
+    useful_row_steps: int = 0
+    prompts: int = 0
+    prompt_tokens: int = 0
+    padded_prompt_tokens: int = 0
+    decode_seconds: float = 0.0
+
+    @property
+    def useful(self) -> float:
+        """Share of the row-steps that drew a token of an answer."""
+        return self.useful_row_steps / max(1, self.row_steps)
+
+
+@dataclasses.dataclass
+class _Look:
+    """What was asked of the device since the last look, and by whom."""
+
+    started: list[tuple[list[tuple[int, Row]], Drawn]]
+    seen: Seen
+    rows: list[Row | None]
+
+
+class Engine:
+    """Answers requests in rows that are refilled at page boundaries.
+
+    Every row has one fixed size, so that a finished row is replaced while the others go on, without
+    an allocator and without compiling anything. What a row answers does not depend on the others,
+    on when it joined, or on which row it is: it is what `raas_jax.generate` gives for the request
+    alone.
+
+    Attributes:
+      params: the model, on the mesh if there is one.
+      plan: fixed shapes.
+      rows: `B`.
+      buckets: lengths to which prompts are padded, in tokens, ascending.
+      usage: what was done so far.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        *,
+        policy: Policy | None = None,
+        rows: int | Literal["auto"] = 64,
+        max_new_tokens: int | None = None,
+        max_prompt_tokens: int = 1024,
+        samples: int = 1,
+        stop_token_ids: Iterable[int] = (),
+        mesh: Mesh | None = None,
+        look_every: int | None = None,
+        look_late: bool | None = None,
+        prefill_rows: int = 4,
+        save_to: str | Path | None = None,
+        save_every: float | None = None,
+        memory_limit: int | None = None,
+    ):
+        """Fixes all shapes; compiles nothing before it must, except for `rows="auto"`.
+
+        Args:
+          params: from `raas_jax.load`.
+          policy: which pages of the cache to keep; `RaaS(budget=1024)` by default.
+          rows: answers at once, a multiple of `samples` and of the mesh's `data` axis; "auto" takes
+            as many as the device's memory holds, by the compiler's own account.
+          max_new_tokens: the most that a request may ask for; by default what the model's context
+            leaves, at most 32,768.
+          max_prompt_tokens: longest prompt.
+          samples: rows that share one copy of a prompt, for requests with `n` > 1. A group of rows
+            takes another prompt only when all of them are done.
+          stop_token_ids: ids that end an answer, besides those of the tokenizer, the model's config
+            and its generation config.
+          mesh: from `raas_jax.make_mesh`: weights by heads and mlp width, the cache by rows and
+            key/value heads. The parameters are moved there if they are not there.
+          look_every: tokens between two looks of the host, which is when rows are refilled; rounded
+            up to whole pages, by default one.
+          look_late: the device starts on the next page while the host looks at the last one, so
+            that rows are refilled one look later; by default where the device is an accelerator.
+          prefill_rows: prompts of one bucket that are read at once, where there are as many.
+          save_to: folder in which `run` saves, in the background.
+          save_every: seconds between two saves; 300 by default.
+          memory_limit: bytes per device, for `rows="auto"`; by default what the device has, and on
+            a CPU what the machine has free.
+
+        Raises:
+          TypeError, ValueError: names the argument, its value and the remedy.
+        """
+        policy = checked(params, policy)
+        if max_new_tokens is None:
+            max_new_tokens = default_limit(params, 1)
+        numbers = {
+            "max_new_tokens": max_new_tokens,
+            "max_prompt_tokens": max_prompt_tokens,
+            "samples": samples,
+            "prefill_rows": prefill_rows,
+            "look_every": policy.page_size if look_every is None else look_every,
+        }
+        for name, value in numbers.items():
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} is {value!r}; it must be an int of at least 1.")
+        if save_every is not None and save_to is None:
+            raise ValueError(f"save_every is {save_every}; give save_to, the folder, too.")
+        P = policy.page_size
+        self.params = params if mesh is None else place_weights(params, mesh)
+        self.buckets = _buckets(max_prompt_tokens, P)
+        self.max_new_tokens = max_new_tokens
+        self.mesh = mesh
+        self.plan = _plan(params, policy, self.buckets[-1], max_new_tokens, samples, mesh)
+        self.stop_tokens = text.stop_token_ids(params, stop_token_ids)
+        self.usage = Usage()
+        self._pages = pages_for(numbers["look_every"], P)
+        self._sizes = (prefill_rows, 1) if prefill_rows > 1 else (1,)
+        self._late = jax.default_backend() != "cpu" if look_late is None else look_late
+        together = samples * (1 if mesh is None else mesh.shape["data"])
+        if rows == "auto":
+            rows = largest_batch(self._account, together, memory_limit)
+        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1 or rows % together:
+            raise ValueError(
+                f"rows is {rows!r}; it must be 'auto' or a multiple of {together} (samples="
+                f"{samples}, and the data axis of the mesh)."
+            )
+        self.rows = rows
+        self._programs = self._compile_for(rows)
+        self._called: set[tuple[Any, ...]] = set()
+        self._schedule = Schedule(rows, samples)
+        self._ready: deque[Result] = deque()
+        self._taken: set[Id] = set()
+        self._state: DecodeState | None = None
+        self._looks: deque[_Look] = deque()
+        self._started: list[tuple[list[tuple[int, Row]], Drawn]] = []
+        self._saver = None if save_to is None else saving.Saver(save_to, save_every or 300.0)
+        self._row_bytes = cache_bytes(self._programs.shape) // rows
+
+    @property
+    def compiles(self) -> int:
+        """Programs that this engine has called so far: each is compiled once."""
+        return len(self._called)
+
+    @property
+    def most_compiles(self) -> int:
+        """Programs that it can ever call."""
+        return 2 + len(self.buckets) * len(self._sizes)
+
+    def warm_up(self) -> None:
+        """Calls every program once, without a row that runs, so that nothing compiles later."""
+        state = self._take_state()
+        for bucket in self.buckets:
+            for size in self._sizes:
+                state, _ = self._call("admit", bucket, size)(
+                    self.params, state, self._nobody(size, bucket)
+                )
+        if not self._schedule.busy():
+            state, _ = self._call("advance")(self.params, state)
+        self._state = jax.block_until_ready(state)
+
+    def run(
+        self,
+        requests: Iterable[Request | Any] = (),
+        *,
+        done: Collection[tuple[Id, int]] | None = None,
+    ) -> Iterator[Result]:
+        """Answers requests, and yields every result as it is finished.
+
+        Requests are taken one by one as rows become free, so that there may be any number of them.
+        A run that is left early, or restored, goes on with the next call.
+
+        Args:
+          requests: `Request`s, or prompts, whose id is then their number. After `Engine.restore`
+            give the same ones again: those that were taken already are left out.
+          done: results that need not be given (again), as (id, sample), for a caller who keeps
+            them: what is neither there nor in the making is then answered, whatever was given out.
+
+        Yields:
+          A `Result` for each sample of each request. What is wrong with a request is said by its
+          own. Ctrl-C yields what there is of the answers in the making, and ends.
+        """
+        known = None if done is None else set(done)
+        if known is not None:
+            self._schedule.drop(known)
+            self._ready = deque(r for r in self._ready if (r.id, r.sample) not in known)
+        jobs = self._jobs(iter(requests), known)
+        try:
+            while True:
+                starts = self._schedule.starts(jobs)
+                self._admit(starts)
+                if self._schedule.busy():
+                    self._advance()
+                elif not self._looks and not self._ready:
+                    return
+                while len(self._looks) > (self._late and self._schedule.busy()):
+                    self._look()
+                while self._ready:
+                    # Taken off only once the caller is back for more: it has dealt with it then.
+                    yield self._ready[0]
+                    self._ready.popleft()
+                if self._saver is not None and self._saver.due():
+                    self._save(self._saver)
+        except KeyboardInterrupt:
+            yield from self._interrupt()
+        finally:
+            if self._saver is not None:
+                self._saver.wait()
+
+    def save(self, folder: str | Path) -> None:
+        """Saves everything: the state on the device, waiting requests, results not yet given out.
+
+        The folder keeps the last two saves, each complete or absent whatever happens meanwhile.
+        Within a loop over `run`, the results given out so far count as dealt with.
+
+        Raises:
+          OSError: it cannot be written.
+        """
+        saver = saving.Saver(folder, 0.0)
+        self._save(saver)
+        saver.wait()
+
+    @classmethod
+    def restore(
+        cls,
+        folder: str | Path,
+        params: Params,
+        *,
+        policy: Policy | None = None,
+        mesh: Mesh | None = None,
+        save_to: str | Path | None = None,
+        save_every: float | None = None,
+    ) -> Engine:
+        """An engine that goes on where the last complete save left off, with the same tokens.
+
+        Args:
+          folder: given to `save`, or to `Engine(save_to=...)`.
+          params: the same weights.
+          policy: needed only for one that `raas_jax.policies` does not know by name.
+          mesh: as for `Engine`; need not be that of the engine that was saved.
+          save_to, save_every: as for `Engine`.
+
+        Raises:
+          FileNotFoundError: there is no complete save.
+          ValueError: it belongs to another model or policy, or to rows that the mesh does not
+            divide.
+        """
+        book = saving.read_book(folder)
+        saving.check_model(book, params, folder)
+        options = {**book["options"], "policy": saving.policy_of(book, policy)}
+        engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
+        engine._state = saving.read_state(folder, engine._programs.shape)
+        engine._open(book)
+        return engine
+
+    # What follows is the host's work between two looks.
+
+    def _compile_for(self, rows: int) -> Programs:
+        return programs(
+            self.params.config,
+            self.params.weights["embedding"].dtype.name,
+            self.plan,
+            rows,
+            self._pages,
+            self.stop_tokens,
+            self.mesh,
+        )
+
+    def _account(self, rows: int) -> list[Any]:
+        """The lowered programs that take most memory, for this many rows."""
+        made = self._compile_for(rows)
+        nobody = self._nobody(self._sizes[0], self.buckets[-1])
+        return [
+            made.advance.lower(self.params, made.shape),
+            made.admit.lower(self.params, made.shape, nobody),
+        ]
+
+    def _call(self, name: str, *shape: int) -> Any:
+        self._called.add((name, *shape))
+        return getattr(self._programs, name)
+
+    def _take_state(self) -> DecodeState:
+        """The state, to be given away."""
+        state, self._state = self._state, None
+        return self._call("empty")() if state is None else state
+
+    def _jobs(self, source: Iterator[Any], done: set[tuple[Id, int]] | None) -> Iterator[Job]:
+        """Jobs of good requests; the bad ones become results here."""
+        asked: set[Id] = set()
+        for number, item in enumerate(source):
+            request = item if isinstance(item, Request) else Request(number, item)
+            name: Any = request.id
+            if not isinstance(name, str | int):
+                request = dataclasses.replace(request, id=repr(name))
+                self._refuse(request, [0], f"id is {name!r}; it must be a string or an int.")
+                continue
+            wanted = list(range(request.n)) if isinstance(request.n, int) else [0]
+            if request.id in asked:
+                if done is None or (request.id, 0) not in done:
+                    self._refuse(request, wanted or [0], f"id {request.id!r} was used before.")
+                continue
+            asked.add(request.id)
+            if done is None and request.id in self._taken:
+                continue
+            if request.id in self._taken:
+                wanted = [
+                    sample for sample in wanted if (request.id, sample) not in self._in_hand()
+                ]
+            todo = [sample for sample in wanted if (request.id, sample) not in (done or ())]
+            self._taken.add(request.id)
+            if wanted and not todo:
+                continue
+            try:
+                job = check(self.params, self.plan, self.max_new_tokens, request)
+            except (TypeError, ValueError, ImportError) as error:
+                self._refuse(request, todo or [0], str(error))
+                continue
+            job.todo = todo
+            yield job
+
+    def _in_hand(self) -> set[tuple[Id, int]]:
+        return self._schedule.in_hand() | {(result.id, result.sample) for result in self._ready}
+
+    def _refuse(self, request: Request, samples: Sequence[int], why: str) -> None:
+        for sample in samples:
+            self._ready.append(Result(request.id, sample, None, [], "error", [], None, why))
+
+    def _admit(self, starts: Sequence[Start]) -> None:
+        """Starts rows: full batches of one bucket, and the rest one by one."""
+        by_bucket: dict[int, list[Start]] = {}
+        for start in starts:
+            bucket = next(size for size in self.buckets if size >= len(start.job.prompt))
+            by_bucket.setdefault(bucket, []).append(start)
+        for bucket, waiting in by_bucket.items():
+            while waiting:
+                size = next(size for size in self._sizes if size <= len(waiting))
+                batch, waiting = waiting[:size], waiting[size:]
+                self._admit_together(batch, bucket)
+
+    def _admit_together(self, batch: Sequence[Start], bucket: int) -> None:
+        newcomers = self._nobody(len(batch), bucket)
+        samples, began, rows = self.plan.samples, time.perf_counter(), []
+        for line, start in enumerate(batch):
+            job = start.job
+            newcomers.tokens[line, : len(job.prompt)] = job.prompt
+            newcomers.lengths[line] = len(job.prompt)
+            newcomers.groups[line] = start.group
+            newcomers.new_prompt[line] = start.new_prompt
+            newcomers.seed[line] = np.asarray(job.seed % 2**32, np.uint32).astype(np.int32)
+            newcomers.limit[line] = job.limit
+            for name, value in dataclasses.asdict(job.sampling).items():
+                getattr(newcomers, name)[line] = value
+            for place, sample in enumerate(start.samples):
+                if sample is None:
+                    continue
+                newcomers.fresh[line, place] = True
+                newcomers.sample[line, place] = sample
+                row = Row(job, sample, self._answer(job), began)
+                self._schedule.rows[start.group * samples + place] = row
+                rows.append((line * samples + place, row))
+            self.usage.prompts += 1
+            self.usage.prompt_tokens += len(job.prompt)
+        self.usage.padded_prompt_tokens += newcomers.tokens.size
+        admit = self._call("admit", bucket, len(batch))
+        self._state, drawn = admit(self.params, self._take_state(), newcomers)
+        self._started.append((rows, drawn))
+
+    def _nobody(self, size: int, bucket: int) -> Newcomers:
+        """Newcomers of this shape, none of whom is there yet."""
+        by_line = lambda dtype, value=0: np.full(size, value, dtype)  # noqa: E731
+        by_row = (size, self.plan.samples)
+        return Newcomers(
+            tokens=np.zeros((size, bucket), np.int32),
+            lengths=by_line(np.int32, 1),
+            groups=by_line(np.int32),
+            new_prompt=by_line(np.bool_),
+            fresh=np.zeros(by_row, np.bool_),
+            seed=by_line(np.int32),
+            sample=np.zeros(by_row, np.int32),
+            limit=by_line(np.int32),
+            temperature=by_line(np.float32),
+            top_k=by_line(np.int32),
+            top_p=by_line(np.float32, 1.0),
+            min_p=by_line(np.float32),
+        )
+
+    def _answer(self, job: Job) -> Answer:
+        # Without stop strings the text is made at the end, which is much less work.
+        detokenizer = text.Detokenizer(self.params, job.stop) if job.stop else None
+        return Answer(job.prompt, job.limit, frozenset(self.stop_tokens), detokenizer)
+
+    def _advance(self) -> None:
+        self._state, seen = self._call("advance")(self.params, self._take_state())
+        self._looks.append(_Look(self._started, seen, list(self._schedule.rows)))
+        self._started = []
+        steps = self._pages * self.plan.page_size
+        self.usage.steps += steps
+        self.usage.row_steps += steps * self.rows
+
+    def _look(self) -> None:
+        """Takes what the oldest look brings, and frees the rows that are done."""
+        look = self._looks.popleft()
+        began = time.perf_counter()
+        firsts, seen = jax.device_get(([drawn for _, drawn in look.started], look.seen))
+        now = time.perf_counter()
+        self.usage.decode_seconds += now - began
+        for (rows, _), first in zip(look.started, firsts, strict=True):
+            for place, row in rows:
+                row.seen = now
+                row.answer.prefill_seconds = now - row.began
+                row.answer.take(first.tokens[place, None], first.logprobs[place, None])
+        for index, row in enumerate(look.rows):
+            # Idle, or its answer was finished by an earlier look.
+            if row is None or self._schedule.rows[index] is not row:
+                continue
+            answer = row.answer
+            before = len(answer.tokens)
+            answer.take(seen.drawn.tokens[:, index], seen.drawn.logprobs[:, index])
+            answer.count_pages(int(seen.committed[index]), int(seen.evicted[index]), self.plan)
+            answer.decode_seconds = now - (row.seen or now)
+            self.usage.useful_row_steps += len(answer.tokens) - before
+            if answer.finish_reason:
+                self._schedule.rows[index] = None
+                self._ready.append(self._result(row))
+
+    def _result(self, row: Row) -> Result:
+        answer, known = row.answer, None
+        if answer.detokenizer is not None:
+            known = answer.text
+        elif text.has_tokenizer(self.params):
+            ended = bool(answer.tokens) and answer.tokens[-1] in answer.stop_ids
+            known = text.decode(self.params, answer.tokens[: len(answer.tokens) - ended])
+        dtype = self.params.weights["embedding"].dtype
+        stats = answer.stats(self.params.config, dtype, self._row_bytes)
+        reason = answer.finish_reason or "interrupted"
+        return Result(row.job.id, row.sample, known, answer.tokens, reason, answer.logprobs, stats)
+
+    def _interrupt(self) -> Iterator[Result]:
+        """Gives what there is, and forgets what was in the making."""
+        yield from self._ready
+        for going in filter(None, self._schedule.rows):
+            going.answer.interrupt()
+            yield self._result(going)
+        self._ready.clear()
+        self._looks.clear()
+        self._started = []
+        self._state = None
+        self._schedule = Schedule(self.rows, self.plan.samples)
+
+    # What follows keeps the book that is saved beside the state.
+
+    def _save(self, saver: saving.Saver) -> None:
+        while self._looks:
+            self._look()
+        state = self._take_state()
+        self._state = state
+        saver.save(state, self._book())
+
+    def _book(self) -> dict[str, Any]:
+        """Everything on the host, as JSON values."""
+        schedule = self._schedule
+        jobs: list[Job] = []
+        for job in (*schedule.waiting, *schedule.prompts):
+            if job is not None and job not in jobs:
+                jobs.append(job)
+        rows = [
+            None
+            if row is None
+            else {
+                "job": jobs.index(row.job),
+                "sample": row.sample,
+                "tokens": row.answer.tokens,
+                "logprobs": row.answer.logprobs,
+                "pages": [row.answer.kept_pages, row.answer.evicted_pages],
+                "seconds": [row.answer.prefill_seconds, row.answer.decode_seconds],
+            }
+            for row in schedule.rows
+        ]
+        return {
+            "model": saving.model_of(self.params),
+            "policy": saving.describe(self.plan.policy),
+            "options": {
+                "rows": self.rows,
+                "max_new_tokens": self.max_new_tokens,
+                "max_prompt_tokens": self.buckets[-1],
+                "samples": self.plan.samples,
+                "stop_token_ids": list(self.stop_tokens),
+                "look_every": self._pages * self.plan.page_size,
+                "prefill_rows": self._sizes[0],
+            },
+            "jobs": [job.to_json() for job in jobs],
+            "waiting": [jobs.index(job) for job in schedule.waiting],
+            "prompts": [None if job is None else jobs.index(job) for job in schedule.prompts],
+            "rows": rows,
+            "ready": [result.to_json() for result in self._ready],
+            "taken": sorted(self._taken, key=str),
+            "usage": dataclasses.asdict(self.usage),
+        }
+
+    def _open(self, book: dict[str, Any]) -> None:
+        """The inverse of `_book`."""
+        schedule, now = self._schedule, time.perf_counter()
+        jobs = [Job.from_json(job) for job in book["jobs"]]
+        schedule.waiting = deque(jobs[index] for index in book["waiting"])
+        schedule.prompts = [None if index is None else jobs[index] for index in book["prompts"]]
+        for index, saved in enumerate(book["rows"]):
+            if saved is None:
+                continue
+            job = jobs[saved["job"]]
+            answer = self._answer(job)
+            answer.take(np.asarray(saved["tokens"], int), np.asarray(saved["logprobs"], float))
+            answer.kept_pages, answer.evicted_pages = saved["pages"]
+            answer.prefill_seconds, seconds = saved["seconds"]
+            schedule.rows[index] = Row(job, saved["sample"], answer, now, now - seconds)
+        self._ready = deque(Result.from_json(result) for result in book["ready"])
+        self._taken = set(book["taken"])
+        self.usage = Usage(**book["usage"])
+
+
+def _buckets(max_prompt_tokens: int, page_size: int) -> tuple[int, ...]:
+    """The longest prompt in whole pages, its half, its quarter, ... in tokens, ascending."""
+    pages = [pages_for(max_prompt_tokens, page_size)]
+    while pages[-1] > 1 and pages[-1] * page_size > SMALLEST_BUCKET:
+        pages.append(-(-pages[-1] // 2))
+    return tuple(count * page_size for count in reversed(pages))
+
+
+def _plan(
+    params: Params,
+    policy: Policy,
+    longest: int,
+    max_new_tokens: int,
+    samples: int,
+    mesh: Mesh | None,
+) -> Plan:
+    """Of slots enough for a row of any prompt; which of them it may use is the policy's word."""
+    target = None if mesh is None else Target.of(mesh)
+    plan = Plan.create(params.config, policy, [1], max_new_tokens, samples, target)
+    groups = policy.groups(params.config.num_hidden_layers)
+    slots = tuple(part.slots([1, longest], max_new_tokens) for _, part in groups)
+    return dataclasses.replace(plan, prompt_slots=longest // policy.page_size, slots=slots)

@@ -1,0 +1,120 @@
+"""Every TPU kernel through the compiler of every TPU, and what the compiler says of it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from compiled.conftest import TPUS
+from jax.sharding import SingleDeviceSharding
+
+from pallas_kernels import Target
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.page_bound import page_bound
+from pallas_kernels.page_commit import page_commit
+from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.selected_decode_attention import selected_decode_attention
+
+# Large enough that no copy of a buffer can hide in the chip's own memory.
+L, B, K = 8, 8, 8
+
+
+def compile_for(device, operation, *shapes, donate=(), **options):
+    """The compiled operation, forced onto the TPU kernel."""
+    sharding = SingleDeviceSharding(device)
+    call = partial(operation, implementation="tpu", target=Target.of(device), **options)
+    jitted = jax.jit(call, in_shardings=sharding, out_shardings=sharding, donate_argnums=donate)
+    shapes = [shape and jax.ShapeDtypeStruct(*shape, sharding=sharding) for shape in shapes]
+    return jitted.lower(*shapes).compile()
+
+
+def operands(dtype, H, G, P, S):
+    pages = (L, B, K, S, P, H), dtype
+    return ((B, K * G, H), dtype), pages, pages, ((B, K, S), jnp.int32)
+
+
+def assert_nothing_copied(program, size):
+    """Neither a buffer nor a layer of it."""
+    assert "tpu_custom_call" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < size / L / 2
+
+
+def buffer_bytes(dtype, H, P, S):
+    return L * B * K * S * P * H * jnp.dtype(dtype).itemsize
+
+
+bf16, f32 = jnp.bfloat16, jnp.float32
+SCALAR = (), jnp.int32
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_every_operation_for_every_tpu(tpu, name):
+    """The shapes of Llama-3.1-8B at a budget of 1,024."""
+    device = tpu(name)[0]
+    q, k, v, fill = operands(bf16, 128, 4, 16, 64)
+    size = buffer_bytes(bf16, 128, 16, 64)
+    layer = SCALAR
+    assert_nothing_copied(compile_for(device, decode_attention, q, k, v, fill, layer), size)
+    slots = (B, K, 32), jnp.int32
+    assert_nothing_copied(
+        compile_for(device, selected_decode_attention, q, k, v, fill, slots, layer), size
+    )
+    keys = (L, B, K, 64, 128), bf16
+    assert_nothing_copied(compile_for(device, page_bound, q, keys, keys, layer), size)
+    page, slot = ((L, B, K, 16, 128), bf16), ((L, B, K), jnp.int32)
+    committed = compile_for(device, page_commit, k, page, slot, donate=0)
+    assert_nothing_copied(committed, size)
+    assert committed.memory_analysis().alias_size_in_bytes >= size
+    long = (1, 4096, 32, 128), bf16
+    short = (1, 4096, 8, 128), bf16
+    program = compile_for(device, prefill_attention, long, short, short, None)
+    assert program.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 32 / 8
+
+
+# Shapes that lie in a TPU's memory as they are, and so cost no copy.
+TILED = [
+    (bf16, 128, 1, 16, 256), (f32, 128, 16, 16, 128), (bf16, 256, 7, 16, 64),
+    (bf16, 128, 4, 1, 1024), (f32, 128, 2, 1, 512), (bf16, 128, 4, 2, 512), (f32, 128, 4, 4, 128),
+    (bf16, 128, 5, 8, 200), (bf16, 128, 8, 32, 63), (bf16, 128, 4, 64, 40), (f32, 256, 3, 128, 9),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "H", "G", "P", "S"), TILED)
+def test_decode_attention_copies_nothing(tpu, dtype, H, G, P, S):
+    program = compile_for(tpu("v5e:2x2")[0], decode_attention, *operands(dtype, H, G, P, S), SCALAR)
+    assert_nothing_copied(program, buffer_bytes(dtype, H, P, S))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "P"), [(f32, 1), (bf16, 2), (bf16, 4), (bf16, 8), (bf16, 128), (f32, 32)]
+)
+def test_page_commit_copies_nothing(tpu, dtype, P):
+    S = 2048 // P
+    program = compile_for(
+        tpu("v5e:2x2")[0],
+        page_commit,
+        ((L, B, K, S, P, 128), dtype),
+        ((L, B, K, P, 128), dtype),
+        ((L, B, K), jnp.int32),
+        donate=0,
+    )
+    assert_nothing_copied(program, buffer_bytes(dtype, 128, P, S))
+
+
+# These a TPU stores in another order; the kernels serve them all the same.
+UNTILED = [
+    (bf16, 64, 4, 16, 64), (f32, 64, 1, 8, 32), (bf16, 80, 2, 16, 64), (f32, 96, 3, 16, 64),
+    (bf16, 128, 4, 3, 64), (f32, 128, 4, 48, 17),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "H", "G", "P", "S"), UNTILED)
+def test_other_shapes_compile_when_asked_for_and_fall_back_when_not(tpu, dtype, H, G, P, S):
+    device, shapes = tpu("v5e:2x2")[0], (*operands(dtype, H, G, P, S), SCALAR)
+    assert "tpu_custom_call" in compile_for(device, decode_attention, *shapes).as_text()
+    traced = jax.jit(partial(decode_attention, target=Target.of(device))).trace(
+        *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
+    )
+    assert "pallas_call" not in str(traced.jaxpr)

@@ -1,0 +1,33 @@
+"""How far a kernel may be from its reference, by the dtype of the cache: one table for all.
+
+Both sum in float32. With a bfloat16 cache, weights are rounded to bfloat16 before they meet the
+values, and a different running maximum rounds them differently.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+import numpy as np
+
+# (relative, absolute) of what is compared; `page_lse`, `max` and bounds come from unrounded scores.
+TOLERANCES = {
+    "float32": {"out": (1e-5, 1e-5), "sum": (1e-5, 1e-6), "scores": (1e-5, 1e-5)},
+    "bfloat16": {"out": (1e-2, 2e-2), "sum": (1e-5, 1e-6), "scores": (1e-5, 1e-5)},
+}
+
+
+def assert_close(got, wanted, dtype, what="out"):
+    """Equal infinities, no NaN, and the rest within the table."""
+    relative, absolute = TOLERANCES[jnp.dtype(dtype).name][what]
+    got, wanted = (np.asarray(x, np.float64) for x in (got, wanted))
+    assert not np.any(np.isnan(got))
+    np.testing.assert_allclose(got, wanted, rtol=relative, atol=absolute)
+
+
+def assert_same_attention(got, wanted, dtype):
+    """Each part of two `DecodeAttention`s."""
+    # Both may choose any maximum, as long as the sums are relative to it; ours is the largest score.
+    assert_close(got.max, wanted.max, dtype, "scores")
+    assert_close(got.sum, wanted.sum, dtype, "sum")
+    assert_close(got.out, wanted.out, dtype, "out")
+    assert_close(got.page_lse, wanted.page_lse, dtype, "scores")
