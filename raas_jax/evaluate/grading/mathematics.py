@@ -111,7 +111,7 @@ def same(gold: str, answer: str) -> bool:
     in_base, given_base = _BASE.search(gold), _BASE.search(answer)
     if in_base and given_base and in_base[1] != given_base[1]:  # math-verify ignores the base.
         return False
-    return _compare(_read(gold), _read(answer))
+    return _compare(gold, _read(answer))
 
 
 def grade(gold: str, text: str) -> Mark:
@@ -125,7 +125,7 @@ def grade(gold: str, text: str) -> Mark:
     found = parse(end, parsing_timeout=None, raise_on_error=True)
     if not found:
         return Mark(False)
-    return Mark(_compare(_read(gold), found), str(found[-1]))
+    return Mark(_compare(gold, found), str(found[-1]))
 
 
 def _read(answer: str) -> list[Any]:
@@ -140,14 +140,22 @@ def _read(answer: str) -> list[Any]:
     return found or parse(f"${answer}$", parsing_timeout=None, raise_on_error=True)
 
 
-def _compare(gold: list[Any], answer: list[Any]) -> bool:
+def _compare(gold: str, answer: list[Any]) -> bool:
     from math_verify import verify
 
+    # Six decimals, as math-verify has it; more where the reference has more.
+    decimals = max(6, *map(len, re.findall(r"\.(\d+)", gold)), 0)
     failed: Exception | None = None
-    for wanted in gold:
+    for wanted in _read(gold):
         for given in answer:
             try:
-                if verify(wanted, given, timeout_seconds=None, raise_on_error=True):
+                if verify(
+                    wanted,
+                    given,
+                    float_rounding=decimals,
+                    timeout_seconds=None,
+                    raise_on_error=True,
+                ):
                     return True
             except Exception as error:  # sympy raises whatever its depths raised.
                 failed = error
