@@ -30,24 +30,27 @@ class Likelihood(NamedTuple):
 
 
 @partial(jax.jit, static_argnames="positions_at_once")
-def token_logprobs(
-    params: Params, tokens: jax.Array, *, positions_at_once: int = POSITIONS_AT_ONCE
+def next_logprobs(
+    params: Params,
+    tokens: jax.Array,
+    following: jax.Array,
+    *,
+    positions_at_once: int = POSITIONS_AT_ONCE,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of every token given those before it.
+    """Log-probability of a token at every place, given those up to there.
 
     Args:
       params: the model.
       tokens: int32 `[B, T]`, T a multiple of `positions_at_once`.
+      following: int32 `[B, T]`, the token that comes after each.
       positions_at_once: logits are made for this many at once.
 
     Returns:
-      float32 `[B, T]`, and bool `[B, T]`, whether it is the likeliest; the first column, which
-      nothing precedes, means nothing.
+      float32 `[B, T]`, and bool `[B, T]`, whether it is the likeliest.
     """
     model = merge(params.config, params.weights)
     B, T = tokens.shape
     x = model.hidden(tokens)
-    following = jnp.roll(tokens, -1, axis=1)
 
     def score(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, wanted = block
@@ -61,9 +64,11 @@ def token_logprobs(
         jnp.moveaxis(x.reshape(B, blocks, positions_at_once, -1), 1, 0),
         jnp.moveaxis(following.reshape(B, blocks, positions_at_once), 1, 0),
     )
-    scored = jax.lax.map(score, parts)
-    logprob, greedy = (jnp.moveaxis(each, 0, 1).reshape(B, T) for each in scored)
-    return jnp.roll(logprob, 1, axis=1), jnp.roll(greedy, 1, axis=1)
+    logprob, greedy = jax.lax.map(score, parts)
+    return (
+        jnp.moveaxis(logprob, 0, 1).reshape(B, T),
+        jnp.moveaxis(greedy, 0, 1).reshape(B, T),
+    )
 
 
 def likelihoods(
@@ -87,17 +92,20 @@ def likelihoods(
     order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index][0]))
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
+        # The last token is only scored, not read.
         width = SHORTEST
-        while width < len(sequences[batch[0]][0]):
+        while width < len(sequences[batch[0]][0]) - 1:
             width *= 2
         # What is padded at the right is seen by nothing before it.
-        padded = np.zeros((rows, width), np.int32)
+        padded = np.zeros((2, rows, width), np.int32)
         for row, index in enumerate(batch):
-            padded[row, : len(sequences[index][0])] = sequences[index][0]
-        found = jax.device_get(token_logprobs(params, jnp.asarray(padded)))
-        logprobs, greedy = (np.asarray(each) for each in found)
+            tokens = sequences[index][0]
+            padded[0, row, : len(tokens) - 1] = tokens[:-1]
+            padded[1, row, : len(tokens) - 1] = tokens[1:]
+        found = next_logprobs(params, jnp.asarray(padded[0]), jnp.asarray(padded[1]))
+        logprobs, greedy = (np.asarray(each) for each in jax.device_get(found))
         for row, index in enumerate(batch):
             tokens, scored = sequences[index]
-            part = slice(len(tokens) - scored, len(tokens))
+            part = slice(len(tokens) - 1 - scored, len(tokens) - 1)
             total = float(np.sum(logprobs[row, part], dtype=np.float64))
             yield index, Likelihood(total, bool(greedy[row, part].all()))

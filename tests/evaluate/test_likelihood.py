@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tiny import random_params
 
-from raas_jax.evaluate.likelihood import likelihoods, token_logprobs
+from raas_jax.evaluate.likelihood import likelihoods, next_logprobs
 from raas_jax.model import merge
 
 
@@ -17,11 +17,11 @@ def params():
 
 @pytest.fixture(scope="module")
 def logits(params):
-    """Float64 logits `[T, V]` of a sequence of at most 64 tokens."""
+    """Float64 logits `[T, V]` of a sequence of at most 65 tokens."""
     forward = jax.jit(merge(params.config, params.weights).__call__)
 
     def of(tokens):
-        padded = np.zeros((1, 64), np.int32)
+        padded = np.zeros((1, 65), np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(forward(padded))[0, : len(tokens)].astype(np.float64)
 
@@ -30,7 +30,7 @@ def logits(params):
 
 def test_likelihoods_of_ends(params, logits):
     rng = np.random.default_rng(0)
-    sequences = [(rng.integers(0, 19, n).tolist(), scored) for n, scored in [(5, 2), (64, 63)]]
+    sequences = [(rng.integers(0, 19, n).tolist(), scored) for n, scored in [(5, 2), (65, 64)]]
     sequences += [(sequences[0][0][:4], 3), ([1, 2], 0), (sequences[1][0][:40], 1)]
     said = [3, 1]
     for _ in range(4):
@@ -49,8 +49,8 @@ def test_likelihoods_of_ends(params, logits):
 
 
 def test_blocks_change_nothing(params):
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 19, (3, 64)), jnp.int32)
-    whole, blocks = (token_logprobs(params, tokens, positions_at_once=n) for n in (64, 16))
+    tokens = jnp.asarray(np.random.default_rng(1).integers(0, 19, (2, 3, 64)), jnp.int32)
+    whole, blocks = (next_logprobs(params, *tokens, positions_at_once=n) for n in (64, 16))
     np.testing.assert_allclose(whole[0], blocks[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(whole[1], blocks[1])
 
