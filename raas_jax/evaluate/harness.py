@@ -145,9 +145,7 @@ class RaasLM(TemplateLM):
                     raise ValueError(f"request {index} cannot be answered: {result.error}")
                 context, arguments = requests[index].args
                 answers[index] = self._cut(result.text or "", arguments)
-                self.cache_hook.add_partial(
-                    "generate_until", (context, arguments), answers[index]
-                )
+                self.cache_hook.add_partial("generate_until", (context, arguments), answers[index])
                 bar.update()
         if len(answers) < len(asked):
             raise KeyboardInterrupt
