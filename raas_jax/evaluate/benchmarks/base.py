@@ -22,12 +22,14 @@ class Problem:
       prompt: what the model is asked.
       answer: the reference, as a grader reads it.
       solution: a worked solution that ends in the answer, to check graders on; "" if there is none.
+      limit: tokens that an answer may have, where the problem itself says so.
     """
 
     name: str
     prompt: str
     answer: str
     solution: str = ""
+    limit: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +42,7 @@ class Benchmark:
       read: gives prompt, answer and solution of a row.
       hub: where it is read from by default; None if it is only in files.
       grader: file with a `grade(gold, text)`; None is math-verify.
+      is_right: grades in this process instead, for plain comparisons that cannot hang.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Benchmark:
     read: Callable[[Row], tuple[str, str, str]]
     hub: Hub | None = None
     grader: Path | None = None
+    is_right: Callable[[str, str], bool] | None = None
 
     def problems(self, data: str | Path | None = None) -> tuple[Problem, ...]:
         """The questions of a JSONL file, or of the hub.
