@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -26,6 +26,7 @@ from raas_jax.policies import Policy, pages_for
 from raas_jax.sampling import Sampling
 
 KIND = "benchmark"  # Of the folder, in `run.json`.
+Rows = int | Literal["auto"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Asking:
     """
 
     samples: int = 1
-    sampling: Sampling = Sampling()
+    sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     max_new_tokens: int | None = None
     chat: bool | None = None
@@ -69,7 +70,7 @@ def run_benchmark(
     *,
     model: str,
     asking: Asking | None = None,
-    rows: int | str = 16,
+    rows: Rows = 16,
     share: int = 1,
     keep_tokens: bool = False,
     workers: int = 2,
@@ -212,7 +213,7 @@ class _Run:
         self.keep_tokens = keep_tokens
         self.start = results.starts - 1
 
-    def ask(self, policy: Policy, rows: int | str, share: int, progress: bool | None) -> None:
+    def ask(self, policy: Policy, rows: Rows, share: int, progress: bool | None) -> None:
         """Answers what is missing under one policy."""
         name, n = label(policy), self.asking.samples
         done = {
@@ -243,16 +244,14 @@ class _Run:
                 # What is answered is graded and kept, also when the run is interrupted.
                 self._write(waiting, policy, bar, patient=True)
 
-    def _engine(
-        self, policy: Policy, missing: Sequence[str], rows: int | str, share: int
-    ) -> Engine:
+    def _engine(self, policy: Policy, missing: Sequence[str], rows: Rows, share: int) -> Engine:
         wanted = len(missing) * self.asking.samples
         limits = {self.problems[name].limit or self.asking.max_new_tokens for name in missing}
         most = None if None in limits else max(limit for limit in limits if limit is not None)
         return Engine(
             self.params,
             policy=policy,
-            rows=rows if isinstance(rows, str) else min(rows, -(-wanted // share) * share),
+            rows=rows if rows == "auto" else min(rows, -(-wanted // share) * share),
             max_new_tokens=most,
             max_prompt_tokens=max(len(prompt) for prompt in self.prompts.values()),
             samples=share,
@@ -385,4 +384,3 @@ class _Bar:
         rows = min(self._engine.rows, self._total - self._done)
         rate = "" if speed is None else f", {speed:.0f} tokens/s"
         self._bar.set_postfix_str(f"{rows} rows{rate}, right {self._right}/{self._done}")
-
