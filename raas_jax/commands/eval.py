@@ -219,8 +219,9 @@ class Report:
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
-    missing = field.default_factory is dataclasses.MISSING
-    return field.default if missing else field.default_factory()
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
 
 
 @contextlib.contextmanager

@@ -227,7 +227,7 @@ class _Run:
         ]
         if not missing:
             return
-        engine = self._engine(policy, missing, rows, share)
+        engine = self._engine(policy, rows, share)
         engine.warm_up()
         waiting: list[tuple[Result, float, Future[Mark]]] = []
         with _Bar(name, len(self.problems) * n, done, engine, progress) as bar:
@@ -244,15 +244,16 @@ class _Run:
                 # What is answered is graded and kept, also when the run is interrupted.
                 self._write(waiting, policy, bar, patient=True)
 
-    def _engine(self, policy: Policy, missing: Sequence[str], rows: Rows, share: int) -> Engine:
-        wanted = len(missing) * self.asking.samples
-        limits = {self.problems[name].limit or self.asking.max_new_tokens for name in missing}
-        most = None if None in limits else max(limit for limit in limits if limit is not None)
+    def _engine(self, policy: Policy, rows: Rows, share: int) -> Engine:
+        """Of the same shape however much is missing, so that going on compiles nothing new."""
+        wanted = len(self.problems) * self.asking.samples
+        limits = [each.limit or self.asking.max_new_tokens for each in self.problems.values()]
+        known = [limit for limit in limits if limit is not None]
         return Engine(
             self.params,
             policy=policy,
-            rows=rows if rows == "auto" else min(rows, -(-wanted // share) * share),
-            max_new_tokens=most,
+            rows="auto" if rows == "auto" else min(rows, -(-wanted // share) * share),
+            max_new_tokens=max(known) if len(known) == len(limits) else None,
             max_prompt_tokens=max(len(prompt) for prompt in self.prompts.values()),
             samples=share,
         )

@@ -15,7 +15,7 @@ from raas_jax.evaluate.benchmark_report import Point
 # Told apart also by colour-blind readers (Okabe and Ito's colours), and by their markers.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
 MARKERS = "os^Dv<>pP*X"
-BINS = 8  # Lengths over which times are summed up.
+BINS = 8  # Points of a curve, each of as many answers.
 
 
 def draw_benchmark(points: Sequence[Point], folder: Path) -> list[Path]:
@@ -54,8 +54,8 @@ def accuracy_against_budget(axis: Any, points: Sequence[Point]) -> None:
                 span = (100 * figures[0].low, 100 * figures[0].high)
                 axis.axhspan(*span, color=colour, alpha=0.1, linewidth=0)
             continue
-        low = [100 * (f.value - (f.value if f.low is None else f.low)) for f in figures]
-        high = [100 * ((f.value if f.high is None else f.high) - f.value) for f in figures]
+        low = [100 * max(0.0, f.value - (f.value if f.low is None else f.low)) for f in figures]
+        high = [100 * max(0.0, (f.value if f.high is None else f.high) - f.value) for f in figures]
         axis.errorbar(
             [point.budget for point in mine],
             [100 * figure.value for figure in figures],
@@ -80,15 +80,7 @@ def time_against_length(axis: Any, points: Sequence[Point]) -> None:
         pairs = sorted((s["tokens"], s["seconds"]) for s in _answered(point))
         style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
         axis.scatter(*zip(*pairs, strict=True), s=6, alpha=0.25, linewidths=0, **style)
-        size = -(-len(pairs) // BINS)
-        parts = [pairs[start : start + size] for start in range(0, len(pairs), size)]
-        axis.plot(
-            [median(tokens for tokens, _ in part) for part in parts],
-            [median(seconds for _, seconds in part) for part in parts],
-            markersize=4,
-            label=point.policy["label"],
-            **style,
-        )
+        axis.plot(*_medians(pairs), markersize=4, label=point.policy["label"], **style)
     axis.set_xlabel("decode length, tokens")
     axis.set_ylabel("completion time, s")
     axis.set_ylim(bottom=0)
@@ -98,19 +90,9 @@ def time_against_length(axis: Any, points: Sequence[Point]) -> None:
 def memory_against_length(axis: Any, points: Sequence[Point]) -> None:
     """Bytes of keys, values and metadata that an answer of this length takes."""
     for index, point in enumerate(points):
-        by_length: dict[int, list[float]] = {}
-        for sample in _answered(point):
-            by_length.setdefault(sample["tokens"], []).append(sample["kv_bytes_of_length"] / 2**20)
-        lengths = sorted(by_length)
-        axis.plot(
-            lengths,
-            [median(by_length[length]) for length in lengths],
-            color=COLOURS[index % len(COLOURS)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=3,
-            linewidth=1,
-            label=point.policy["label"],
-        )
+        pairs = sorted((s["tokens"], s["kv_bytes_of_length"] / 2**20) for s in _answered(point))
+        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        axis.plot(*_medians(pairs), markersize=4, label=point.policy["label"], **style)
     axis.set_xlabel("decode length, tokens")
     axis.set_ylabel("keys, values and metadata, MiB")
     axis.set_ylim(bottom=0)
@@ -131,6 +113,17 @@ def lengths(axis: Any, points: Sequence[Point]) -> None:
         fontsize=8,
     )
     axis.set_xlabel("tokens of an answer")
+
+
+def _medians(pairs: Sequence[tuple[int, float]]) -> tuple[list[float], list[float]]:
+    """Medians of both, over parts of the sorted pairs of about the same size."""
+    size = -(-len(pairs) // BINS)
+    parts: dict[float, list[float]] = {}
+    for start in range(0, len(pairs), size):
+        part = pairs[start : start + size]
+        # Many answers of one length make several parts of it: they count as one.
+        parts.setdefault(median(x for x, _ in part), []).extend(y for _, y in part)
+    return list(parts), [median(values) for values in parts.values()]
 
 
 def _names(points: Sequence[Point]) -> list[str]:

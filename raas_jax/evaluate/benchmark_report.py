@@ -78,7 +78,7 @@ def figures_of(samples: Sequence[Sample], n: int) -> dict[str, Estimate]:
     groups = list(items.values())
     rights = [[bool(each["correct"]) for each in group] for group in groups]
     found = {"correct": clustered_share(rights)}
-    for k in (2**i for i in range(1, n.bit_length()) if 2**i <= n):
+    for k in sorted({*(2**i for i in range(1, n.bit_length())), n} - {1}):
         found[f"pass@{k}"] = pass_at_k(rights, k)
     # A request that could not be answered has no length.
     answered = [[s for s in group if s["finish_reason"] != "error"] for group in groups]

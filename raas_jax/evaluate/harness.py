@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
@@ -180,11 +180,11 @@ class RaasLM(TemplateLM):
         self, requests: list[Tokens], disable_tqdm: bool = False, keep: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
         sequences = [self._fitting(before, scored) for _, before, scored in requests]
-        rows = DEFAULT_ROWS if self._rows == "auto" else int(self._rows)
+        rows = DEFAULT_ROWS if self._rows == "auto" else self._rows
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
             for index, likelihood in likelihoods(self.params, sequences, rows):
-                found[index] = tuple(likelihood)
+                found[index] = (likelihood.logprob, likelihood.greedy)
                 if keep:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
                 bar.update()
@@ -237,7 +237,7 @@ class RaasLM(TemplateLM):
         engine = Engine(
             self.params,
             policy=self.policy,
-            rows=self._rows if self._rows == "auto" else min(int(self._rows), len(requests)),
+            rows="auto" if self._rows == "auto" else min(self._rows, len(requests)),
             max_new_tokens=max(request.max_new_tokens or 1 for request in requests),
             max_prompt_tokens=max(len(request.prompt) for request in requests),
         )
@@ -254,7 +254,9 @@ def _stops(arguments: Any) -> tuple[str, ...]:
     return tuple(stop for stop in arguments["until"] if stop)
 
 
-def _rows(rows: int | str | None, batch_size: int | str | None, most: int | None) -> int | str:
+def _rows(
+    rows: int | str | None, batch_size: int | str | None, most: int | None
+) -> int | Literal["auto"]:
     name, value = ("batch_size", batch_size) if rows is None else ("rows", rows)
     if value is None or (name == "batch_size" and str(value) == "1"):
         value = DEFAULT_ROWS
