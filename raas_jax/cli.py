@@ -11,6 +11,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import raas_jax
+from raas_jax.commands import lm_eval
 from raas_jax.commands.bench import Bench
 from raas_jax.commands.calibrate import Calibrate
 from raas_jax.commands.convert import Convert
@@ -64,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
+            if args[:1] == [lm_eval.NAME]:
+                # Its options are those of another program.
+                return lm_eval.run(args[1:])
             code = parse(args or ["--help"]).run()
             sys.stdout.flush()
             return code

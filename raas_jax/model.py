@@ -142,6 +142,17 @@ class Transformer(nnx.Module):
         Returns:
           float32 logits `[B, T, V]`.
         """
+        return self.logits(self.hidden(tokens, positions, segments, remat=remat))
+
+    def hidden(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segments: jax.Array | None = None,
+        *,
+        remat: bool = False,
+    ) -> jax.Array:
+        """As a call, up to the last layer's output `[B, T, D]`, of which `logits` makes logits."""
         B, T = tokens.shape
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
@@ -154,7 +165,7 @@ class Transformer(nnx.Module):
             return block.finish(x, causal_attention(q, k, v, segments=segments)), None
 
         x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, self.embed(tokens), layers)
-        return self.logits(x)
+        return x
 
 
 @functools.cache

@@ -4,6 +4,7 @@ run.json            configuration; every start with versions and device
 samples.jsonl       one line per sample, appended and flushed as it is finished
 samples.bad.jsonl   lines that could not be read, kept aside
 table.md, table.csv made from the two above by `raas-jax report`
+.lock               held by the process that adds to the folder
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-RUN, SAMPLES, BAD = "run.json", "samples.jsonl", "samples.bad.jsonl"
+from filelock import FileLock, Timeout
+
+RUN, SAMPLES, BAD, LOCK = "run.json", "samples.jsonl", "samples.bad.jsonl", ".lock"
 KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
 Sample = dict[str, Any]
 Cell = tuple[str, str]
@@ -22,7 +25,7 @@ Cell = tuple[str, str]
 
 
 class Results:
-    """Samples of a run in its folder.
+    """Samples of a run in its folder; one that was opened to add to it is closed by a `with`.
 
     Attributes:
       folder: where they are.
@@ -30,6 +33,7 @@ class Results:
       samples: those that are finished, by (task, policy, item, sample).
       bad: lines that could not be read.
       repeated: lines that repeated a sample; the first counts.
+      starts: how often the run was started, this time included.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], samples: list[Sample], bad: list[str]):
@@ -39,6 +43,8 @@ class Results:
         self._cells: dict[Cell, list[Sample]] = {}
         self.bad = bad
         self.repeated = 0
+        self.starts = 0
+        self._lock: FileLock | None = None
         for sample in samples:
             if _key(sample) in self.samples:
                 self.repeated += 1
@@ -82,7 +88,8 @@ class Results:
           environment: versions and device of this start, added to `run.json`.
 
         Raises:
-          ValueError: the folder belongs to another run, with what differs, or to something else.
+          ValueError: the folder belongs to another run, with what differs, or to something else, or
+            another process adds to it.
           OSError: it cannot be written.
         """
         path = Path(folder)
@@ -90,6 +97,29 @@ class Results:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise ValueError(f"--out is {str(folder)!r}, which is a file; give a folder.") from None
+        if not (path / RUN).is_file() and any(file.name != LOCK for file in path.iterdir()):
+            raise ValueError(
+                f"{path} holds files but no {RUN}, so it is no folder of a run; give another --out."
+            )
+        lock = FileLock(path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise ValueError(
+                f"{path} is in use by another process; wait for it, or give another --out."
+            ) from None
+        try:
+            found = cls._open_locked(path, config, environment)
+        except BaseException:
+            lock.release()
+            raise
+        found._lock = lock
+        return found
+
+    @classmethod
+    def _open_locked(
+        cls, path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]
+    ) -> Results:
         wanted: dict[str, Any] = json.loads(json.dumps(config))
         starts = []
         if (path / RUN).is_file():
@@ -106,16 +136,24 @@ class Results:
                     file.writelines(line.rstrip("\n") + "\n" for line in found.bad)
                 lines = (json.dumps(sample) + "\n" for sample in found.samples.values())
                 write(path / SAMPLES, "".join(lines))
-        elif any(path.iterdir()):
-            raise ValueError(
-                f"{path} holds files but no {RUN}, so it is no folder of a run; give another --out."
-            )
         else:
             found = cls(path, wanted, [], [])
         # Written before the first sample, so that every sample has its configuration.
         whole = {"config": wanted, "starts": [*starts, dict(environment)]}
         write(path / RUN, json.dumps(whole, indent=1) + "\n")
+        found.starts = len(whole["starts"])
         return found
+
+    def close(self) -> None:
+        """Lets other processes add to the folder."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def add(self, sample: Sample) -> None:
         """Appends a sample; what was written before stays valid if this fails (a full disk)."""
@@ -124,11 +162,12 @@ class Results:
             raise ValueError(f"sample {key} is there already")
         file = self.folder / SAMPLES
         line = (json.dumps(sample) + "\n").encode()
-        with file.open("ab") as stream:
+        # Unbuffered: what a full disk refused must not be written again when the file is closed.
+        with file.open("ab", buffering=0) as stream:
             before = stream.tell()
             try:
-                stream.write(line)
-                stream.flush()
+                while line:
+                    line = line[stream.write(line) :]
             except OSError as error:
                 os.truncate(file, before)
                 raise OSError(

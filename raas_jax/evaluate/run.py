@@ -104,13 +104,15 @@ def run_cells(
     for cell in cells:
         asked = items[cell.task]
         Plan.create(params.config, cell.policy, [len(item.prompt) for item in asked], 1)
-    results = Results.open(out, config, environment())
-    with tqdm(
-        total=sum(len(items[cell.task]) for cell in cells),
-        initial=len(results.samples),
-        unit="sample",
-        disable=None if progress is None else not progress,
-    ) as bar:
+    with (
+        Results.open(out, config, environment()) as results,
+        tqdm(
+            total=sum(len(items[cell.task]) for cell in cells),
+            initial=len(results.samples),
+            unit="sample",
+            disable=None if progress is None else not progress,
+        ) as bar,
+    ):
         for cell in cells:
             bar.set_description(f"{cell.task_label}, {cell.label}")
             _run_cell(params, cell, items[cell.task], results, rows, bar)
@@ -178,7 +180,7 @@ def configuration(
         "weights": fingerprint(params),
         "dtype": params.weights["embedding"].dtype.name,
         "policies": [
-            {"label": label(policy), **_labels(policy), **dataclasses.asdict(policy)}
+            {"label": label(policy), **labels(policy), **dataclasses.asdict(policy)}
             for policy in tried
         ],
         "columns": [dataclasses.asdict(column) for column in columns],
@@ -203,14 +205,14 @@ def table(results: Results) -> Table:
     for policy in results.config["policies"]:
         samples = results.of(results.config["task"]["name"], policy["label"])
         if samples:
-            labels = {name: policy[name] for name in ("Policy", "Budget")}
+            named = {name: policy[name] for name in ("Policy", "Budget")}
             figures = tuple(estimate(column, samples) for column in columns)
-            lines.append(Line(labels, len(samples), figures))
+            lines.append(Line(named, len(samples), figures))
     return Table(columns, tuple(lines))
 
 
 def report(folder: str | Path) -> tuple[str, list[str]]:
-    """Makes `table.md`, `table.csv` and a study's pictures, of a run's folder from its samples.
+    """Makes `table.md`, `table.csv` and pictures, of a run's folder from its samples.
 
     Returns:
       The table in Markdown with its title, and remarks on lines that could not be read.
@@ -220,26 +222,32 @@ def report(folder: str | Path) -> tuple[str, list[str]]:
         from raas_jax.evaluate.study_report import report_study
 
         return report_study(results), results.remarks()
-    made = table(results)
+    if results.config.get("kind") == "benchmark":
+        from raas_jax.evaluate.benchmark_report import report_benchmark
+
+        made, more = report_benchmark(results)
+        return made, [*results.remarks(), *more]
+    lines = table(results)
     task = results.config["task"]
     options = ", ".join(f"{key} {value}" for key, value in task.items() if value is not None)
     text = (
         f"`{results.config['model']}` on {options}. In brackets: 95 % intervals.\n\n"
-        f"{made.markdown()}"
+        f"{lines.markdown()}"
     )
     (results.folder / "table.md").write_text(text, encoding="utf-8")
-    (results.folder / "table.csv").write_text(made.csv(), encoding="utf-8")
+    (results.folder / "table.csv").write_text(lines.csv(), encoding="utf-8")
     return text, results.remarks()
 
 
 def label(policy: Policy) -> str:
     """A policy's name with its budget and the options that differ from their defaults."""
-    labels = _labels(policy)
-    budget = f" {labels['Budget']}" if labels["Budget"] != "–" else ""
-    return labels["Policy"] + budget
+    named = labels(policy)
+    budget = f" {named['Budget']}" if named["Budget"] != "–" else ""
+    return named["Policy"] + budget
 
 
-def _labels(policy: Policy) -> dict[str, str]:
+def labels(policy: Policy) -> dict[str, str]:
+    """Of the columns that name a policy in tables."""
     kinds = {policies.by_name(name): name for name in policies.available()}
     name = kinds.get(type(policy), type(policy).__name__)
     options = [

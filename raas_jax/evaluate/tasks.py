@@ -53,12 +53,15 @@ class Task(Protocol):
         ...
 
 
-TASKS = ("lemma",)
-
-
 def check_task(name: str) -> None:
     """Raises ValueError, with near matches, for a task that does not exist."""
-    if name not in TASKS:
-        near = difflib.get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4)
+    from raas_jax.evaluate.benchmarks import BENCHMARKS, is_own
+
+    known = ("lemma", *BENCHMARKS)
+    if name not in known and not is_own(name):
+        near = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
         hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"task is {name!r}; there is {', '.join(TASKS)}.{hint}")
+        raise ValueError(
+            f"task is {name!r}; there is {', '.join(known)}, or a file of your own, as in "
+            f"mine.jsonl or mine.py.{hint}"
+        )
