@@ -23,7 +23,16 @@ from tqdm import tqdm
 
 from raas_jax import policies
 from raas_jax.calibrate import calibrate
-from raas_jax.decode import DecodeState, Plan, cache_bytes, decode_pages, prefill, request
+from raas_jax.decode import (
+    DecodeState,
+    Plan,
+    cache_bytes,
+    decode_pages,
+    empty_cache,
+    init_marks,
+    prefill,
+    request,
+)
 from raas_jax.params import Params
 from raas_jax.policies import Boundary, Dense, Policy, RaaS, TriAttention, pages_for
 from raas_jax.sampling import Sampler, Sampling, row_keys
@@ -233,6 +242,24 @@ def _ratio(
     return statistics.median(one / two for one, two in pairs)
 
 
+def _start(params: Params, plan: Plan, prompt: np.ndarray, limit: int) -> DecodeState:
+    """After the prompt; the same compiled prefill for all that keep the prompt as it is."""
+    batch, prompt_tokens = prompt.shape
+    sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
+    # No row may finish, since a finished row keeps nothing.
+    asked = request(jnp.full(batch, limit), (), sampler)
+    shared = plan
+    if not (plan.policy.evicts_prompt or plan.policy.needs_prompt_bounds):
+        shared = Plan(Dense(page_size=plan.page_size), plan.prompt_slots, (1,))
+    lengths = jnp.full(batch, prompt_tokens, jnp.int32)
+    state, _ = prefill(params, jnp.asarray(prompt), lengths, asked, plan=shared)
+    if shared is plan:
+        return state
+    empty = empty_cache(params.config, plan, batch, state.cache.prompt.k.dtype)
+    cache = dataclasses.replace(empty, prompt=state.cache.prompt)
+    return dataclasses.replace(state, cache=cache, marks=init_marks(params.config, plan, batch))
+
+
 @jax.jit
 def _copy(state: DecodeState) -> DecodeState:
     return jax.tree.map(jnp.copy, state)
@@ -254,11 +281,7 @@ class _Run:
         pages = pages_for(CHUNK, policy.page_size)
         chunk = pages * policy.page_size
         plan = Plan.create(params.config, policy, [prompt_tokens] * batch, warm + 2 * chunk)
-        sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
-        # No row may finish, since a finished row keeps nothing.
-        asked = request(jnp.full(batch, 2 * (warm + chunk)), (), sampler)
-        lengths = jnp.full(batch, prompt_tokens, jnp.int32)
-        state, _ = prefill(params, jnp.asarray(prompt), lengths, asked, plan=plan)
+        state = _start(params, plan, prompt, 2 * (warm + chunk))
         step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
         for _ in range(0, warm, chunk):
             state, _ = step(params, state)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from cheap import CONFIG, calibration, start
 from tiny import prompts_of, random_params
+from tiny_lemma import save_tiny
 
 import raas_jax
-from raas_jax import Dense, policies
+from raas_jax import Dense, evaluate, policies
 from raas_jax.decode import Plan, cache_bytes, decode_pages
 from raas_jax.evaluate.recording import record
 from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, put
@@ -162,6 +163,16 @@ def test_a_policy_of_ones_own_works_without_registration():
     # As the evaluation runs it.
     recorded = dict(record(params(), prompts, [30, 30], policy, stop_tokens=[]))
     assert [recorded[row].tokens for row in (0, 1)] == [out.tokens for out in outs]
+
+
+def test_a_policy_of_ones_own_is_evaluated(tmp_path):
+    model = raas_jax.load(save_tiny(tmp_path / "model"))
+    task = evaluate.LemmaTask(problems=2, smallest=4, largest=4, max_new_tokens=24)
+    policy = LongestKeys(8, power=0.5, page_size=4)
+    results = evaluate.run(model, task, [policy], tmp_path / "run", model="tiny", progress=False)
+    samples = results.of("lemma", "LongestKeys (page_size=4, power=0.5) 8")
+    assert len(samples) == 2 and all(sample["tokens"] > 8 for sample in samples)
+    assert "LongestKeys" in evaluate.report(tmp_path / "run")[0]
 
 
 @pytest.mark.parametrize(
