@@ -17,6 +17,7 @@ from tiny import QWEN3, VOCAB, prompts_of, random_params
 from raas_jax.config import ModelConfig, Rope
 from raas_jax.decode import Plan, commit_page, decode_pages, prefill, request, token_step
 from raas_jax.policies import Dense, Evidence, RaaS
+from raas_jax.policies.raas import PAIRWISE
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
 ROWS = 3
@@ -326,16 +327,25 @@ def assert_few(doubts):
     assert decisions > 0 and doubtful <= 0.01 * decisions, (decisions, doubtful)
 
 
-def test_top_fraction_is_rounded_up_exactly():
-    """For every number of pages and many fractions: the share as written, rounded up."""
-    counts = np.arange(1, 129)
-    scores = jnp.asarray(np.random.default_rng(0).permutation(128) + 1.0, jnp.float32)
-    fill = jnp.asarray(np.arange(128) < counts[:, None], jnp.int32)[:, None]
+@pytest.mark.parametrize("slots", [100, PAIRWISE + 1])
+def test_top_fraction_is_rounded_up_exactly(slots):
+    """For every number of pages and many fractions: the share as written, rounded up. Few slots are
+    compared in pairs, many are sorted."""
+    counts = np.arange(1, slots + 1)
+    scores = jnp.asarray(np.random.default_rng(0).permutation(slots) + 1.0, jnp.float32)
+    fill = jnp.asarray(np.arange(slots) < counts[:, None], jnp.int32)[:, None]
     mass = jnp.where(fill > 0, scores, 0.0)[:, :, None]
+
+    def stamped(policy):
+        fresh = jax.tree.map(lambda mark: mark[0], policy.init((1, slots, 1, slots)))
+        marks = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(slots, 7))
+        return np.asarray(marks.stamp) == 7
+
     for hundredths in (*range(5, 101, 5), 1, 33, 67, 99):
-        policy = RaaS(32, top_fraction=hundredths / 100)
-        fresh = jax.tree.map(lambda mark: mark[0], policy.init((1, 128, 1, 128)))
-        marks = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(128, 7))
         wanted = [-(-int(count) * hundredths // 100) for count in counts]
-        got = np.sum(np.asarray(marks.stamp) == 7, axis=(1, 2)).tolist()
-        assert got == wanted, f"top_fraction={policy.top_fraction}"
+        got = stamped(RaaS(32, top_fraction=hundredths / 100))
+        assert np.sum(got, axis=(1, 2)).tolist() == wanted, f"top_fraction={hundredths / 100}"
+        # And they are the best ones.
+        low = np.where(got[:, 0], np.asarray(scores), np.inf).min(axis=-1)
+        assert np.all(got[:, 0] | (np.asarray(scores) < low[:, None]) | (fill[:, 0] == 0))
+    np.testing.assert_array_equal(stamped(RaaS(32)), stamped(RaaS(32, top_fraction=0.25)))

@@ -29,6 +29,7 @@ from raas_jax.policies.dense import bucket
         ({"alpha": float("nan")}, "alpha is nan", r"in \[0, 1\]"),
         ({"top_fraction": 0.0}, "top_fraction is 0.0", r"in \(0, 1\]"),
         ({"top_fraction": 1.1}, "top_fraction is 1.1", r"in \(0, 1\]"),
+        ({"alpha": 0.1, "top_fraction": 0.5}, "alpha=0.1 and top_fraction=0.5", "Give one"),
         ({"score": "max"}, "score is 'max'", "'mass', 'bound'"),
         ({"share": "head"}, "share is 'head'", "'kv_head', 'layer'"),
         ({"prompt": "inside"}, "prompt is 'inside'", "'beside', 'within'"),
