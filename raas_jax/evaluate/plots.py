@@ -194,7 +194,6 @@ def ablations(report: StudyReport) -> Any:
         axis.legend(fontsize=7)
     for axis in axes[:: min(3, len(axes))]:
         axis.set_ylabel("right answers, %")
-    figure.tight_layout()
     return figure
 
 
@@ -219,7 +218,6 @@ def against_length(report: StudyReport) -> Any:
         axis.set_title(name, fontsize=10)
         axis.set_ylim(bottom=0)
     axes[0].legend(fontsize=8)
-    figure.tight_layout()
     return figure
 
 
