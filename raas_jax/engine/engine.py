@@ -478,7 +478,7 @@ class Engine:
     def _interrupt(self) -> Iterator[Result]:
         """Gives what there is, and forgets what was in the making."""
         yield from self._ready
-        for going in filter(None, self._schedule.rows):
+        for going in [row for row in self._schedule.rows if row is not None]:
             going.answer.interrupt()
             yield self._result(going)
         self._ready.clear()
