@@ -236,11 +236,11 @@ class Engine:
                 while len(self._looks) > (self._late and self._schedule.busy()):
                     self._look()
                 while self._ready:
-                    # Taken off only once the caller is back for more: it has dealt with it then.
-                    yield self._ready[0]
-                    given = self._ready.popleft()
+                    result = self._ready.popleft()
                     if known is not None:
-                        known.add((given.id, given.sample))
+                        known.add((result.id, result.sample))
+                    yield result
+                # Not before the caller is back for more: it has dealt with what it was given.
                 if self._saver is not None and self._saver.due():
                     self._save(self._saver)
         except KeyboardInterrupt:
@@ -511,8 +511,9 @@ class Engine:
             else {
                 "job": jobs.index(row.job),
                 "sample": row.sample,
-                "tokens": row.answer.tokens,
-                "logprobs": row.answer.logprobs,
+                # Copies, since the book is written while the run goes on.
+                "tokens": list(row.answer.tokens),
+                "logprobs": list(row.answer.logprobs),
                 "pages": [row.answer.kept_pages, row.answer.evicted_pages],
                 "seconds": [row.answer.prefill_seconds, row.answer.decode_seconds],
             }
