@@ -18,6 +18,7 @@ from raas_jax.commands.convert import Convert
 from raas_jax.commands.eval import Eval, Report
 from raas_jax.commands.generate import Generate
 from raas_jax.commands.memory import Memory
+from raas_jax.commands.throughput import Throughput
 from raas_jax.commands.trace import Trace
 from raas_jax.commands.train import Train
 
@@ -26,6 +27,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "memory": Memory,
     "bench": Bench,
+    "throughput": Throughput,
     "train": Train,
     "calibrate": Calibrate,
     "eval": Eval,

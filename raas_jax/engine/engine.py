@@ -236,9 +236,11 @@ class Engine:
                 while len(self._looks) > (self._late and self._schedule.busy()):
                     self._look()
                 while self._ready:
-                    # Taken off only once the caller is back for more: it has dealt with it then.
-                    yield self._ready[0]
-                    self._ready.popleft()
+                    result = self._ready.popleft()
+                    if known is not None:
+                        known.add((result.id, result.sample))
+                    yield result
+                # Not before the caller is back for more: it has dealt with what it was given.
                 if self._saver is not None and self._saver.due():
                     self._save(self._saver)
         except KeyboardInterrupt:
@@ -358,7 +360,7 @@ class Engine:
             job.todo = todo
             yield job
 
-    def _in_hand(self) -> set[tuple[Id, int]]:
+    def _in_hand(self) -> set[Any]:
         return self._schedule.in_hand() | {(result.id, result.sample) for result in self._ready}
 
     def _refuse(self, request: Request, samples: Sequence[int], why: str) -> None:
@@ -445,10 +447,10 @@ class Engine:
         now = time.perf_counter()
         self.usage.decode_seconds += now - began
         for (rows, _), first in zip(look.started, firsts, strict=True):
-            for place, row in rows:
-                row.seen = now
-                row.answer.prefill_seconds = now - row.began
-                row.answer.take(first.tokens[place, None], first.logprobs[place, None])
+            for place, begun in rows:
+                begun.seen = now
+                begun.answer.prefill_seconds = now - begun.began
+                begun.answer.take(first.tokens[place, None], first.logprobs[place, None])
         for index, row in enumerate(look.rows):
             # Idle, or its answer was finished by an earlier look.
             if row is None or self._schedule.rows[index] is not row:
@@ -478,7 +480,7 @@ class Engine:
     def _interrupt(self) -> Iterator[Result]:
         """Gives what there is, and forgets what was in the making."""
         yield from self._ready
-        for going in filter(None, self._schedule.rows):
+        for going in [row for row in self._schedule.rows if row is not None]:
             going.answer.interrupt()
             yield self._result(going)
         self._ready.clear()
@@ -509,8 +511,9 @@ class Engine:
             else {
                 "job": jobs.index(row.job),
                 "sample": row.sample,
-                "tokens": row.answer.tokens,
-                "logprobs": row.answer.logprobs,
+                # Copies, since the book is written while the run goes on.
+                "tokens": list(row.answer.tokens),
+                "logprobs": list(row.answer.logprobs),
                 "pages": [row.answer.kept_pages, row.answer.evicted_pages],
                 "seconds": [row.answer.prefill_seconds, row.answer.decode_seconds],
             }

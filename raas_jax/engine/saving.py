@@ -33,7 +33,8 @@ class Saver:
 
         self._arguments = ocp.args
         self._every = every
-        self._manager = _manager(folder, create=True)
+        # What a killed process had begun to write is removed.
+        self._manager = _manager(folder, create=True, cleanup_tmp_directories=True)
         self._last = time.monotonic()
         self._number = self._manager.latest_step() or 0
 
@@ -154,12 +155,12 @@ def check_model(book: dict[str, Any], params: Params, folder: str | Path) -> Non
         )
 
 
-def _manager(folder: str | Path, create: bool = False) -> Any:
+def _manager(folder: str | Path, **options: Any) -> Any:
     import orbax.checkpoint as ocp
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2, create=create)
+    chosen = ocp.CheckpointManagerOptions(max_to_keep=2, **{"create": False, **options})
     return ocp.CheckpointManager(
-        Path(folder).expanduser().absolute(), options=options, item_names=(STATE, BOOK)
+        Path(folder).expanduser().absolute(), options=chosen, item_names=(STATE, BOOK)
     )
 
 

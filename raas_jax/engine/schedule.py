@@ -60,6 +60,7 @@ class Schedule:
         self.prompts: list[Job | None] = [None] * (rows // samples)
         self.waiting: deque[Job] = deque()
         self._samples = samples
+        self._starting: list[Start] = []
 
     def of_group(self, group: int) -> list[Row | None]:
         """The rows of a group."""
@@ -70,7 +71,7 @@ class Schedule:
 
         A row whose neighbours still answer can only take a further sample of the same prompt.
         """
-        found = []
+        self._starting = []
         for group, held in enumerate(self.prompts):
             rows = self.of_group(group)
             idle = [row is None for row in rows]
@@ -88,17 +89,19 @@ class Schedule:
             if not job.todo:
                 self.waiting.popleft()
             self.prompts[group] = job
-            found.append(Start(group, job, all(idle), samples))
-        return found
+            self._starting.append(Start(group, job, all(idle), samples))
+        return self._starting
 
     def busy(self) -> bool:
         """Whether any row answers something."""
         return any(row is not None for row in self.rows)
 
-    def in_hand(self) -> set[tuple[Id, int]]:
-        """Answers that wait or are in the making, as (id, sample)."""
+    def in_hand(self) -> set[tuple[Id, int | None]]:
+        """Answers that wait, are about to start, or are in the making, as (id, sample)."""
         running = {(row.job.id, row.sample) for row in self.rows if row is not None}
-        return running | {(job.id, sample) for job in self.waiting for sample in job.todo}
+        starting = {(start.job.id, sample) for start in self._starting for sample in start.samples}
+        waiting = {(job.id, sample) for job in self.waiting for sample in job.todo}
+        return running | starting | waiting
 
     def drop(self, done: set[tuple[Id, int]]) -> None:
         """Forgets answers that are not wanted any more."""

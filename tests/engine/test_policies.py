@@ -73,8 +73,8 @@ def test_a_row_is_what_it_is_alone(params, name, prompt):
         for i, (ids, limit) in enumerate(zip(prompts_of([8, 7] * 3 + [8]), limits, strict=True))
     ]
     engine = Engine(
-        params, policy=policy, rows=3, max_new_tokens=NEW, max_prompt_tokens=8, prefill_rows=2
+        params, policy=policy, rows=3, max_new_tokens=NEW, max_prompt_tokens=8, prefill_rows=1
     )
     results = {result.id: result for result in engine.run(requests)}
     check_against(params, policy, requests, results)
-    assert engine.compiles <= engine.most_compiles == 4
+    assert engine.compiles <= engine.most_compiles == 3

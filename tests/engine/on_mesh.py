@@ -1,0 +1,85 @@
+"""The engine on several devices, as a program of its own: the devices are chosen before jax starts.
+
+on_mesh.py virtual FOLDER                  eight virtual devices
+on_mesh.py process PORT NUMBER             one of two processes, a device each
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import warnings
+
+import jax
+from tiny import prompts_of, random_params
+
+from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
+
+OPTIONS = {"rows": 8, "max_new_tokens": 40, "max_prompt_tokens": 12, "prefill_rows": 1}
+POLICIES = {
+    "raas": RaaS(16, alpha=0.12, page_size=4),
+    "h2o": policies.create("h2o", budget=16, prompt="evict", share="layer", page_size=4),
+}
+
+
+def requests():
+    return [
+        Request(i, prompt, Sampling(temperature=i % 2), seed=i, max_new_tokens=4 + 11 * i % 36)
+        for i, prompt in enumerate(prompts_of([3 + i % 9 for i in range(20)]))
+    ]
+
+
+def answers(engine, **options):
+    return {result.id: result.tokens for result in engine.run(requests(), **options)}
+
+
+def virtual(folder):
+    jax.config.update("jax_num_cpu_devices", 8)
+    params = random_params(sharpness=3.0)
+    expected = {}
+    for name, policy in POLICIES.items():
+        expected[name] = answers(Engine(params, policy=policy, **OPTIONS))
+        engine = Engine(params, policy=policy, **OPTIONS, mesh=make_mesh(data=4, model=2))
+        assert answers(engine) == expected[name], name
+        kept = engine._state.cache.kept[0].k
+        assert kept.sharding.shard_shape(kept.shape) == (2, 2, 1, *kept.shape[3:])
+    # Of the cache, no more than the page of each row that is committed travels.
+    text = engine._programs.advance.lower(engine.params, engine._state).compile().as_text()
+    moved = re.findall(r"= f32\[([0-9,]+)\]\S* (?:all-gather|all-to-all|collective-perm)", text)
+    assert all(eval(shape.replace(",", "*")) < kept.size // 2 for shape in moved), moved
+
+    # Heads that do not divide are on every device, and it is said once.
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        mesh = make_mesh(data=2, model=4)
+        engine = Engine(params, policy=POLICIES["raas"], **OPTIONS, samples=2, mesh=mesh)
+    assert ["2 key/value heads do not divide by model=4" in str(w.message) for w in said] == [True]
+    assert answers(engine) == expected["raas"]
+
+    # Paused on eight devices, resumed on one, and on two.
+    engine = Engine(params, policy=POLICIES["raas"], **OPTIONS, mesh=make_mesh(data=4, model=2))
+    found = {}
+    for result in engine.run(requests()):
+        found[result.id] = result.tokens
+        if len(found) == 6:
+            break
+    engine.save(folder)
+    for mesh in (None, make_mesh(data=2)):
+        again = Engine.restore(folder, params, mesh=mesh)
+        assert again._schedule.busy()
+        assert found | answers(again) == expected["raas"]
+    print("same")
+
+
+def process(port, number):
+    jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+    params = random_params(sharpness=3.0)
+    for mesh in (make_mesh(data=2), make_mesh(model=2)):
+        engine = Engine(params, policy=POLICIES["raas"], **OPTIONS, mesh=mesh)
+        print(json.dumps(answers(engine)), flush=True)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_disable_most_optimizations", True)
+    {"virtual": virtual, "process": process}[sys.argv[1]](*sys.argv[2:])
