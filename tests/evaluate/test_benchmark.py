@@ -74,8 +74,9 @@ def test_samples_are_those_of_generate(params, whole):
         for sample, output in zip(found, outputs, strict=True):
             assert sample["token_ids"] == output.tokens and sample["text"] == output.text
             assert sample["tokens"] == len(output.tokens) and sample["gold"] == problem.answer
-            assert sample["correct"] == is_right(problem.answer, output.text)
             assert sample["capped"] == (output.finish_reason == "length")
+            right = is_right(problem.answer, output.text)
+            assert sample["correct"] == (right and not sample["capped"])
     texts = {tuple(sample["token_ids"]) for sample in whole.samples.values()}
     assert len(texts) == 9  # Every sample draws for itself.
 
