@@ -184,9 +184,13 @@ class Marker:
         if self._graders is not None:
             return self._graders.submit(gold, answer)
         assert self._is_right is not None
-        found: Future[Mark] = Future()
-        found.set_result(Mark(self._is_right(gold, answer)))
-        return found
+        return _marked(Mark(self._is_right(gold, answer)))
+
+
+def _marked(mark: Mark) -> Future[Mark]:
+    found: Future[Mark] = Future()
+    found.set_result(mark)
+    return found
 
 
 class _Run:
@@ -204,6 +208,7 @@ class _Run:
         keep_tokens: bool,
     ):
         self.params = params
+        self.benchmark = benchmark
         self.task = benchmark.name
         self.problems = {problem.name: problem for problem in problems}
         self.prompts = dict(zip(self.problems, prompts, strict=True))
@@ -269,11 +274,12 @@ class _Run:
         )
 
     def _mark(self, result: Result) -> Future[Mark]:
-        if result.error is None:
-            return self.marker.submit(self.problems[str(result.id)].answer, result.text or "")
-        failed: Future[Mark] = Future()
-        failed.set_result(Mark(False, None, result.error))
-        return failed
+        answer = result.text or ""
+        if result.error is not None:
+            return _marked(Mark(False, None, result.error))
+        if result.finish_reason == "length" and not self.benchmark.has_answer(answer):
+            return _marked(Mark(False))
+        return self.marker.submit(self.problems[str(result.id)].answer, answer)
 
     def _write(
         self,

@@ -1,10 +1,13 @@
 """Benchmarks on the engine: the same samples after a kill, a lock, a full disk, and the report."""
 
 import json
+import re
 import resource
 import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from tiny_lemma import save_tiny
@@ -12,7 +15,7 @@ from tiny_lemma import save_tiny
 import raas_jax
 from raas_jax.cli import main
 from raas_jax.evaluate import LemmaTask, Results, report
-from raas_jax.evaluate.benchmark import Asking, item_seed, run_benchmark
+from raas_jax.evaluate.benchmark import Asking, _Bar, item_seed, run_benchmark
 from raas_jax.evaluate.benchmarks.lemma import LEMMA, is_right, lemma_problems
 from raas_jax.policies import RaaS
 from raas_jax.sampling import Sampling
@@ -74,8 +77,9 @@ def test_samples_are_those_of_generate(params, whole):
         for sample, output in zip(found, outputs, strict=True):
             assert sample["token_ids"] == output.tokens and sample["text"] == output.text
             assert sample["tokens"] == len(output.tokens) and sample["gold"] == problem.answer
-            assert sample["correct"] == is_right(problem.answer, output.text)
             assert sample["capped"] == (output.finish_reason == "length")
+            right = is_right(problem.answer, output.text)
+            assert sample["correct"] == (right and not sample["capped"])
     texts = {tuple(sample["token_ids"]) for sample in whole.samples.values()}
     assert len(texts) == 9  # Every sample draws for itself.
 
@@ -110,6 +114,19 @@ def test_a_killed_run_goes_on_where_it_was(ask, whole, tmp_path, monkeypatch, ki
     assert {sample["start"] for sample in after.samples.values()} == {0, 1}
     kept = (folder / "samples.bad.jsonl").read_text()
     assert kept.startswith('{"task": "lemma"') and kept.count("\n") == 1
+
+
+def test_the_bar(capsys):
+    engine = SimpleNamespace(rows=4, usage=SimpleNamespace(useful_row_steps=0))
+    with _Bar("raas 8", 6, {("0", 0): True}, engine, True) as bar:
+        engine.usage.useful_row_steps = 30
+        bar.count(False)
+        bar.count(True)
+        time.sleep(1.2)  # It moves while nothing comes.
+        shown = capsys.readouterr().err
+        assert "raas 8:  50%" in shown and "3/6" in shown
+        assert re.search(r"3 rows, \d\d tokens/s, right 2/3", shown)
+    assert "3 rows, right 2/3" in capsys.readouterr().err
 
 
 def test_what_is_there_is_not_asked_again(ask, whole, monkeypatch):

@@ -1,11 +1,13 @@
 """Benchmarks and tasks of one's own: what is read, and what is wrong with a file."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
 from raas_jax.evaluate.benchmarks import BENCHMARKS, digest, open_benchmark
+from raas_jax.evaluate.benchmarks.lemma import LEMMA
 
 
 def write(file, rows):
@@ -129,3 +131,12 @@ def test_bad_python_files(tmp_path, text, said):
     file.write_text(text)
     with pytest.raises(ValueError, match=said):
         open_benchmark(str(file))
+
+
+def test_what_was_cut_off_has_an_answer_only_if_it_states_one(tmp_path):
+    gsm8k = BENCHMARKS["gsm8k"]
+    assert gsm8k.has_answer(r"so it is \boxed{5}. Let me check: 5")
+    assert not gsm8k.has_answer("Let me see, 3 + 2 = 5")
+    own = dataclasses.replace(gsm8k, grader=tmp_path / "mine.py")
+    assert own.has_answer("anything: its grader decides")
+    assert not LEMMA.has_answer("answer c 3")  # It may have gone on.

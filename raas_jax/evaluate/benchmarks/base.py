@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raas_jax.evaluate.benchmarks.rows import Hub, from_hub, from_jsonl
+from raas_jax.evaluate.grading.mathematics import stated
 
 Row = Mapping[str, Any]
 
@@ -64,6 +65,15 @@ class Benchmark:
         if self.hub is None:
             raise ValueError(f"{self.name} is not on the hub; give --data FILE.")
         return self.of(from_hub(self.name, self.hub, self.columns))
+
+    def has_answer(self, text: str) -> bool:
+        """Whether a text that was cut off at the cap states its answer all the same.
+
+        The last number of a thought that was cut off is no answer, though it may be the right one.
+        """
+        if self.is_right is not None:
+            return False
+        return self.grader is not None or bool(stated(text))
 
     def of(self, rows: Iterable[Row]) -> tuple[Problem, ...]:
         """The questions of rows."""
