@@ -39,7 +39,8 @@ from raas_jax.sampling import Sampler, Sampling, row_keys
 
 EVERY = (
     "raas",
-    "raas:score=bound",
+    "raas:alpha=1e-4",
+    "raas:alpha=1e-4:score=bound",
     *(name for name in policies.available() if name not in ("dense", "fifo", "quest", "raas")),
     "quest",
     "dense",
