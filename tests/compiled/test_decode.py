@@ -134,8 +134,10 @@ def test_the_allocation_does_not_depend_on_the_length(config):
 
 
 MESHES = [
-    (MODELS[0], "v5e:2x4", 2, 4, 32), (MODELS[1], "v5e:2x4", 1, 8, 32), ("70B", "v5p:4x4x4", 8, 8, 64)
-]  # fmt: skip
+    (MODELS[0], "v5e:2x4", 2, 4, 32),
+    (MODELS[1], "v5e:2x4", 1, 8, 32),
+    ("70B", "v5p:4x4x4", 8, 8, 64),
+]
 
 
 @pytest.mark.parametrize(("model", "target", "data", "ways", "rows"), MESHES)

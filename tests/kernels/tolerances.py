@@ -26,7 +26,7 @@ def assert_close(got, wanted, dtype, what="out"):
 
 def assert_same_attention(got, wanted, dtype):
     """Each part of two `DecodeAttention`s."""
-    # Both may choose any maximum, as long as the sums are relative to it; ours is the largest score.
+    # Any maximum would do, as long as the sums are relative to it; ours is the largest score.
     assert_close(got.max, wanted.max, dtype, "scores")
     assert_close(got.sum, wanted.sum, dtype, "sum")
     assert_close(got.out, wanted.out, dtype, "out")
