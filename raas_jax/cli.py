@@ -38,7 +38,8 @@ DESCRIPTION = """Decode long chains of thought in constant memory.
 
 raas-jax generate "a=4; b=9; c=a+b; ? c" --policy raas --budget 128
 
-raas-jax COMMAND --help explains a command; --version; --debug shows where an error came from."""
+raas-jax COMMAND --help explains a command; --version; --debug shows where an error came from;
+raas-jax lm-eval ... is lm-evaluation-harness with this library as a model."""
 FAILED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 

@@ -14,11 +14,7 @@ from raas_jax.commands.options import Dtype, PolicyOptions, readable_bytes
 
 @dataclasses.dataclass
 class Throughput:
-    """Measure how fast a batch of problems is answered: rows that come and go, and plain batches.
-
-    Prints three tables: problems per minute; the time per step of rows that have run for long; and
-    what it saves that several answers share their prompt.
-    """
+    """Measure the engine beside plain batches, with rows that run long, and with shared prompts."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
     """A model that answers lemma problems: demo, or one that `raas-jax train` made."""
