@@ -25,10 +25,11 @@ def draw_study(report: StudyReport) -> list[Path]:
     """Draws every picture that the study has data for, as PNG files in its folder."""
     pictures: list[tuple[str, Callable[[StudyReport], Any]]] = [
         ("accuracy_bytes.png", accuracy_against_bytes),
-        ("accuracy_time.png", accuracy_against_time),
         ("recall.png", recall_against_budget),
         ("lengths.png", lengths),
     ]
+    if any(point.step_ms is not None for point in report.points):
+        pictures.append(("accuracy_time.png", accuracy_against_time))
     if report.config["ceiling"]:
         pictures.append(("ceiling.png", distance_to_ceiling))
     if report.groups():
@@ -91,9 +92,12 @@ def _curves(
     logarithmic: bool = False,
     joined: bool = True,
 ) -> Any:
-    figure, axes = _panels(len(report.tasks), height=4.6)
+    tasks = [
+        task for task in report.tasks if any(place(point) is not None for point in report.of(task))
+    ]
+    figure, axes = _panels(len(tasks), height=4.6)
     look = _looks(report)
-    for axis, task in zip(axes, report.tasks, strict=True):
+    for axis, task in zip(axes, tasks, strict=True):
         for entry in dict.fromkeys(point.entry for point in report.of(task)):
             points = [p for p in report.of(task) if p.entry == entry and place(p) is not None]
             points.sort(key=lambda point: point.budget)

@@ -1,21 +1,31 @@
-"""Time per token and memory at growing lengths of the answer, for a study's plots."""
+"""Times of a study: at growing lengths of the answer, and of a step under every policy."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import statistics
+import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.bench import bench
+from raas_jax.decode import Plan, decode_pages, prefill, request
 from raas_jax.evaluate.results import write
+from raas_jax.evaluate.tasks import Item
 from raas_jax.params import Params
-from raas_jax.policies import Policy
+from raas_jax.policies import Policy, pages_for
+from raas_jax.sampling import Sampler, Sampling, row_keys
 
-SPEED = "speed.json"
+SPEED, STEPS = "speed.json", "steps.json"
+LOOK = 32
+"""Tokens that are timed together."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Speed:
       prompt_tokens: length of the prompt.
       batch: rows at once.
       repetitions: timed turns; the median counts.
+      steps_of: label of a task: the step of every policy is timed on a batch of its problems.
     """
 
     policies: tuple[str, ...]
@@ -37,6 +48,7 @@ class Speed:
     prompt_tokens: int = 128
     batch: int = 1
     repetitions: int = 9
+    steps_of: str | None = None
 
     def __post_init__(self) -> None:
         for name in ("policies", "lengths"):  # Lists, where they come from a file.
@@ -73,3 +85,48 @@ def measure_speed(
             for timing in measured.timings
         ]
         write(file, json.dumps(found, indent=1) + "\n")
+
+
+def measure_steps(
+    params: Params,
+    task: str,
+    tried: Mapping[str, Policy],
+    items: Sequence[Item],
+    folder: Path,
+    progress: bool | None = None,
+) -> None:
+    """Adds to `steps.json`, policy by policy: milliseconds of a step of a batch of a task's items.
+
+    The batch is decoded to its longest answer allowed, so that budgets are full and what evicts in
+    rounds has had several; the median of the looks counts, what compiles left out.
+    """
+    file = folder / STEPS
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    if found.get("task") != task:
+        found = {"task": task, "milliseconds": {}}
+    times = found["milliseconds"]
+    missing = [label for label in tried if label not in times]
+    hidden = None if progress is None else not progress
+    for label in tqdm(missing, desc="time of a step", unit="policy", disable=hidden):
+        times[label] = round(1e3 * _step_seconds(params, tried[label], items), 4)
+        write(file, json.dumps(found, indent=1) + "\n")
+
+
+def _step_seconds(params: Params, policy: Policy, items: Sequence[Item]) -> float:
+    longest = max(item.limit for item in items)
+    plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
+    tokens = np.zeros((len(items), plan.prompt_slots * plan.page_size), np.int32)
+    for line, item in zip(tokens, items, strict=True):
+        line[: len(item.prompt)] = item.prompt
+    sampler = Sampler.create([Sampling()] * len(items), row_keys(0, len(items)))
+    asked = request(jnp.full(len(items), longest + 2 * LOOK), (), sampler)
+    lengths = jnp.asarray([len(item.prompt) for item in items], jnp.int32)
+    state, _ = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+    pages = pages_for(LOOK, plan.page_size)
+    times = []
+    for _ in range(max(3, longest // LOOK)):
+        jax.block_until_ready(state)
+        began = time.perf_counter()
+        state, _ = jax.block_until_ready(decode_pages(params, state, plan=plan, pages=pages))
+        times.append((time.perf_counter() - began) / (pages * plan.page_size))
+    return statistics.median(times[1:])

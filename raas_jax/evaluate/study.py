@@ -24,7 +24,7 @@ from raas_jax.evaluate.lemma import LemmaTask
 from raas_jax.evaluate.recording import row_bytes
 from raas_jax.evaluate.results import Results
 from raas_jax.evaluate.run import ANSWERS, BYTES, Cell, fingerprint, run_cells
-from raas_jax.evaluate.speed import Speed, measure_speed
+from raas_jax.evaluate.speed import Speed, measure_speed, measure_steps
 from raas_jax.evaluate.tasks import Item
 from raas_jax.generate import generate
 from raas_jax.params import Params
@@ -167,6 +167,8 @@ class Study:
             if name not in known:
                 raise TypeError(f"{name!r} is not the label of one of its policies")
         tasks = [each.label for each in self.tested]
+        if self.speed and self.speed.steps_of not in (None, *tasks):
+            raise TypeError(f"speed names the task {self.speed.steps_of!r}")
         for ablation in self.ablations:
             for task in ablation.budget:
                 if task not in tasks:
@@ -368,7 +370,10 @@ def _fitted(study: Study, entry: Entry, budget: int, of_median: Callable[[Policy
             raise ValueError(reason or str(error)) from None
         if size <= target or (own <= nominal and size <= target * (1 + TOLERANCE)):
             return policy
-        reason = f"with budget={own} it takes {size} bytes, where RaaS takes {target}"
+        reason = (
+            f"the least budget that it can work with, {own}, takes {size} bytes, where "
+            f"{study.reference} takes {target}"
+        )
         own -= step
     raise ValueError(reason)
 
@@ -405,7 +410,8 @@ def run_study(
         "reference": study.reference,
         "controls": list(study.controls),
         "ceiling": CEILING if study.ceiling is not None else None,
-        "study": study.source,
+        # How fast it is does not decide the samples.
+        "study": {key: value for key, value in study.source.items() if key != "speed"},
         "cells": [each.describe() for each in planned],
         "impossible": impossible,
         "columns": [dataclasses.asdict(column) for column in columns],
@@ -419,4 +425,15 @@ def run_study(
             for label, entry in entries.items()
         }
         measure_speed(params, study.speed, make, Path(out), progress)
+        for tested in study.tested:
+            if tested.label == study.speed.steps_of:
+                items = tested.task.items(params)[: study.rows]
+                of_task = {
+                    each.cell.label: each.cell.policy
+                    for each in planned
+                    if each.cell.task_label == tested.label
+                    and "policies" in each.groups
+                    and each.cell.answer is None
+                }
+                measure_steps(params, tested.label, of_task, items, Path(out), progress)
     return results

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raas_jax.evaluate.results import Results, Sample, write
-from raas_jax.evaluate.speed import SPEED
+from raas_jax.evaluate.speed import SPEED, STEPS
 from raas_jax.evaluate.tables import (
     Column,
     Estimate,
@@ -35,7 +35,7 @@ class Point:
       groups: which tables it belongs to.
       samples: by item.
       figures: by the column's name.
-      step_ms: median time of a step of its batches, milliseconds.
+      step_ms: time of a step of a batch, milliseconds; None where it was not measured.
     """
 
     task: str
@@ -47,7 +47,7 @@ class Point:
     groups: tuple[str, ...]
     samples: Mapping[str, Sample]
     figures: Mapping[str, Estimate]
-    step_ms: float
+    step_ms: float | None
 
     def against(self, other: Point) -> Estimate:
         """Difference of the share of right answers, over the questions that both have."""
@@ -65,11 +65,11 @@ class StudyReport:
         self.config = config
         self.columns = [Column(**column) for column in config["columns"]]
         self.points: list[Point] = []
+        steps = _read(results.folder / STEPS)
         for cell in config["cells"]:
             samples = results.of(cell["task"], cell["label"])
             if not samples:
                 continue
-            times = sorted(sample["step_ms"] for sample in samples)
             self.points.append(
                 Point(
                     cell["task"],
@@ -81,13 +81,12 @@ class StudyReport:
                     tuple(cell["groups"]),
                     {str(sample["item"]): sample for sample in samples},
                     {column.name: estimate(column, samples) for column in self.columns},
-                    times[len(times) // 2],
+                    steps["milliseconds"].get(cell["label"])
+                    if cell["task"] == steps.get("task")
+                    else None,
                 )
             )
-        speed = results.folder / SPEED
-        self.speed: dict[str, list[dict[str, Any]]] = (
-            json.loads(speed.read_text()) if speed.is_file() else {}
-        )
+        self.speed: dict[str, list[dict[str, Any]]] = _read(results.folder / SPEED)
 
     @property
     def tasks(self) -> list[str]:
@@ -171,12 +170,12 @@ class StudyReport:
         return self._across(task, text, "budget") + "\n\\* the interval leaves out zero.\n"
 
     def costs(self, task: str) -> str:
-        """Own budget, bytes of a row of median size, and time of a step of the batch."""
+        """Own budget, bytes of a row of median size, and time of a step where it was measured."""
         return self._across(
             task,
             lambda point, budget: (
-                f"{point.own_budget or '–'} tokens, {point.bytes / 1024:.0f} KiB, "
-                f"{point.step_ms:.1f} ms"
+                f"{point.own_budget or '–'} tokens, {point.bytes / 1024:.0f} KiB"
+                + (f", {point.step_ms:.2f} ms" if point.step_ms is not None else "")
             ),
             "budget",
         )
@@ -240,6 +239,11 @@ class StudyReport:
                 line += ["", "", ""] if other is None else _three(point.against(other))
             writer.writerow(line)
         return text.getvalue()
+
+
+def _read(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def _three(found: Estimate) -> list[float | str]:

@@ -10,6 +10,7 @@ from tiny_lemma import save_tiny
 import raas_jax
 from raas_jax.cli import main
 from raas_jax.evaluate import Results, report
+from raas_jax.evaluate.speed import measure_steps
 from raas_jax.evaluate.study import CEILING, TOLERANCE, Study, plan_study, run_study
 from raas_jax.evaluate.study_report import StudyReport
 from raas_jax.evaluate.tables import paired
@@ -90,11 +91,23 @@ def test_a_study_and_its_report(whole):
     text, _ = report(whole)
     assert "difference from Recent" in text and "Ablation: alpha" in text
     # A policy whose window is larger than the budget is named with the reason, and not run.
-    assert "SnapKV 8: budget is 8, but with window=16" in text
-    for name in ("accuracy_bytes", "accuracy_time", "recall", "lengths", "ceiling", "ablations"):
+    assert "SnapKV 8: the least budget that it can work with, 20, takes" in text
+    for name in ("accuracy_bytes", "recall", "lengths", "ceiling", "ablations"):
         assert (whole / f"{name}.png").stat().st_size > 5_000
     lines = (whole / "table.csv").read_text().splitlines()
     assert len(lines) == 1 + 5 and "minus Belady (oracle) low" in lines[0]
+
+
+def test_times_are_measured_once(params, tmp_path):
+    task = Study.create(FIELDS).tested[0].task
+    tried = {"RaaS 8": raas_jax.RaaS(8, page_size=4)}
+    measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
+    first = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
+    assert 0 < first["RaaS 8"] < 1000
+    tried["Dense"] = raas_jax.Dense(page_size=4)
+    measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
+    both = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
+    assert list(both) == ["RaaS 8", "Dense"] and both["RaaS 8"] == first["RaaS 8"]
 
 
 def test_a_killed_study_goes_on(params, whole, tmp_path, monkeypatch):
