@@ -7,6 +7,7 @@ comes with the plugin of the platform, and what its environment needs is set her
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import os
 import re
@@ -65,8 +66,11 @@ def target_names() -> list[str]:
     return [name for names, _ in _KINDS.values() for name in names]
 
 
-def target_devices(name: str) -> list[jax.Device]:
+@functools.cache
+def target_devices(name: str) -> tuple[jax.Device, ...]:
     """The devices of a target, to compile for; nothing can run on them.
+
+    Asked twice, the devices are the same, so that meshes of them are equal.
 
     Args:
       name: for instance `v5e:2x4`.
@@ -80,7 +84,7 @@ def target_devices(name: str) -> list[jax.Device]:
         # Of a known chip, also slices that are not listed.
         if name in names or (name.split(":")[0] in chips and re.search(r":\d+(x\d+)+$", name)):
             try:
-                return list(devices(name))
+                return tuple(devices(name))
             except jax.errors.JaxRuntimeError as error:
                 raise _unknown(name) from error
     raise _unknown(name)

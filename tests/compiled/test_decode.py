@@ -14,7 +14,10 @@ from hlo import collectives, computations, written_in_loops
 
 from raas_jax import ModelConfig, RaaS
 from raas_jax.memory import Programs, compiled, target_mesh
-from raas_jax.targets import DEVICE_MEMORY
+from raas_jax.targets import DEVICE_MEMORY, target_devices
+
+# A TPU v7x wants weights in larger tiles than it is given them in, and makes a copy at the start.
+COPIES_WEIGHTS = {"TPU7x"}
 
 MODELS = "Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"
 PROMPT, BUDGET, NEW, P = 512, 1024, 65_536, 16
@@ -80,7 +83,8 @@ def check(config, target, data, model, rows):
     assert abs(account.arguments - weights - by_formula) <= 0.03 * by_formula
     # The cache is updated in place, and a step takes little besides it.
     assert account.aliases >= state
-    assert account.temporaries < 0.05 * (weights + state)
+    room = weights if kind in COPIES_WEIGHTS else 0
+    assert account.temporaries < room + 0.05 * (weights + state)
     cache = ahead.state.cache
     smallest = min(on_a_device((cache.prompt.k, cache.kept[0].k)))
     assert written_in_loops(text, smallest) == []
@@ -100,26 +104,21 @@ def kernels(text):
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("target", TPUS)
 def test_on_one_device(config, target, model):
-    check(config(model), target, 1, 1, 1)
+    """One row where the weights fill the memory, eight elsewhere."""
+    roomy = DEVICE_MEMORY[target_devices(target)[0].device_kind] > 20 << 30
+    check(config(model), target, 1, 1, 8 if roomy else 1)
 
 
 def test_no_weight_is_copied_before_it_is_read(config):
     """Nor a layer's slice of one: each is read where it lies."""
     shape = config(MODELS[0])
+    layers = programs(shape, "v5e:2x2", 1, 1, 1).params.weights["layers"]
+    one_layer = [
+        sum(on_a_device(layers[name])) // shape.num_hidden_layers
+        for name in ("q", "o", "gate", "up", "down")
+    ]
     _, text = decode(shape, "v5e:2x2", 1, 1, 1)
-    one_layer = min(
-        size // shape.num_hidden_layers
-        for name, size in zip(
-            ("q", "o", "gate", "up", "down"), on_a_device_weights(shape), strict=True
-        )
-        if name
-    )
-    assert written_in_loops(text, one_layer) == []
-
-
-def on_a_device_weights(config):
-    layers = programs(config, "v5e:2x2", 1, 1, 1).params.weights["layers"]
-    return [on_a_device(layers[name])[0] for name in ("q", "o", "gate", "up", "down")]
+    assert written_in_loops(text, min(one_layer)) == []
 
 
 def test_the_allocation_does_not_depend_on_the_length(config):
