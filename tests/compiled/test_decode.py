@@ -127,7 +127,9 @@ def test_the_allocation_does_not_depend_on_the_length(config):
     # The limit is data: one program serves both.
     assert short.plan == long.plan
     few, many = (decode(shape, "v5e:2x2", 1, 1, 1, pages)[0] for pages in (2, 64))
-    assert (few.arguments, few.temporaries) == (many.arguments, many.temporaries)
+    assert few.arguments == many.arguments
+    # The compiler arranges two programs a little differently; a row of one page takes 0.9 MiB.
+    assert abs(many.temporaries - few.temporaries) < 1 << 19
     # What grows is what is given out: a token and its log-probability, padded to whole tiles.
     assert 0 < many.outputs - few.outputs <= 62 * P * 8 * 128
 
