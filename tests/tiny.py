@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_model
+from raas_jax.model import abstract_model, rope_frequencies
 from raas_jax.params import Params
+from raas_jax.policies.triattention import Centres
 
 VOCAB = 19
+FOLDER = tempfile.TemporaryDirectory()
 QWEN3 = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3")
 
 
@@ -42,3 +48,15 @@ def prompts_of(lengths, seed=0):
     """Random prompts of these lengths, as lists of ids."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+@functools.cache
+def calibration(config=QWEN3):
+    """A file of random centres, such as no model has, so that they matter."""
+    rng, c = np.random.default_rng(4), config
+    centre = rng.normal(size=(c.num_hidden_layers, c.num_attention_heads, c.head_dim))
+    length = rng.uniform(2.0, 4.0, (*centre.shape[:2], c.head_dim // 2))
+    file = Path(FOLDER.name) / f"{c.head_dim}.safetensors"
+    frequency = np.asarray(rope_frequencies(c.rope, c.head_dim))
+    Centres(centre.astype(np.float32), length.astype(np.float32), frequency).write(file)
+    return str(file)

@@ -253,7 +253,7 @@ def labels(policy: Policy) -> dict[str, str]:
     options = [
         f"{field.name}={getattr(policy, field.name)}"
         for field in dataclasses.fields(policy)
-        if field.init and field.name != "budget" and getattr(policy, field.name) != field.default
+        if field.repr and field.name != "budget" and getattr(policy, field.name) != field.default
     ]
     options_text = f" ({', '.join(options)})" if options else ""
     return {"Policy": name + options_text, "Budget": str(getattr(policy, "budget", "–"))}

@@ -70,7 +70,7 @@ def make(kind: type[Policy], options: Mapping[str, Any], name: str) -> Policy:
       options: by the names of its fields.
       name: of the policy, for the errors.
     """
-    fields = {field.name for field in dataclasses.fields(kind) if field.init}
+    fields = {field.name for field in dataclasses.fields(kind) if field.repr}
     hints = typing.get_type_hints(kind)
     for option, value in options.items():
         if option not in fields:

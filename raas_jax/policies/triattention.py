@@ -73,6 +73,7 @@ class TriAttention(Batched):
       horizon: tokens ahead, the longest distance.
       across_layers: average the scores of all layers (but dense ones), so that a head keeps the
         same tokens in each; else each layer decides.
+      digest: of the file's contents, found out here: what is compiled and saved depends on them.
     """
 
     every: int = 128
@@ -80,8 +81,7 @@ class TriAttention(Batched):
     calibration: str = ""
     horizon: int = 65536
     across_layers: bool = True
-    # The file's contents are part of what a decode is compiled for.
-    digest: str = dataclasses.field(default="", init=False, repr=False)
+    digest: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
         check_count("horizon", self.horizon, 1)
@@ -93,6 +93,11 @@ class TriAttention(Batched):
             )
         Centres.read(self.calibration)
         digest = hashlib.blake2b(Path(self.calibration).read_bytes(), digest_size=8).hexdigest()
+        if self.digest not in ("", digest):
+            raise ValueError(
+                f"calibration is {self.calibration!r}, whose contents have changed since this "
+                "policy was made. Bring the old file back, or make the policy anew."
+            )
         object.__setattr__(self, "digest", digest)
         super().__post_init__()
 

@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny import prompts_of, random_params
+from tiny import calibration, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, Request, Sampling, policies
@@ -34,6 +34,8 @@ def tight(name, prompt):
     options = {key: value for key, value in TIGHT.items() if key in known}
     if prompt:
         options["prompt"] = prompt
+    if name == "triattention":
+        options["calibration"] = calibration()
     return kind(page_size=P, **options)
 
 

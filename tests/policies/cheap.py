@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import tempfile
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,25 +12,9 @@ from raas_jax import Dense, Sampling
 from raas_jax.cache import page_bounds
 from raas_jax.config import ModelConfig
 from raas_jax.decode import Plan, empty_cache, init_marks, prefill, request
-from raas_jax.model import rope_frequencies
-from raas_jax.policies.triattention import Centres
 from raas_jax.sampling import Sampler, row_keys
 
 CONFIG = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 8, qk_norm=True, model_type="qwen3")
-
-FOLDER = tempfile.TemporaryDirectory()
-
-
-@functools.cache
-def calibration(config=CONFIG):
-    """A file of random centres, such as no model has, so that they matter."""
-    rng, c = np.random.default_rng(4), config
-    centre = rng.normal(size=(c.num_hidden_layers, c.num_attention_heads, c.head_dim))
-    length = rng.uniform(2.0, 4.0, (*centre.shape[:2], c.head_dim // 2))
-    file = Path(FOLDER.name) / f"{c.head_dim}.safetensors"
-    frequency = np.asarray(rope_frequencies(c.rope, c.head_dim))
-    Centres(centre.astype(np.float32), length.astype(np.float32), frequency).write(file)
-    return str(file)
 
 
 def start(params, plan, prompts, *, seed, setting=None):

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import oracle
 import pytest
-from cheap import CONFIG, calibration, start
-from tiny import prompts_of, random_params
+from cheap import CONFIG, start
+from tiny import calibration, prompts_of, random_params
 
 from raas_jax import policies
 from raas_jax.decode import EVICTION_STREAM, Plan, decode_page
@@ -63,7 +63,7 @@ def test_the_method_by_the_book(case, page_size):
     if name == "raas_quest":
         options["prompt_budget"] = 2 * P
     if name == "triattention":
-        options["calibration"] = calibration()
+        options["calibration"] = calibration(CONFIG)
     policy = policies.create(name, **options)
     # The first prompt is longer than the budget, the second shorter than the sinks.
     lengths = [pages * P + 2, 2, 2 * P + 1]
@@ -75,7 +75,7 @@ def test_the_method_by_the_book(case, page_size):
     )
     method = kind(P, pages, BUFFER if batched else 0)
     if name == "triattention":
-        centres = Centres.read(calibration())
+        centres = Centres.read(calibration(CONFIG))
         method.centre = centres.centre[..., :4] + 1j * centres.centre[..., 4:]
         method.length = centres.length
     rows = [book.Sequence(network, method, prompt) for prompt in prompts]

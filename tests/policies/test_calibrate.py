@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import by_the_book as book
 import jax
 import numpy as np
@@ -56,6 +58,8 @@ def test_another_file_under_the_same_name_is_another_policy(tmp_path):
     first, again = TriAttention(64, calibration=str(file)), TriAttention(64, calibration=str(file))
     centres._replace(length=2 * centres.length).write(file)
     assert first == again != TriAttention(64, calibration=str(file))
+    with pytest.raises(ValueError, match="contents have changed"):
+        dataclasses.replace(first, budget=128)
 
 
 def test_the_command(tmp_path, capsys):

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import calibration, start
+from cheap import start
 from hlo import written_in_loops
-from tiny import prompts_of, random_params
+from tiny import calibration, prompts_of, random_params
 
 from raas_jax import ModelConfig, policies
 from raas_jax.decode import Plan, decode_pages

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cheap import CONFIG, calibration, start
-from tiny import prompts_of, random_params
+from cheap import CONFIG, start
+from tiny import calibration, prompts_of, random_params
 from tiny_lemma import save_tiny
 
 import raas_jax
@@ -55,7 +55,7 @@ def tight(name, options):
     if name == "raas_quest":
         options = {**options, "prompt_budget": 2 * P}
     if name == "triattention":
-        options = {**options, "calibration": calibration()}
+        options = {**options, "calibration": calibration(CONFIG)}
     spare = 5 if options.get("prompt") == "within" else 0
     return policies.create(name, budget=(6 + spare) * P, page_size=P, **options)
 
@@ -66,7 +66,7 @@ def ample(name, options):
     if name == "raas_quest":
         options = {**options, "prompt_budget": 10 * P}
     if name == "triattention":
-        options = {**options, "calibration": calibration()}
+        options = {**options, "calibration": calibration(CONFIG)}
     return policies.create(name, budget=(PAGES + 6) * P, page_size=P, **options)
 
 
