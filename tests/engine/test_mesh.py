@@ -31,7 +31,7 @@ def start(*arguments):
 def end(process):
     """What it printed; stopped for good if it hangs."""
     try:
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=600)
     except subprocess.TimeoutExpired:
         process.kill()
         out, err = process.communicate()
