@@ -20,14 +20,14 @@ import raas_jax
 from raas_jax import text
 from raas_jax.decode import Plan
 from raas_jax.engine import Engine, Request
-from raas_jax.engine.rows import Newcomers, Programs
+from raas_jax.engine.rows import Programs, nobody
 from raas_jax.generate import TOKENS_PER_LOOK
 from raas_jax.lemma import Knobs, Problem, draw, grade
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 from raas_jax.policies.dense import bucket
 
-SLACK = 32  # Tokens that an answer may have beyond twice the right one's.
+SLACK = 32  # Tokens that an answer may have beyond twice the longest right one's.
 
 
 @dataclasses.dataclass
@@ -118,31 +118,31 @@ def throughput(
     Hugging Face on the same weights, dense, in the same batches, padded at the left.
     """
     prompts = [problem.prompt for problem in problems]
-    limits = [2 * len(problem.derivation_words) + SLACK for problem in problems]
+    limit = max(2 * len(problem.derivation_words) for problem in problems) + SLACK
     ids = [text.encode(params, prompt)[0][0] for prompt in prompts]
     engine = Engine(
         params,
         policy=policy,
         rows=rows,
-        max_new_tokens=max(limits),
+        max_new_tokens=limit,
         max_prompt_tokens=max(map(len, ids)),
     )
     engine.warm_up()
     # Batches whose longest prompts share a bucket share a program; one of each compiles it.
     batches = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
     ways: dict[str, Callable[[], list[list[int]]]] = {
-        "engine": lambda: _by_engine(engine, ids, limits),
-        "plain batches": lambda: _by_batches(params, policy, ids, max(limits), batches),
+        "engine": lambda: _by_engine(engine, ids, limit),
+        "plain batches": lambda: _by_batches(params, policy, ids, limit, batches),
     }
     shapes = {
         (len(ids[batch]), bucket(pages_for(max(map(len, ids[batch])), policy.page_size))): batch
         for batch in batches
     }
-    _by_batches(params, policy, ids, max(limits), list(shapes.values()))
+    _by_batches(params, policy, ids, limit, list(shapes.values()))
     if transformers:
         rival = _Transformers(params)
         rival.answer(ids, 16, batches[:1])
-        ways["transformers"] = lambda: rival.answer(ids, max(limits), batches)
+        ways["transformers"] = lambda: rival.answer(ids, limit, batches)
     answers: dict[str, list[list[int]]] = {}
     seconds: dict[str, list[float]] = {how: [] for how in ways}
     with tqdm(total=len(ways) * turns, unit="run", disable=not progress) as bar:
@@ -180,11 +180,10 @@ def throughput(
     return found
 
 
-def _by_engine(engine: Engine, ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+def _by_engine(engine: Engine, ids: list[list[int]], limit: int) -> list[list[int]]:
     offset = engine.usage.prompts  # Every run of this engine needs names of its own.
     requests = (
-        Request(offset + index, prompt, max_new_tokens=limit)
-        for index, (prompt, limit) in enumerate(zip(ids, limits, strict=True))
+        Request(offset + index, prompt, max_new_tokens=limit) for index, prompt in enumerate(ids)
     )
     found = {int(result.id) - offset: result.tokens for result in engine.run(requests)}
     return [found[index] for index in range(len(ids))]
@@ -296,7 +295,6 @@ class _Batch:
     """Rows of an engine that never end, with random prompts of one length."""
 
     def __init__(self, params: Params, policy: Policy, rows: int, samples: int, length: int):
-        self._params = params
         engine = Engine(
             params,
             policy=policy,
@@ -306,26 +304,20 @@ class _Batch:
             max_prompt_tokens=length,
             prefill_rows=1,
         )
+        self._params: Params = params
         self._plan: Plan = engine.plan
-        self._programs: Programs = engine._programs
+        self._programs: Programs = engine.programs
         self._state = self._programs.empty()
         rng = np.random.default_rng(0)
-        one = np.ones(1, np.int32)
         for group in range(rows // samples):
-            newcomers = Newcomers(
-                tokens=rng.integers(3, params.config.vocab_size, (1, length), dtype=np.int32),
-                lengths=one * length,
-                groups=one * group,
-                new_prompt=one == 1,
-                fresh=np.ones((1, samples), np.bool_),
-                seed=one * group,
-                sample=np.arange(samples, dtype=np.int32)[None],
-                limit=one * 2**30,
-                temperature=one.astype(np.float32),
-                top_k=one * 0,
-                top_p=one.astype(np.float32),
-                min_p=one.astype(np.float32) * 0,
-            )
+            newcomers = nobody(1, length, samples)
+            newcomers.tokens[:] = rng.integers(3, params.config.vocab_size, (1, length))
+            newcomers.lengths[:] = length
+            newcomers.groups[:] = newcomers.seed[:] = group
+            newcomers.new_prompt[:] = newcomers.fresh[:] = True
+            newcomers.sample[:] = np.arange(samples)
+            newcomers.limit[:] = 2**30
+            newcomers.temperature[:] = 1.0
             self._state, _ = self._programs.admit(params, self._state, newcomers)
         prompt = self._state.cache.prompt
         self.prompt_bytes = int(prompt.k.nbytes + prompt.v.nbytes)

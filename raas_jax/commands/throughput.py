@@ -9,7 +9,10 @@ from typing import Annotated, Literal
 
 import tyro
 
+from raas_jax.bench_engine import Age, Sharing
+from raas_jax.bench_engine import Throughput as Way
 from raas_jax.commands.options import Dtype, PolicyOptions, readable_bytes
+from raas_jax.policies import Policy
 
 
 @dataclasses.dataclass
@@ -35,6 +38,8 @@ class Throughput:
     """Tokens after which rows count as old."""
     samples: Annotated[int, tyro.conf.arg(metavar="INT")] = 16
     """Answers that share a prompt."""
+    prompt_tokens: Annotated[int, tyro.conf.arg(metavar="INT")] = 1024
+    """Of the prompts that are shared."""
     json: bool = False
     """Print JSON lines instead of tables."""
     dtype: Dtype = None
@@ -46,9 +51,10 @@ class Throughput:
         from raas_jax import bench_engine, load
         from raas_jax.commands.eval import parse_range
 
-        for name in ("problems", "rows", "turns", "old", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        for name in ("problems", "rows", "turns", "old", "samples", "prompt_tokens"):
+            value, option = getattr(self, name), name.replace("_", "-")
+            if value < 1:
+                raise ValueError(f"--{option} is {value}; it must be at least 1.")
         smallest, largest = parse_range(self.definitions)
         policy = self.policy.create()
         problems = bench_engine.mixed_problems(self.problems, smallest, largest)
@@ -62,12 +68,19 @@ class Throughput:
             transformers=self.against == "transformers",
             progress=sys.stderr.isatty(),
         )
-        aged = bench_engine.age(params, policy, old=self.old)
-        shared = bench_engine.sharing(params, policy, samples=self.samples, rows=4 * self.samples)
+        rows = 4 * self.samples
+        aged = bench_engine.age(params, policy, rows=rows, old=self.old)
+        shared = bench_engine.sharing(
+            params, policy, rows=rows, samples=self.samples, prompt_tokens=self.prompt_tokens
+        )
         if self.json:
             for found in (*ways, aged, shared):
                 print(json.dumps({"kind": type(found).__name__, **bench_engine.as_json(found)}))
             return 0
+        self._print(policy, ways, aged, shared)
+        return 0
+
+    def _print(self, policy: Policy, ways: list[Way], aged: Age, shared: Sharing) -> None:
         engine = ways[0]
         print(f"{self.problems} problems of {self.definitions} definitions, {policy}\n")
         print(
@@ -96,10 +109,10 @@ class Throughput:
                 ],
             )
         )
-        rows = f"{shared.rows} rows, prompts of {shared.prompt_tokens}"
+        batch = f"{shared.rows} rows, prompts of {shared.prompt_tokens}"
         print(
             _table(
-                [rows, "prompt bytes", "ms/step", "ratio"],
+                [batch, "prompt bytes", "ms/step", "ratio"],
                 [
                     [
                         f"{shared.samples} share one",
@@ -116,7 +129,6 @@ class Throughput:
                 ],
             )
         )
-        return 0
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

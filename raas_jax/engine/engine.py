@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,7 +19,7 @@ from raas_jax.answer import Answer, default_limit
 from raas_jax.decode import DecodeState, Drawn, Plan, cache_bytes
 from raas_jax.engine import saving
 from raas_jax.engine.requests import Id, Job, Request, Result, check
-from raas_jax.engine.rows import Newcomers, Programs, Seen, programs
+from raas_jax.engine.rows import Programs, Seen, nobody, programs
 from raas_jax.engine.schedule import Row, Schedule, Start
 from raas_jax.engine.sizing import largest_batch
 from raas_jax.generate import checked
@@ -28,7 +27,6 @@ from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 from raas_jax.sharding import place_weights
 
-_log = logging.getLogger(__name__)
 SMALLEST_BUCKET = 64  # Tokens. Shorter prompts gain little from a program of their own.
 
 
@@ -81,6 +79,7 @@ class Engine:
       plan: fixed shapes.
       rows: `B`.
       buckets: lengths to which prompts are padded, in tokens, ascending.
+      programs: what runs on the device.
       usage: what was done so far.
     """
 
@@ -166,7 +165,7 @@ class Engine:
                 f"{samples}, and the data axis of the mesh)."
             )
         self.rows = rows
-        self._programs = self._compile_for(rows)
+        self.programs = self._compile_for(rows)
         self._called: set[tuple[Any, ...]] = set()
         self._schedule = Schedule(rows, samples)
         self._ready: deque[Result] = deque()
@@ -175,7 +174,7 @@ class Engine:
         self._looks: deque[_Look] = deque()
         self._started: list[tuple[list[tuple[int, Row]], Drawn]] = []
         self._saver = None if save_to is None else saving.Saver(save_to, save_every or 300.0)
-        self._row_bytes = cache_bytes(self._programs.shape) // rows
+        self._row_bytes = cache_bytes(self.programs.shape) // rows
 
     @property
     def compiles(self) -> int:
@@ -193,7 +192,7 @@ class Engine:
         for bucket in self.buckets:
             for size in self._sizes:
                 state, _ = self._call("admit", bucket, size)(
-                    self.params, state, self._nobody(size, bucket)
+                    self.params, state, nobody(size, bucket, self.plan.samples)
                 )
         if not self._schedule.busy():
             state, _ = self._call("advance")(self.params, state)
@@ -291,7 +290,7 @@ class Engine:
         saving.check_model(book, params, folder)
         options = {**book["options"], "policy": saving.policy_of(book, policy)}
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
-        engine._state = saving.read_state(folder, engine._programs.shape)
+        engine._state = saving.read_state(folder, engine.programs.shape)
         engine._open(book)
         return engine
 
@@ -311,15 +310,15 @@ class Engine:
     def _account(self, rows: int) -> list[Any]:
         """The lowered programs that take most memory, for this many rows."""
         made = self._compile_for(rows)
-        nobody = self._nobody(self._sizes[0], self.buckets[-1])
+        newcomers = nobody(self._sizes[0], self.buckets[-1], self.plan.samples)
         return [
             made.advance.lower(self.params, made.shape),
-            made.admit.lower(self.params, made.shape, nobody),
+            made.admit.lower(self.params, made.shape, newcomers),
         ]
 
     def _call(self, name: str, *shape: int) -> Any:
         self._called.add((name, *shape))
-        return getattr(self._programs, name)
+        return getattr(self.programs, name)
 
     def _take_state(self) -> DecodeState:
         """The state, to be given away."""
@@ -380,7 +379,7 @@ class Engine:
                 self._admit_together(batch, bucket)
 
     def _admit_together(self, batch: Sequence[Start], bucket: int) -> None:
-        newcomers = self._nobody(len(batch), bucket)
+        newcomers = nobody(len(batch), bucket, self.plan.samples)
         samples, began, rows = self.plan.samples, time.perf_counter(), []
         for line, start in enumerate(batch):
             job = start.job
@@ -406,25 +405,6 @@ class Engine:
         admit = self._call("admit", bucket, len(batch))
         self._state, drawn = admit(self.params, self._take_state(), newcomers)
         self._started.append((rows, drawn))
-
-    def _nobody(self, size: int, bucket: int) -> Newcomers:
-        """Newcomers of this shape, none of whom is there yet."""
-        by_line = lambda dtype, value=0: np.full(size, value, dtype)  # noqa: E731
-        by_row = (size, self.plan.samples)
-        return Newcomers(
-            tokens=np.zeros((size, bucket), np.int32),
-            lengths=by_line(np.int32, 1),
-            groups=by_line(np.int32),
-            new_prompt=by_line(np.bool_),
-            fresh=np.zeros(by_row, np.bool_),
-            seed=by_line(np.int32),
-            sample=np.zeros(by_row, np.int32),
-            limit=by_line(np.int32),
-            temperature=by_line(np.float32),
-            top_k=by_line(np.int32),
-            top_p=by_line(np.float32, 1.0),
-            min_p=by_line(np.float32),
-        )
 
     def _answer(self, job: Job) -> Answer:
         # Without stop strings the text is made at the end, which is much less work.
@@ -500,25 +480,6 @@ class Engine:
 
     def _book(self) -> dict[str, Any]:
         """Everything on the host, as JSON values."""
-        schedule = self._schedule
-        jobs: list[Job] = []
-        for job in (*schedule.waiting, *schedule.prompts):
-            if job is not None and job not in jobs:
-                jobs.append(job)
-        rows = [
-            None
-            if row is None
-            else {
-                "job": jobs.index(row.job),
-                "sample": row.sample,
-                # Copies, since the book is written while the run goes on.
-                "tokens": list(row.answer.tokens),
-                "logprobs": list(row.answer.logprobs),
-                "pages": [row.answer.kept_pages, row.answer.evicted_pages],
-                "seconds": [row.answer.prefill_seconds, row.answer.decode_seconds],
-            }
-            for row in schedule.rows
-        ]
         return {
             "model": saving.model_of(self.params),
             "policy": saving.describe(self.plan.policy),
@@ -531,10 +492,7 @@ class Engine:
                 "look_every": self._pages * self.plan.page_size,
                 "prefill_rows": self._sizes[0],
             },
-            "jobs": [job.to_json() for job in jobs],
-            "waiting": [jobs.index(job) for job in schedule.waiting],
-            "prompts": [None if job is None else jobs.index(job) for job in schedule.prompts],
-            "rows": rows,
+            "schedule": self._schedule.to_json(),
             "ready": [result.to_json() for result in self._ready],
             "taken": sorted(self._taken, key=str),
             "usage": dataclasses.asdict(self.usage),
@@ -542,19 +500,7 @@ class Engine:
 
     def _open(self, book: dict[str, Any]) -> None:
         """The inverse of `_book`."""
-        schedule, now = self._schedule, time.perf_counter()
-        jobs = [Job.from_json(job) for job in book["jobs"]]
-        schedule.waiting = deque(jobs[index] for index in book["waiting"])
-        schedule.prompts = [None if index is None else jobs[index] for index in book["prompts"]]
-        for index, saved in enumerate(book["rows"]):
-            if saved is None:
-                continue
-            job = jobs[saved["job"]]
-            answer = self._answer(job)
-            answer.take(np.asarray(saved["tokens"], int), np.asarray(saved["logprobs"], float))
-            answer.kept_pages, answer.evicted_pages = saved["pages"]
-            answer.prefill_seconds, seconds = saved["seconds"]
-            schedule.rows[index] = Row(job, saved["sample"], answer, now, now - seconds)
+        self._schedule.open(book["schedule"], self._answer)
         self._ready = deque(Result.from_json(result) for result in book["ready"])
         self._taken = set(book["taken"])
         self.usage = Usage(**book["usage"])

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.config import ModelConfig
@@ -37,8 +38,7 @@ from raas_jax.sharding import RULES, state_shardings
 class Newcomers(NamedTuple):
     """Prompts of one bucket that join at a page boundary, and the rows that answer them.
 
-    `B'` prompts share the `B` rows in groups of `samples`. A line may be repeated, to fill up the
-    number that the program is compiled for: the same is then written twice.
+    The `B` rows come in `B'` groups of `samples`, which share a prompt.
 
     Attributes:
       tokens: int32 `[n, T]`, prompts at the left, padded at the right.
@@ -64,6 +64,25 @@ class Newcomers(NamedTuple):
     top_k: Any
     top_p: Any
     min_p: Any
+
+
+def nobody(size: int, bucket: int, samples: int) -> Newcomers:
+    """Newcomers of this shape, to be filled in: a line that is not starts no row."""
+    by_line = lambda dtype, value=0: np.full(size, value, dtype)  # noqa: E731
+    return Newcomers(
+        tokens=np.zeros((size, bucket), np.int32),
+        lengths=by_line(np.int32, 1),
+        groups=by_line(np.int32),
+        new_prompt=by_line(np.bool_),
+        fresh=np.zeros((size, samples), np.bool_),
+        seed=by_line(np.int32),
+        sample=np.zeros((size, samples), np.int32),
+        limit=by_line(np.int32),
+        temperature=by_line(np.float32),
+        top_k=by_line(np.int32),
+        top_p=by_line(np.float32, 1.0),
+        min_p=by_line(np.float32),
+    )
 
 
 class Seen(NamedTuple):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
 
 from raas_jax.answer import Answer
 from raas_jax.engine.requests import Id, Job
@@ -111,3 +115,43 @@ class Schedule:
         for job in self.waiting:
             job.todo = [sample for sample in job.todo if (job.id, sample) not in done]
         self.waiting = deque(job for job in self.waiting if job.todo)
+
+    def to_json(self) -> dict[str, Any]:
+        """Rows with what they have, prompts and waiting jobs, as JSON values that are copies."""
+        jobs: list[Job] = []
+        for job in (*self.waiting, *self.prompts):
+            if job is not None and job not in jobs:
+                jobs.append(job)
+        return {
+            "jobs": [job.to_json() for job in jobs],
+            "waiting": [jobs.index(job) for job in self.waiting],
+            "prompts": [None if job is None else jobs.index(job) for job in self.prompts],
+            "rows": [
+                None
+                if row is None
+                else {
+                    "job": jobs.index(row.job),
+                    "sample": row.sample,
+                    "tokens": list(row.answer.tokens),
+                    "logprobs": list(row.answer.logprobs),
+                    "pages": [row.answer.kept_pages, row.answer.evicted_pages],
+                    "seconds": [row.answer.prefill_seconds, row.answer.decode_seconds],
+                }
+                for row in self.rows
+            ],
+        }
+
+    def open(self, values: dict[str, Any], answer: Callable[[Job], Answer]) -> None:
+        """The inverse of `to_json`; `answer` gives an empty answer to a job."""
+        jobs, now = [Job.from_json(job) for job in values["jobs"]], time.perf_counter()
+        self.waiting = deque(jobs[index] for index in values["waiting"])
+        self.prompts = [None if index is None else jobs[index] for index in values["prompts"]]
+        for index, saved in enumerate(values["rows"]):
+            if saved is None:
+                continue
+            job = jobs[saved["job"]]
+            made = answer(job)
+            made.take(np.asarray(saved["tokens"], int), np.asarray(saved["logprobs"], float))
+            made.kept_pages, made.evicted_pages = saved["pages"]
+            made.prefill_seconds, seconds = saved["seconds"]
+            self.rows[index] = Row(job, saved["sample"], made, now, now - seconds)
