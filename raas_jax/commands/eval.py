@@ -57,6 +57,8 @@ class Eval:
     """Answers at once; auto: as many as fit the device's memory."""
     share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
     """Samples of a problem that share one copy of its prompt; divides --rows."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="DATAxMODEL", help_behavior_hint="")] = None
+    """Several devices, as in 4x2: rows over 4, heads and mlp width over 2."""
     tokens: bool = False
     """Keep the token ids of every answer too."""
     graders: Annotated[int, tyro.conf.arg(metavar="N")] = 2
@@ -158,8 +160,9 @@ class Eval:
             chat=False if self.no_chat else None,
             grading_seconds=self.grading_seconds,
         )
+        mesh = parse_mesh(self.mesh)
         run_benchmark(
-            load(self.model, dtype=self.dtype),
+            load(self.model, dtype=self.dtype, sharding=mesh),
             benchmark,
             problems,
             tried,
@@ -168,6 +171,7 @@ class Eval:
             asking=asking,
             rows=self.rows,
             share=self.share,
+            mesh=mesh,
             keep_tokens=self.tokens,
             workers=self.graders,
         )
@@ -242,6 +246,18 @@ def print_report(folder: str) -> int:
     for remark in remarks:
         print(f"raas-jax: note: {remark}", file=sys.stderr)
     return 0
+
+
+def parse_mesh(text: str | None) -> Any:
+    """`4x2` → a mesh of eight devices; None stays None. Raises ValueError."""
+    if text is None:
+        return None
+    from raas_jax.sharding import make_mesh
+
+    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if not found:
+        raise ValueError(f"--mesh is {text!r}; write for example 4x2, or 1x8.")
+    return make_mesh(int(found[1]), int(found[2]))
 
 
 def parse_range(text: str) -> tuple[int, int]:

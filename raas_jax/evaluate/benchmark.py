@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm.auto import tqdm
 
 from raas_jax import text
@@ -72,6 +73,7 @@ def run_benchmark(
     asking: Asking | None = None,
     rows: Rows = 16,
     share: int = 1,
+    mesh: Mesh | None = None,
     keep_tokens: bool = False,
     workers: int = 2,
     progress: bool | None = None,
@@ -90,6 +92,7 @@ def run_benchmark(
       asking: greedy, one sample, by default.
       rows: answers at once, or "auto".
       share: samples of one problem that share one copy of its prompt; divides `rows`.
+      mesh: of devices, see `raas_jax.Engine`; `rows` is a multiple of its data axis.
       keep_tokens: write the token ids of every answer too.
       workers: processes that grade.
       progress: a bar on stderr; None shows it on a terminal.
@@ -110,11 +113,13 @@ def run_benchmark(
     config = configuration(params, benchmark, problems, tried, model, asking)
     with ExitStack() as stack:
         marker = stack.enter_context(Marker(benchmark, workers, asking.grading_seconds))
-        here = {**environment(), "rows": rows, "share": share}
+        here: dict[str, Any] = {**environment(), "rows": rows, "share": share}
+        if mesh is not None:
+            here["mesh"] = dict(mesh.shape)
         results = stack.enter_context(Results.open(out, config, here))
         run = _Run(params, benchmark, problems, prompts, asking, results, marker, keep_tokens)
         for policy in tried:
-            run.ask(policy, rows, share, progress)
+            run.ask(policy, rows, share, mesh, progress)
     return results
 
 
@@ -218,7 +223,9 @@ class _Run:
         self.keep_tokens = keep_tokens
         self.start = results.starts - 1
 
-    def ask(self, policy: Policy, rows: Rows, share: int, progress: bool | None) -> None:
+    def ask(
+        self, policy: Policy, rows: Rows, share: int, mesh: Mesh | None, progress: bool | None
+    ) -> None:
         """Answers what is missing under one policy."""
         name, n = label(policy), self.asking.samples
         done = {
@@ -232,7 +239,7 @@ class _Run:
         ]
         if not missing:
             return
-        engine = self._engine(policy, rows, share)
+        engine = self._engine(policy, rows, share, mesh)
         engine.warm_up()
         waiting: list[tuple[Result, float, Future[Mark]]] = []
         with _Bar(name, len(self.problems) * n, done, engine, progress) as bar:
@@ -249,18 +256,20 @@ class _Run:
                 # What is answered is graded and kept, also when the run is interrupted.
                 self._write(waiting, policy, bar, patient=True)
 
-    def _engine(self, policy: Policy, rows: Rows, share: int) -> Engine:
+    def _engine(self, policy: Policy, rows: Rows, share: int, mesh: Mesh | None) -> Engine:
         """Of the same shape however much is missing, so that going on compiles nothing new."""
         wanted = len(self.problems) * self.asking.samples
+        together = share * (1 if mesh is None else mesh.shape["data"])
         limits = [each.limit or self.asking.max_new_tokens for each in self.problems.values()]
         known = [limit for limit in limits if limit is not None]
         return Engine(
             self.params,
             policy=policy,
-            rows="auto" if rows == "auto" else min(rows, -(-wanted // share) * share),
+            rows="auto" if rows == "auto" else min(rows, -(-wanted // together) * together),
             max_new_tokens=max(known) if len(known) == len(limits) else None,
             max_prompt_tokens=max(len(prompt) for prompt in self.prompts.values()),
             samples=share,
+            mesh=mesh,
         )
 
     def _request(self, name: str) -> Request:
@@ -318,15 +327,16 @@ class _Run:
         stats = result.stats
         if stats is not None:
             P = policy.page_size
-            length = pages_for(stats.generated_tokens, P) * P
+            # Whole pages, so that few lengths have to be worked out.
+            prompt, length = (
+                pages_for(count, P) * P for count in (stats.prompt_tokens, stats.generated_tokens)
+            )
             dtype = self.params.weights["embedding"].dtype.name
             sample |= {
                 "kept_pages": stats.kept_pages,
                 "evicted_pages": stats.evicted_pages,
                 "kv_bytes": stats.kv_bytes,
-                "kv_bytes_of_length": row_bytes(
-                    self.params.config, policy, stats.prompt_tokens, length, dtype
-                ),
+                "kv_bytes_of_length": row_bytes(self.params.config, policy, prompt, length, dtype),
                 "dense_kv_bytes": stats.dense_kv_bytes,
                 "seconds": round(stats.prefill_seconds + stats.decode_seconds, 3),
             }

@@ -254,6 +254,8 @@ def test_bad_options(tmp_path, capsys):
     out = ["--out", str(tmp_path / "out")]
     data = tmp_path / "data.jsonl"
     data.write_text('{"problem": "1+1?", "answr": "2"}\n')
+    good = tmp_path / "good.jsonl"
+    good.write_text('{"problem": "1+1?", "answer": "2"}\n')
     for args, said in [
         (["gsm"], "Did you mean gsm8k?"),
         (["gsm8k"], "--data FILE"),  # Tests are offline.
@@ -262,6 +264,9 @@ def test_bad_options(tmp_path, capsys):
         (["lemma", "--limit", "3"], "--limit is not an option of the task lemma"),
         (["lemma", "--samples", "2"], "set a temperature"),
         (["lemma", "--rows", "auto"], "give a number"),
+        (["lemma", "--mesh", "1x1"], "give a number"),
+        (["math500", "--data", str(good), "--mesh", "2"], "--mesh is '2'; write for example 4x2"),
+        (["math500", "--data", str(good), "--mesh", "9x9"], "81 devices"),
         (["gone.jsonl"], "there is no such file"),
         (["gsm8k", "--limit", "0"], "--limit is 0"),
     ]:
