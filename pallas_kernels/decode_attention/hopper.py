@@ -1,0 +1,330 @@
+"""The kernel behind both decode attentions on Hopper GPUs: Pallas on Mosaic GPU.
+
+One block of 128 threads reads its share of the tokens of one (row, key/value head) in tiles of 64,
+a few tiles ahead of the arithmetic. The tokens are on the long side of the tensor-core products:
+
+    scores [64, G] = keys [64, H] · qᵀ        out [H, G] += valuesᵀ [H, 64] · weights [64, G]
+
+so a group of G query heads is padded to 8, not to 64. The sum of each page's weights is a third such
+product, with a matrix that says which token is on which page; for it the weights are split into two
+bfloat16 parts, since one alone would cost the page masses their accuracy.
+
+A tile without a living token is not read. One with some is read whole, and what is dead in it never
+matters: its scores are masked, and its values set to zero before they are multiplied.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.decode_attention.reference import DecodeAttention
+from pallas_kernels.hopper import MULTIPROCESSORS
+
+TILE = 64
+"""Tokens per tile: the M side of one warpgroup product."""
+WORD = 32
+"""Tokens per word of the mask of living tokens."""
+SHARED_BYTES = 96 * 1024
+"""For tiles in flight, per block: two blocks fit on one multiprocessor."""
+LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """Static sizes of one call.
+
+    Attributes:
+      heads: key/value heads, `K`.
+      samples: rows of queries that share one row of pages, `B / B'`.
+      chunks: groups into which the query heads of one key/value head are cut.
+      group: query heads of one such group, padded to a multiple of 8.
+      page: `P`.
+      head_dim: `H`.
+      tokens: `S * P`, in memory, per row of pages and head.
+      tiles: tiles to read, per row of queries and head.
+      copies: pieces of a tile, from anywhere in memory; 0 where tile t is simply the t-th one.
+    """
+
+    heads: int
+    samples: int
+    chunks: int
+    group: int
+    page: int
+    head_dim: int
+    tokens: int
+    tiles: int
+    copies: int
+
+    @property
+    def pages_per_tile(self) -> int:
+        return max(1, TILE // self.page)
+
+
+def check_tiles(q: jax.Array, k_pages: jax.Array) -> None:
+    """Raises NotImplementedError for what the tiles cannot hold."""
+    P, H = k_pages.shape[-2:]
+    if k_pages.dtype != jnp.bfloat16 or q.dtype != k_pages.dtype:
+        raise NotImplementedError(f"q is {q.dtype} and the pages {k_pages.dtype}, not bfloat16")
+    if H % 64 or H > 256:
+        raise NotImplementedError(f"the head dim is {H}, not 64, 128, 192 or 256")
+    if P % TILE and TILE % P:
+        raise NotImplementedError(f"a page of {P} tokens neither divides nor holds tiles of {TILE}")
+
+
+def grouping(heads: int, head_dim: int) -> tuple[int, int]:
+    """Query heads per group, padded, and how many such groups: what the registers hold."""
+    most = 64 if head_dim <= 128 else 32
+    chunks = -(-heads // most)
+    return -(-heads // (8 * chunks)) * 8, chunks
+
+
+def choose_splits(blocks: int, tiles: int) -> int:
+    """Blocks that share the tiles of one group, so that all together fill the chip twice."""
+    wanted = max(1, min(-(-2 * MULTIPROCESSORS // blocks), tiles))
+    # No block without a tile.
+    return -(-tiles // -(-tiles // wanted))
+
+
+def choose_stages(head_dim: int) -> int:
+    """Tiles of keys and of values in flight."""
+    return max(2, min(6, SHARED_BYTES // (2 * TILE * head_dim * 2)))
+
+
+def attend_tiles(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    alive: jax.Array,
+    starts: jax.Array | None,
+    layer: jax.Array,
+    shape: Shape,
+    scale: float,
+    interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention of every group of query heads over the tiles of its row.
+
+    Args:
+      q: `[B, N, H]`.
+      k_pages, v_pages: `[L, B', K, S, P, H]`.
+      alive: bool `[B, K, tiles, 64]` (`B` may be `B'`), tokens that count.
+      starts: int32 `[B, K, tiles, copies]`, where in memory each piece of a tile begins, in tokens;
+        None: tile `t` begins at `min(64 * t, tokens - 64)`.
+      layer: int32 scalar.
+      shape: see there.
+      scale: factor on the scores.
+      interpret: parameters of the interpreter; None compiles.
+
+    Returns:
+      The unnormalised output, float32 `[B, K, G', H]`, largest scores, `[B, K, G']`, and log-sum-exp
+      of each page in each tile, `[B, K, tiles, pages, G']`; `G' >= G` with padding at the end.
+    """
+    L, prompts, K, S, P, H = k_pages.shape
+    B, N, _ = q.shape
+    tiles, group, chunks = shape.tiles, shape.group, shape.chunks
+    blocks = B * K * chunks
+    splits, stages = choose_splits(blocks, tiles), choose_stages(H)
+    per_split = -(-tiles // splits)
+    pages = shape.pages_per_tile
+
+    queries = q.reshape(B, K, N // K, H)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, chunks * group - N // K), (0, 0)))
+    bits = alive.reshape(-1, tiles * TILE // WORD, WORD).astype(jnp.uint32)
+    words = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
+    operands = [
+        queries.reshape(blocks, group, H),
+        k_pages.reshape(L * prompts * K, S * P, H),
+        v_pages.reshape(L * prompts * K, S * P, H),
+        lax.bitcast_convert_type(words, jnp.int32),
+        jnp.reshape(layer, 1),
+    ]
+    if starts is not None:
+        operands.append(starts.reshape(B * K, tiles * shape.copies))
+
+    def body(
+        q_ref: Any, k_ref: Any, v_ref: Any, words_ref: Any, layer_ref: Any, *rest: Any
+    ) -> None:
+        starts_ref, rest = (rest[0], rest[1:]) if starts is not None else (None, rest)
+        out_ref, max_ref, lse_ref, q_smem, k_smem, v_smem, high_smem, low_smem, *rest = rest
+        member_smem, lse_smem, q_barrier, k_barriers, v_barriers = rest
+        block, split = lax.axis_index("block"), lax.axis_index("split")
+        query = lax.div(block, jnp.int32(chunks))
+        row = lax.div(query, jnp.int32(K * shape.samples)) * K + lax.rem(query, jnp.int32(K))
+        page_row = layer_ref[0] * (prompts * K) + row
+        word_row = query if alive.shape[0] == B else row
+        first = split * per_split
+        count = jnp.minimum(per_split, tiles - first)
+
+        def living(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return words_ref[word_row, 2 * tile], words_ref[word_row, 2 * tile + 1]
+
+        def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
+            """Starts reading a tile, unless nothing in it lives."""
+            low, high = living(tile)
+
+            @pl.when((low | high) != 0)
+            def _() -> None:
+                for ref, smem, barriers in (k_ref, k_smem, k_barriers), (v_ref, v_smem, v_barriers):
+                    for piece in range(max(1, shape.copies)):
+                        rows = TILE // max(1, shape.copies)
+                        if starts_ref is None:
+                            start = jnp.minimum(tile * TILE, shape.tokens - TILE)
+                        else:
+                            start = starts_ref[query, tile * shape.copies + piece]
+                        plgpu.copy_gmem_to_smem(
+                            ref.at[page_row, pl.ds(start, rows)],
+                            smem.at[slot, pl.ds(piece * rows, rows)],
+                            barriers.at[slot],
+                        )
+
+        plgpu.copy_gmem_to_smem(q_ref.at[block], q_smem, q_barrier)
+        for ahead in range(min(stages, per_split)):
+            pl.when(ahead < count)(lambda ahead=ahead: fetch(first + ahead, ahead))
+
+        def index(columns: int, axis: int) -> jax.Array:
+            return plgpu.broadcasted_iota(
+                jnp.int32, (TILE, columns), axis, layout=plgpu.Layout.WGMMA
+            )
+
+        # Which page of the tile (row) each token (column) is on.
+        member = lax.div(index(TILE, 1), jnp.int32(min(P, TILE))) == index(TILE, 0)
+        member_smem[...] = jnp.where(member, 1.0, 0.0).astype(jnp.bfloat16)
+        plgpu.barrier_wait(q_barrier)
+
+        def mask(low: jax.Array, high: jax.Array, columns: int) -> jax.Array:
+            token = index(columns, 0)
+            word = jnp.where(token < WORD, low, high)
+            return (lax.shift_right_logical(word, token & (WORD - 1)) & 1) != 0
+
+        def product(left: Any, right: Any, rows: int) -> jax.Array:
+            def multiply(total: Any) -> jax.Array:
+                plgpu.wgmma(total, left, right)
+                return total[...]
+
+            return pl.run_scoped(multiply, plgpu.ACC((rows, group), jnp.float32))
+
+        def by_head(x: jax.Array, rows: int) -> jax.Array:
+            return lax.broadcast_in_dim(x, (rows, group), (1,))
+
+        def attend(tile: jax.Array, slot: jax.Array, carry: Any) -> Any:
+            out, peak = carry
+            low, high = living(tile)
+            plgpu.barrier_wait(k_barriers.at[slot])
+            scores = product(k_smem.at[slot], plgpu.transpose_ref(q_smem, (1, 0)), TILE)
+            scores = jnp.where(mask(low, high, group), scores * (scale * LOG2_E), -jnp.inf)
+            new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
+            weights = jnp.exp2(scores - by_head(new_peak, TILE))
+            upper = weights.astype(jnp.bfloat16)
+            lower = (weights - upper.astype(jnp.float32)).astype(jnp.bfloat16)
+            for smem, part in (high_smem, upper), (low_smem, lower):
+                part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
+                plgpu.transpose_ref(smem, (1, 0))[...] = part
+            plgpu.barrier_wait(v_barriers.at[slot])
+
+            @pl.when((low & high) != -1)
+            def _() -> None:
+                # A dead value may be NaN, and 0 * NaN is NaN.
+                for column in range(0, H, 64):
+                    part = v_smem.at[slot, :, pl.ds(column, 64)]
+                    value = part[...]
+                    part[...] = jnp.where(mask(low, high, 64), value, jnp.zeros_like(value))
+
+            plgpu.commit_smem()
+            upper_by_token = plgpu.transpose_ref(high_smem, (1, 0))
+            values = plgpu.transpose_ref(v_smem.at[slot], (1, 0))
+            out = out * by_head(jnp.exp2(peak - new_peak), H) + product(values, upper_by_token, H)
+            of_page = product(member_smem, upper_by_token, TILE)
+            of_page += product(member_smem, plgpu.transpose_ref(low_smem, (1, 0)), TILE)
+            lse = by_head(new_peak * (1 / LOG2_E), TILE) + jnp.log(of_page)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            lse_smem[...] = lse
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(lse_smem.at[pl.ds(0, pages)], lse_ref.at[block, tile])
+            return out, new_peak
+
+        def step(number: jax.Array, carry: Any) -> Any:
+            tile, slot = first + number, lax.rem(number, jnp.int32(stages))
+            low, high = living(tile)
+            carry = lax.cond(
+                (low | high) != 0,
+                lambda carry: attend(tile, slot, carry),
+                lambda carry: carry,
+                carry,
+            )
+            pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
+            return carry
+
+        zero = plgpu.layout_cast(jnp.zeros((H, group), jnp.float32), plgpu.Layout.WGMMA)
+        low_peak = plgpu.layout_cast(
+            jnp.full((group,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
+        )
+        out, peak = lax.fori_loop(0, count, step, (zero, low_peak))
+        out_ref[block, split] = out
+        max_ref[block, split] = peak * (1 / LOG2_E)
+        plgpu.wait_smem_to_gmem(0)
+
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+
+    def tile_memory(*sizes: int) -> Any:
+        return plgpu.SMEM(sizes, jnp.bfloat16, transforms=swizzled)
+
+    arrivals = max(1, shape.copies)
+    out, peak, lse = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((blocks, splits, H, group), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, splits, group), jnp.float32),
+            jax.ShapeDtypeStruct((blocks, tiles, pages, group), jnp.float32),
+        ),
+        scratch_types=[
+            tile_memory(group, H),
+            tile_memory(stages, TILE, H),
+            tile_memory(stages, TILE, H),
+            tile_memory(group, TILE),
+            tile_memory(group, TILE),
+            tile_memory(TILE, TILE),
+            plgpu.SMEM((TILE, group), jnp.float32),
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+        ],
+        grid=(blocks, splits),
+        grid_names=("block", "split"),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=interpret,
+    )(*operands)
+
+    top = jnp.max(peak, axis=1)
+    factor = jnp.exp(peak - jnp.where(jnp.isneginf(top), 0.0, top)[:, None])
+    out = jnp.sum(out * factor[:, :, None], axis=1)
+    lse = jnp.moveaxis(lse.reshape(B, K, chunks, tiles, pages, group), 2, 4)
+    living = jnp.any(alive.reshape(-1, K, tiles, pages, TILE // pages), axis=-1)
+    living = jnp.repeat(living, B // living.shape[0], axis=0)
+    return (
+        jnp.moveaxis(out.reshape(B, K, chunks, H, group), 3, 4).reshape(B, K, chunks * group, H),
+        top.reshape(B, K, chunks * group),
+        jnp.where(living[..., None], lse.reshape(B, K, tiles, pages, chunks * group), -jnp.inf),
+    )
+
+
+def finish(out: jax.Array, top: jax.Array, lse: jax.Array, q: jax.Array) -> DecodeAttention:
+    """Without the padding: `[B, K, G', H]`, `[B, K, G']`, `[B, K, S, G']`, for q `[B, N, H]`."""
+    B, N, H = q.shape
+    G = N // out.shape[1]
+    page_lse = jnp.swapaxes(lse, 2, 3)[:, :, :G].reshape(B, N, -1)
+    top = top[..., :G].reshape(B, N)
+    safe = jnp.where(jnp.isneginf(top), 0.0, top)
+    return DecodeAttention(
+        out=out[:, :, :G].reshape(B, N, H),
+        max=top,
+        sum=jnp.sum(jnp.exp(page_lse - safe[..., None]), axis=-1),
+        page_lse=page_lse,
+    )
