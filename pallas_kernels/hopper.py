@@ -1,16 +1,26 @@
-"""Facts about the one kind of GPU that the kernels are written for: compute capability 9.0."""
+"""What the kernels for GPUs of compute capability 9.0 have in common."""
 
 from __future__ import annotations
 
-import jax
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+TILE = 64
+"""Tokens or pages per tile: the long side of one warpgroup product."""
 MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200; a card with fewer just has more work for each."""
+"""Of an H100 SXM and an H200; where there are fewer, each has more to do."""
+TILE_BYTES = 96 * 1024
+"""For the tiles in flight, per block: two blocks fit on one multiprocessor."""
+MOST_HEADS = 32
+"""Query heads that one block serves: more would not fit its registers."""
 NAMES = ("H100", "H200", "H800", "H20", "GH200")
 
 
 def require_hopper(device_kind: str) -> None:
-    """Raises NotImplementedError unless this is a Hopper GPU.
+    """Raises NotImplementedError unless this is a GPU of compute capability 9.0.
 
     A name that is not known is looked up among the devices of this process.
     """
@@ -18,9 +28,46 @@ def require_hopper(device_kind: str) -> None:
     if any(name in words for name in NAMES):
         return
     for device in jax.devices():
-        if device.device_kind == device_kind and device.platform == "gpu":
-            if str(getattr(device, "compute_capability", "")) == "9.0":
-                return
+        capability = str(getattr(device, "compute_capability", ""))
+        if device.device_kind == device_kind and capability == "9.0":
+            return
     raise NotImplementedError(
         f"{device_kind!r} is no GPU of compute capability 9.0 (such as {', '.join(NAMES)})"
     )
+
+
+def require_bfloat16(**arrays: jax.Array) -> None:
+    """Raises NotImplementedError for another dtype: the tensor cores turn only 16-bit tiles."""
+    for name, array in arrays.items():
+        if array.dtype != jnp.bfloat16:
+            raise NotImplementedError(f"{name} is {array.dtype}, not bfloat16")
+
+
+def require_head_dim(head_dim: int) -> None:
+    """Raises NotImplementedError for a head dim that the tiles cannot hold."""
+    if head_dim not in (64, 128, 192, 256):
+        raise NotImplementedError(f"the head dim is {head_dim}, not 64, 128, 192 or 256")
+
+
+def grouping(heads: int) -> tuple[int, int]:
+    """Query heads per block, padded to a multiple of 8, and blocks for this many heads."""
+    chunks = -(-heads // MOST_HEADS)
+    return -(-heads // (8 * chunks)) * 8, chunks
+
+
+def choose_splits(blocks: int, tiles: int) -> int:
+    """Into how many parts to cut the tiles of each block, so that the chip is filled twice."""
+    wanted = max(1, min(-(-2 * MULTIPROCESSORS // blocks), tiles))
+    # No part without a tile.
+    return -(-tiles // -(-tiles // wanted))
+
+
+def choose_stages(head_dim: int) -> int:
+    """Pairs of tiles in flight."""
+    return max(2, min(6, TILE_BYTES // (2 * TILE * head_dim * 2)))
+
+
+def tile_memory(*sizes: int) -> Any:
+    """Shared memory for bfloat16 matrices, in the order in which the tensor cores read them."""
+    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(sizes, jnp.bfloat16, transforms=swizzled)

@@ -8,16 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.decode_attention.hopper import (
-    TILE,
-    Shape,
-    attend_tiles,
-    check_tiles,
-    finish,
-    grouping,
-)
+from pallas_kernels.decode_attention.hopper import attend_tiles, finish, require_tiles
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.hopper import require_hopper
+from pallas_kernels.hopper import TILE, require_hopper
 
 
 def decode_attention_gpu(
@@ -37,24 +30,22 @@ def decode_attention_gpu(
       NotImplementedError: another device than Hopper, or sizes that tiles of 64 tokens do not fit.
     """
     require_hopper(device_kind)
-    check_tiles(q, k_pages)
-    _, B, K, S, P, H = k_pages.shape
-    tokens, G = S * P, q.shape[1] // K
+    require_tiles(q, k_pages)
+    _, B, K, S, P, _ = k_pages.shape
+    tokens = S * P
     if tokens < TILE:
         raise NotImplementedError(f"S * P is {tokens}; fewer than {TILE} tokens do not fill a tile")
-    group, chunks = grouping(G, H)
     tiles = -(-tokens // TILE)
-    shape = Shape(K, 1, chunks, group, P, H, tokens, tiles, copies=0)
     # The last tile ends with the last token, and leaves out what the one before it has covered.
     token = np.minimum(np.arange(tiles) * TILE, tokens - TILE)[:, None] + np.arange(TILE)
     alive = (jnp.arange(P) < fill[..., None]).reshape(B, K, tokens)
     alive = alive[..., token] if tokens % TILE else alive.reshape(B, K, tiles, TILE)
     alive = alive & (token >= np.arange(tiles)[:, None] * TILE)
-    out, top, lse = attend_tiles(q, k_pages, v_pages, alive, None, layer, shape, scale, interpret)
+    out, top, lse = attend_tiles(q, k_pages, v_pages, alive, None, layer, scale, interpret)
     if P > TILE:
         lse = jax.nn.logsumexp(lse.reshape(B, K, S, P // TILE, -1), axis=3)
     elif tokens % TILE:
-        last = S - (tiles - 1) * shape.pages_per_tile
+        last = S - (tiles - 1) * (TILE // P)
         before = lse[:, :, :-1].reshape(B, K, -1, lse.shape[-1])
         lse = jnp.concatenate([before, lse[:, :, -1, -last:]], axis=2)
     return finish(out, top, lse.reshape(B, K, S, -1), q)

@@ -5,9 +5,9 @@ a few tiles ahead of the arithmetic. The tokens are on the long side of the tens
 
     scores [64, G] = keys [64, H] · qᵀ        out [H, G] += valuesᵀ [H, 64] · weights [64, G]
 
-so a group of G query heads is padded to 8, not to 64. The sum of each page's weights is a third such
-product, with a matrix that says which token is on which page; for it the weights are split into two
-bfloat16 parts, since one alone would cost the page masses their accuracy.
+so a group of G query heads is padded to 8, not to 64. The sum of each page's weights is a third
+such product, with a matrix that says which token is on which page; for it the weights are split
+into two bfloat16 parts, since one alone would cost the page masses their accuracy.
 
 A tile without a living token is not read. One with some is read whole, and what is dead in it never
 matters: its scores are masked, and its values set to zero before they are multiplied.
@@ -15,9 +15,8 @@ matters: its scores are masked, and its values set to zero before they are multi
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -27,76 +26,30 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.hopper import MULTIPROCESSORS
+from pallas_kernels.hopper import (
+    TILE,
+    choose_splits,
+    choose_stages,
+    grouping,
+    require_bfloat16,
+    require_head_dim,
+    tile_memory,
+)
 
-TILE = 64
-"""Tokens per tile: the M side of one warpgroup product."""
 WORD = 32
 """Tokens per word of the mask of living tokens."""
-SHARED_BYTES = 96 * 1024
-"""For tiles in flight, per block: two blocks fit on one multiprocessor."""
 LOG2_E = math.log2(math.e)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Static sizes of one call.
-
-    Attributes:
-      heads: key/value heads, `K`.
-      samples: rows of queries that share one row of pages, `B / B'`.
-      chunks: groups into which the query heads of one key/value head are cut.
-      group: query heads of one such group, padded to a multiple of 8.
-      page: `P`.
-      head_dim: `H`.
-      tokens: `S * P`, in memory, per row of pages and head.
-      tiles: tiles to read, per row of queries and head.
-      copies: pieces of a tile, from anywhere in memory; 0 where tile t is simply the t-th one.
-    """
-
-    heads: int
-    samples: int
-    chunks: int
-    group: int
-    page: int
-    head_dim: int
-    tokens: int
-    tiles: int
-    copies: int
-
-    @property
-    def pages_per_tile(self) -> int:
-        return max(1, TILE // self.page)
-
-
-def check_tiles(q: jax.Array, k_pages: jax.Array) -> None:
+def require_tiles(q: jax.Array, k_pages: jax.Array) -> None:
     """Raises NotImplementedError for what the tiles cannot hold."""
     P, H = k_pages.shape[-2:]
-    if k_pages.dtype != jnp.bfloat16 or q.dtype != k_pages.dtype:
-        raise NotImplementedError(f"q is {q.dtype} and the pages {k_pages.dtype}, not bfloat16")
-    if H % 64 or H > 256:
-        raise NotImplementedError(f"the head dim is {H}, not 64, 128, 192 or 256")
+    require_bfloat16(q=q, k_pages=k_pages)
+    require_head_dim(H)
     if P % TILE and TILE % P:
-        raise NotImplementedError(f"a page of {P} tokens neither divides nor holds tiles of {TILE}")
-
-
-def grouping(heads: int, head_dim: int) -> tuple[int, int]:
-    """Query heads per group, padded, and how many such groups: what the registers hold."""
-    most = 64 if head_dim <= 128 else 32
-    chunks = -(-heads // most)
-    return -(-heads // (8 * chunks)) * 8, chunks
-
-
-def choose_splits(blocks: int, tiles: int) -> int:
-    """Blocks that share the tiles of one group, so that all together fill the chip twice."""
-    wanted = max(1, min(-(-2 * MULTIPROCESSORS // blocks), tiles))
-    # No block without a tile.
-    return -(-tiles // -(-tiles // wanted))
-
-
-def choose_stages(head_dim: int) -> int:
-    """Tiles of keys and of values in flight."""
-    return max(2, min(6, SHARED_BYTES // (2 * TILE * head_dim * 2)))
+        raise NotImplementedError(
+            f"a page of {P} tokens neither divides a tile of {TILE} nor is several"
+        )
 
 
 def attend_tiles(
@@ -106,7 +59,6 @@ def attend_tiles(
     alive: jax.Array,
     starts: jax.Array | None,
     layer: jax.Array,
-    shape: Shape,
     scale: float,
     interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -115,29 +67,31 @@ def attend_tiles(
     Args:
       q: `[B, N, H]`.
       k_pages, v_pages: `[L, B', K, S, P, H]`.
-      alive: bool `[B, K, tiles, 64]` (`B` may be `B'`), tokens that count.
-      starts: int32 `[B, K, tiles, copies]`, where in memory each piece of a tile begins, in tokens;
-        None: tile `t` begins at `min(64 * t, tokens - 64)`.
+      alive: bool `[B, K, tiles, 64]`, tokens that count.
+      starts: int32 `[B, K, tiles, pieces]`, where in a row's `S * P` tokens each piece of a tile
+        begins; None: tile `t` is in one piece and begins at `min(64 * t, S * P - 64)`.
       layer: int32 scalar.
-      shape: see there.
       scale: factor on the scores.
       interpret: parameters of the interpreter; None compiles.
 
     Returns:
-      The unnormalised output, float32 `[B, K, G', H]`, largest scores, `[B, K, G']`, and log-sum-exp
-      of each page in each tile, `[B, K, tiles, pages, G']`; `G' >= G` with padding at the end.
+      The unnormalised output, float32 `[B, K, G', H]`, the largest scores, `[B, K, G']`, and the
+      log-sum-exp of each page in each tile, `[B, K, tiles, pages, G']`; G' is G, padded at the end.
     """
     L, prompts, K, S, P, H = k_pages.shape
     B, N, _ = q.shape
-    tiles, group, chunks = shape.tiles, shape.group, shape.chunks
+    samples, tiles = B // prompts, alive.shape[2]
+    group, chunks = grouping(N // K)
     blocks = B * K * chunks
-    splits, stages = choose_splits(blocks, tiles), choose_stages(H)
+    splits, stages = choose_splits(blocks, tiles), min(choose_stages(H), tiles)
     per_split = -(-tiles // splits)
-    pages = shape.pages_per_tile
+    pages = max(1, TILE // P)
+    pieces = 1 if starts is None else starts.shape[3]
+    piece_rows = TILE // pieces
 
     queries = q.reshape(B, K, N // K, H)
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, chunks * group - N // K), (0, 0)))
-    bits = alive.reshape(-1, tiles * TILE // WORD, WORD).astype(jnp.uint32)
+    bits = alive.reshape(B * K, tiles * TILE // WORD, WORD).astype(jnp.uint32)
     words = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
     operands = [
         queries.reshape(blocks, group, H),
@@ -147,24 +101,23 @@ def attend_tiles(
         jnp.reshape(layer, 1),
     ]
     if starts is not None:
-        operands.append(starts.reshape(B * K, tiles * shape.copies))
+        operands.append(starts.reshape(B * K, tiles * pieces))
 
     def body(
         q_ref: Any, k_ref: Any, v_ref: Any, words_ref: Any, layer_ref: Any, *rest: Any
     ) -> None:
-        starts_ref, rest = (rest[0], rest[1:]) if starts is not None else (None, rest)
-        out_ref, max_ref, lse_ref, q_smem, k_smem, v_smem, high_smem, low_smem, *rest = rest
-        member_smem, lse_smem, q_barrier, k_barriers, v_barriers = rest
+        starts_ref, *rest = rest if starts is not None else (None, *rest)  # type: ignore[assignment]
+        out_ref, max_ref, lse_ref, q_smem, k_smem, v_smem, high_smem, low_smem = rest[:8]
+        member_smem, lse_smem, q_barrier, k_barriers, v_barriers = rest[8:]
         block, split = lax.axis_index("block"), lax.axis_index("split")
         query = lax.div(block, jnp.int32(chunks))
-        row = lax.div(query, jnp.int32(K * shape.samples)) * K + lax.rem(query, jnp.int32(K))
-        page_row = layer_ref[0] * (prompts * K) + row
-        word_row = query if alive.shape[0] == B else row
+        prompt, head = lax.div(query, jnp.int32(K * samples)), lax.rem(query, jnp.int32(K))
+        row = (layer_ref[0] * prompts + prompt) * K + head
         first = split * per_split
         count = jnp.minimum(per_split, tiles - first)
 
         def living(tile: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return words_ref[word_row, 2 * tile], words_ref[word_row, 2 * tile + 1]
+            return words_ref[query, 2 * tile], words_ref[query, 2 * tile + 1]
 
         def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
             """Starts reading a tile, unless nothing in it lives."""
@@ -173,21 +126,20 @@ def attend_tiles(
             @pl.when((low | high) != 0)
             def _() -> None:
                 for ref, smem, barriers in (k_ref, k_smem, k_barriers), (v_ref, v_smem, v_barriers):
-                    for piece in range(max(1, shape.copies)):
-                        rows = TILE // max(1, shape.copies)
+                    for piece in range(pieces):
                         if starts_ref is None:
-                            start = jnp.minimum(tile * TILE, shape.tokens - TILE)
+                            start = jnp.minimum(tile * TILE, S * P - TILE)
                         else:
-                            start = starts_ref[query, tile * shape.copies + piece]
+                            start = starts_ref[query, tile * pieces + piece]
                         plgpu.copy_gmem_to_smem(
-                            ref.at[page_row, pl.ds(start, rows)],
-                            smem.at[slot, pl.ds(piece * rows, rows)],
+                            ref.at[row, pl.ds(start, piece_rows)],
+                            smem.at[slot, pl.ds(piece * piece_rows, piece_rows)],
                             barriers.at[slot],
                         )
 
         plgpu.copy_gmem_to_smem(q_ref.at[block], q_smem, q_barrier)
         for ahead in range(min(stages, per_split)):
-            pl.when(ahead < count)(lambda ahead=ahead: fetch(first + ahead, ahead))
+            pl.when(ahead < count)(partial(fetch, first + ahead, ahead))
 
         def index(columns: int, axis: int) -> jax.Array:
             return plgpu.broadcasted_iota(
@@ -271,12 +223,6 @@ def attend_tiles(
         max_ref[block, split] = peak * (1 / LOG2_E)
         plgpu.wait_smem_to_gmem(0)
 
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-
-    def tile_memory(*sizes: int) -> Any:
-        return plgpu.SMEM(sizes, jnp.bfloat16, transforms=swizzled)
-
-    arrivals = max(1, shape.copies)
     out, peak, lse = plgpu.kernel(
         body,
         out_type=(
@@ -293,8 +239,8 @@ def attend_tiles(
             tile_memory(TILE, TILE),
             plgpu.SMEM((TILE, group), jnp.float32),
             plgpu.Barrier(),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=arrivals, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
         ],
         grid=(blocks, splits),
         grid_names=("block", "split"),
@@ -306,8 +252,7 @@ def attend_tiles(
     factor = jnp.exp(peak - jnp.where(jnp.isneginf(top), 0.0, top)[:, None])
     out = jnp.sum(out * factor[:, :, None], axis=1)
     lse = jnp.moveaxis(lse.reshape(B, K, chunks, tiles, pages, group), 2, 4)
-    living = jnp.any(alive.reshape(-1, K, tiles, pages, TILE // pages), axis=-1)
-    living = jnp.repeat(living, B // living.shape[0], axis=0)
+    living = jnp.any(alive.reshape(B, K, tiles, pages, TILE // pages), axis=-1)
     return (
         jnp.moveaxis(out.reshape(B, K, chunks, H, group), 3, 4).reshape(B, K, chunks * group, H),
         top.reshape(B, K, chunks * group),
