@@ -10,6 +10,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILE = 64
 """Tokens or pages per tile: the long side of one warpgroup product."""
+ROWS = 8
+"""Rows that lie together in shared memory: what is copied begins and ends on a multiple of them."""
 MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200; where there are fewer, each has more to do."""
 TILE_BYTES = 96 * 1024
@@ -47,6 +49,14 @@ def require_head_dim(head_dim: int) -> None:
     """Raises NotImplementedError for a head dim that the tiles cannot hold."""
     if head_dim not in (64, 128, 192, 256):
         raise NotImplementedError(f"the head dim is {head_dim}, not 64, 128, 192 or 256")
+
+
+def require_rows(what: str, rows: int) -> None:
+    """Raises NotImplementedError for fewer rows than a tile, or a number that is not whole."""
+    if rows < TILE or rows % ROWS:
+        raise NotImplementedError(
+            f"{what} is {rows}, not a multiple of {ROWS} that is at least {TILE}"
+        )
 
 
 def grouping(heads: int) -> tuple[int, int]:

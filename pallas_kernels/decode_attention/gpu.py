@@ -10,7 +10,7 @@ import numpy as np
 
 from pallas_kernels.decode_attention.hopper import attend_tiles, finish, require_tiles
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.hopper import TILE, require_hopper
+from pallas_kernels.hopper import TILE, require_hopper, require_rows
 
 
 def decode_attention_gpu(
@@ -33,8 +33,7 @@ def decode_attention_gpu(
     require_tiles(q, k_pages)
     _, B, K, S, P, _ = k_pages.shape
     tokens = S * P
-    if tokens < TILE:
-        raise NotImplementedError(f"S * P is {tokens}; fewer than {TILE} tokens do not fill a tile")
+    require_rows("S * P", tokens)
     tiles = -(-tokens // TILE)
     # The last tile ends with the last token, and leaves out what the one before it has covered.
     token = np.minimum(np.arange(tiles) * TILE, tokens - TILE)[:, None] + np.arange(TILE)

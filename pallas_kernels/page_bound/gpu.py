@@ -25,6 +25,7 @@ from pallas_kernels.hopper import (
     require_bfloat16,
     require_head_dim,
     require_hopper,
+    require_rows,
     tile_memory,
 )
 
@@ -48,8 +49,7 @@ def page_bound_gpu(
     require_hopper(device_kind)
     require_bfloat16(q=q, key_min=key_min)
     require_head_dim(H)
-    if S < TILE:
-        raise NotImplementedError(f"S is {S}; fewer than {TILE} pages do not fill a tile")
+    require_rows("S", S)
     G = q.shape[1] // K
     group, chunks = grouping(G)
     tiles, blocks = -(-S // TILE), B * K * chunks

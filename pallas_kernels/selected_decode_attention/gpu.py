@@ -12,10 +12,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.decode_attention.hopper import attend_tiles, finish, require_tiles
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.hopper import TILE, require_hopper
-
-SMALLEST_PIECE = 8
-"""Rows of a tile that lie together in shared memory."""
+from pallas_kernels.hopper import ROWS, TILE, require_hopper
 
 
 def selected_decode_attention_gpu(
@@ -39,8 +36,8 @@ def selected_decode_attention_gpu(
     require_tiles(q, k_pages)
     _, prompts, K, _, P, _ = k_pages.shape
     B, _, C = slots.shape
-    if P < SMALLEST_PIECE:
-        raise NotImplementedError(f"a page has {P} tokens; below {SMALLEST_PIECE} it is no piece")
+    if P % ROWS:
+        raise NotImplementedError(f"a page has {P} tokens, no multiple of {ROWS}")
     samples = B // prompts
     pages = max(1, TILE // P)
     slots = jnp.pad(slots, ((0, 0), (0, 0), (0, -C % pages)), constant_values=-1)
