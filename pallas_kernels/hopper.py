@@ -18,6 +18,8 @@ TILE_BYTES = 96 * 1024
 """For the tiles in flight, per block: two blocks fit on one multiprocessor."""
 MOST_HEADS = 32
 """Query heads that one block serves: more would not fit its registers."""
+# Layouts are stated where they matter, not inferred; jax 0.10 and 0.12 differ in the default.
+COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 NAMES = ("H100", "H200", "H800", "H20", "GH200")
 
 

@@ -27,6 +27,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.hopper import (
+    COMPILER,
     TILE,
     choose_splits,
     choose_stages,
@@ -108,7 +109,7 @@ def attend_tiles(
     ) -> None:
         starts_ref, *rest = rest if starts is not None else (None, *rest)  # type: ignore[assignment]
         out_ref, max_ref, lse_ref, q_smem, k_smem, v_smem, high_smem, low_smem = rest[:8]
-        member_smem, lse_smem, q_barrier, k_barriers, v_barriers = rest[8:]
+        member_smem, lse_smem, out_smem, max_smem, q_barrier, k_barriers, v_barriers = rest[8:]
         block, split = lax.axis_index("block"), lax.axis_index("split")
         query = lax.div(block, jnp.int32(chunks))
         prompt, head = lax.div(query, jnp.int32(K * samples)), lax.rem(query, jnp.int32(K))
@@ -170,7 +171,7 @@ def attend_tiles(
             out, peak = carry
             low, high = living(tile)
             plgpu.barrier_wait(k_barriers.at[slot])
-            scores = product(k_smem.at[slot], plgpu.transpose_ref(q_smem, (1, 0)), TILE)
+            scores = product(k_smem.at[slot], q_smem.transpose((1, 0)), TILE)
             scores = jnp.where(mask(low, high, group), scores * (scale * LOG2_E), -jnp.inf)
             new_peak = jnp.maximum(peak, jnp.max(scores, axis=0))
             weights = jnp.exp2(scores - by_head(new_peak, TILE))
@@ -178,7 +179,7 @@ def attend_tiles(
             lower = (weights - upper.astype(jnp.float32)).astype(jnp.bfloat16)
             for smem, part in (high_smem, upper), (low_smem, lower):
                 part = plgpu.layout_cast(part, plgpu.Layout.WGMMA_TRANSPOSED)
-                plgpu.transpose_ref(smem, (1, 0))[...] = part
+                smem.transpose((1, 0))[...] = part
             plgpu.barrier_wait(v_barriers.at[slot])
 
             @pl.when((low & high) != -1)
@@ -190,11 +191,11 @@ def attend_tiles(
                     part[...] = jnp.where(mask(low, high, 64), value, jnp.zeros_like(value))
 
             plgpu.commit_smem()
-            upper_by_token = plgpu.transpose_ref(high_smem, (1, 0))
-            values = plgpu.transpose_ref(v_smem.at[slot], (1, 0))
+            upper_by_token = high_smem.transpose((1, 0))
+            values = v_smem.at[slot].transpose((1, 0))
             out = out * by_head(jnp.exp2(peak - new_peak), H) + product(values, upper_by_token, H)
             of_page = product(member_smem, upper_by_token, TILE)
-            of_page += product(member_smem, plgpu.transpose_ref(low_smem, (1, 0)), TILE)
+            of_page += product(member_smem, low_smem.transpose((1, 0)), TILE)
             lse = by_head(new_peak * (1 / LOG2_E), TILE) + jnp.log(of_page)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             lse_smem[...] = lse
@@ -219,8 +220,11 @@ def attend_tiles(
             jnp.full((group,), -jnp.inf, jnp.float32), plgpu.Layout.WGMMA.reduce(0)
         )
         out, peak = lax.fori_loop(0, count, step, (zero, low_peak))
-        out_ref[block, split] = out
-        max_ref[block, split] = peak * (1 / LOG2_E)
+        out_smem[...] = out
+        max_smem[...] = peak * (1 / LOG2_E)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, split])
+        plgpu.copy_smem_to_gmem(max_smem, max_ref.at[block, split])
         plgpu.wait_smem_to_gmem(0)
 
     out, peak, lse = plgpu.kernel(
@@ -238,13 +242,15 @@ def attend_tiles(
             tile_memory(group, TILE),
             tile_memory(TILE, TILE),
             plgpu.SMEM((TILE, group), jnp.float32),
+            plgpu.SMEM((H, group), jnp.float32),
+            plgpu.SMEM((group,), jnp.float32),
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
             plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
         ],
         grid=(blocks, splits),
         grid_names=("block", "split"),
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=COMPILER,
         interpret=interpret,
     )(*operands)
 

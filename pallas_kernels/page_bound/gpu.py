@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.hopper import (
+    COMPILER,
     TILE,
     choose_splits,
     choose_stages,
@@ -70,6 +71,7 @@ def page_bound_gpu(
         below_smem: Any,
         low_smem: Any,
         high_smem: Any,
+        out_smem: Any,
         query_barrier: Any,
         barriers: Any,
     ) -> None:
@@ -96,12 +98,17 @@ def page_bound_gpu(
 
             def multiply(total: Any) -> jax.Array:
                 for pages, query in (high_smem, above_smem), (low_smem, below_smem):
-                    plgpu.wgmma(total, pages.at[slot], plgpu.transpose_ref(query, (1, 0)))
+                    plgpu.wgmma(total, pages.at[slot], query.transpose((1, 0)))
                 return total[...]
 
             bound = pl.run_scoped(multiply, plgpu.ACC((TILE, group), jnp.float32))
-            out_ref[block, tile] = bound * scale
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            out_smem[...] = bound * scale
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, tile])
             pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
+
+        plgpu.wait_smem_to_gmem(0)
 
     out = plgpu.kernel(
         body,
@@ -111,11 +118,13 @@ def page_bound_gpu(
             tile_memory(group, H),
             tile_memory(stages, TILE, H),
             tile_memory(stages, TILE, H),
+            plgpu.SMEM((TILE, group), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         grid=(blocks, splits),
         grid_names=("block", "split"),
+        compiler_params=COMPILER,
         interpret=interpret,
     )(
         jnp.maximum(queries, 0),

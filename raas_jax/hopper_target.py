@@ -1,0 +1,54 @@
+"""An H100 that is not there: what XLA has to know of one to compile for it ahead of time."""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental import topologies
+
+DEVICE_KIND = "NVIDIA H100 80GB HBM3"
+
+# Of an H100 SXM: CUDA's device properties, and 85 GB of memory as the driver reports it.
+_TARGET = f"""
+gpu_device_info {{
+  name: "{DEVICE_KIND}"
+  cuda_compute_capability {{ major: 9 minor: 0 }}
+  core_count: 132
+  fpus_per_core: 128
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  clock_rate_ghz: 1.98
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84942979072
+}}
+platform_name: "CUDA"
+device_description_str: "{DEVICE_KIND}"
+"""
+
+
+def hopper_device() -> jax.Device:
+    """A device to compile for; nothing can be put on it or run on it.
+
+    Raises:
+      ValueError: JAX's CUDA plugin is not installed.
+    """
+    try:
+        found = topologies.get_topology_desc(
+            platform="cuda", topology="1x1x1", target_config=_TARGET
+        )
+    except Exception as error:
+        raise ValueError(
+            "Compiling for h100 needs JAX's CUDA plugin of the same version, but no GPU: pip "
+            f"install --no-deps jax-cuda13-plugin=={jax.__version__} "
+            f"jax-cuda13-pjrt=={jax.__version__}; and ptxas of CUDA 13 on PATH ({error})"
+        ) from error
+    return found.devices[0]
