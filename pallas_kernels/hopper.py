@@ -16,8 +16,8 @@ MULTIPROCESSORS = 132
 """Of an H100 SXM and an H200; where there are fewer, each has more to do."""
 TILE_BYTES = 96 * 1024
 """For the tiles in flight, per block: two blocks fit on one multiprocessor."""
-MOST_HEADS = 32
-"""Query heads that one block serves: more would not fit its registers."""
+OUTPUT = 4096
+"""Query heads times head dim that one block serves: more would not fit its registers."""
 # Layouts are stated where they matter, not inferred; jax 0.10 and 0.12 differ in the default.
 COMPILER = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
 NAMES = ("H100", "H200", "H800", "H20", "GH200")
@@ -61,9 +61,9 @@ def require_rows(what: str, rows: int) -> None:
         )
 
 
-def grouping(heads: int) -> tuple[int, int]:
+def grouping(heads: int, head_dim: int) -> tuple[int, int]:
     """Query heads per block, padded to a multiple of 8, and blocks for this many heads."""
-    chunks = -(-heads // MOST_HEADS)
+    chunks = -(-heads // (OUTPUT // head_dim // 8 * 8))
     return -(-heads // (8 * chunks)) * 8, chunks
 
 

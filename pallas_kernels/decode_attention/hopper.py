@@ -82,7 +82,7 @@ def attend_tiles(
     L, prompts, K, S, P, H = k_pages.shape
     B, N, _ = q.shape
     samples, tiles = B // prompts, alive.shape[2]
-    group, chunks = grouping(N // K)
+    group, chunks = grouping(N // K, H)
     blocks = B * K * chunks
     splits, stages = choose_splits(blocks, tiles), min(choose_stages(H), tiles)
     per_split = -(-tiles // splits)

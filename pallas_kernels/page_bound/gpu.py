@@ -52,7 +52,7 @@ def page_bound_gpu(
     require_head_dim(H)
     require_rows("S", S)
     G = q.shape[1] // K
-    group, chunks = grouping(G)
+    group, chunks = grouping(G, H)
     tiles, blocks = -(-S // TILE), B * K * chunks
     splits, stages = choose_splits(blocks, tiles), min(choose_stages(H), tiles)
     per_split = -(-tiles // splits)

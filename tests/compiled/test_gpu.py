@@ -1,0 +1,170 @@
+"""The Hopper kernels, and a whole decode loop, through the compiler for compute capability 9.0.
+
+No GPU is needed, but JAX's CUDA plugin of the same version:
+`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, and `ptxas` of CUDA 13 on PATH.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hlo import written_in_loops
+
+from pallas_kernels import (
+    Target,
+    decode_attention,
+    page_bound,
+    page_commit,
+    selected_decode_attention,
+)
+from raas_jax import ModelConfig, RaaS
+from raas_jax.commands.options import read_config
+from raas_jax.decode import Plan, cache_bytes, decode_pages, prefill
+from raas_jax.hopper_target import hopper_device
+from raas_jax.memory import _prefill_arguments
+from raas_jax.params import Params
+from raas_jax.weights.hf import flat_shapes, unflatten
+
+MEMORY = 80e9
+CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+I32, BF16 = jnp.int32, jnp.bfloat16
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        return hopper_device()
+    except ValueError as error:
+        pytest.skip(str(error).partition("(")[0])
+
+
+def at(device, tree):
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def shape(*sizes, dtype=BF16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.fixture
+def compile_kernel(device, monkeypatch, capfd):
+    """Compiles one call that must be served by the kernel; returns it and ptxas's report."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def compiled(operation, *arrays):
+        call = partial(operation, implementation="gpu", target=Target.of(device))
+        found = jax.jit(call).lower(*at(device, arrays)).compile()
+        report = capfd.readouterr()
+        return found, report.out + report.err
+
+    return compiled
+
+
+# Qwen2.5-7B with pages of several sizes, Llama-3.1-8B, and the widest heads and groups.
+SIZES = [(4, 7, 128, 1), (4, 7, 128, 16), (4, 7, 128, 128), (8, 4, 128, 16), (2, 64, 64, 16)]
+SIZES += [(1, 16, 256, 16), (1, 33, 192, 16)]
+
+
+@pytest.mark.parametrize("K, G, H, page", SIZES)
+def test_decode_attention_compiles_without_spills(compile_kernel, K, G, H, page):
+    S = 4096 // page
+    arrays = (shape(8, K * G, H), *[shape(28, 8, K, S, page, H)] * 2, shape(8, K, S, dtype=I32))
+    found, report = compile_kernel(decode_attention, *arrays)
+    assert "sm_90a" in report and CLEAN in report
+    # Nothing as large as one layer of keys: no layer is sliced out, nothing is transposed.
+    assert found.memory_analysis().temp_size_in_bytes < 8 * K * S * page * H * 2
+
+
+@pytest.mark.parametrize("page", [16, 128])
+def test_selected_decode_attention_compiles_without_spills(compile_kernel, page):
+    S = 4096 // page
+    arrays = (
+        shape(8, 28, 128),
+        *[shape(28, 4, 4, S, page, 128)] * 2,
+        shape(4, 4, S, dtype=I32),
+        shape(8, 4, S // 4, dtype=I32),
+    )
+    found, report = compile_kernel(selected_decode_attention, *arrays)
+    assert "sm_90a" in report and CLEAN in report
+    assert found.memory_analysis().temp_size_in_bytes < 4 * 4 * S * page * 128 * 2
+
+
+def test_page_bound_compiles_without_spills(compile_kernel):
+    _, report = compile_kernel(page_bound, shape(8, 28, 128), *[shape(28, 8, 4, 264, 128)] * 2)
+    assert "sm_90a" in report and CLEAN in report
+
+
+def test_page_commit_is_one_scatter_in_place(device):
+    """Why XLA serves it on GPUs: it allocates nothing, and all of the buffer is aliased."""
+    pages = shape(28, 8, 4, 64, 16, 128)
+    arrays = at(device, (pages, shape(28, 8, 4, 16, 128), shape(28, 8, 4, dtype=I32)))
+    call = partial(page_commit, target=Target.of(device))
+    found = jax.jit(call, donate_argnums=0).lower(*arrays).compile()
+    analysis = found.memory_analysis()
+    assert analysis.temp_size_in_bytes == 0
+    assert analysis.alias_size_in_bytes == pages.size * 2
+    assert len(re.findall(r"= \S+ scatter\(", found.as_text())) == 1
+    assert " copy(" not in found.as_text()
+
+
+# The whole decode of a real model.
+
+
+def compiled_loop(device, config: ModelConfig, rows, pages, budget=1024, new=32_768):
+    params = Params(unflatten(flat_shapes(config, "bfloat16")), config)
+    policy = RaaS(budget, prompt="beside")
+    plan = Plan.create(config, policy, [512] * rows, new, target=Target.of(device))
+    asked = _prefill_arguments(params, plan, rows, new)
+    # The tests' strict promotion is for float32; `jax.nn` mixes dtypes where weights are bfloat16.
+    with jax.numpy_dtype_promotion("standard"):
+        state, _ = jax.eval_shape(partial(prefill, plan=plan), *asked)
+        lowered = decode_pages.lower(*at(device, (params, state)), plan=plan, pages=pages)
+    return state, params, lowered.compile()
+
+
+@pytest.fixture(scope="module")
+def qwen(device, shared):
+    config = read_config(str(shared / "configs/Qwen2.5-7B-Instruct/config.json"), None)
+    return compiled_loop(device, config, rows=32, pages=4)
+
+
+def test_qwen_7b_decodes_through_the_kernel_and_fits(qwen):
+    state, params, program = qwen
+    analysis = program.memory_analysis()
+    peak = (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        + analysis.temp_size_in_bytes
+        - analysis.alias_size_in_bytes
+    )
+    assert peak < MEMORY
+    assert "mosaic_gpu" in program.as_text()
+    said = cache_bytes(state)
+    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params.weights))
+    assert abs(analysis.argument_size_in_bytes - weights - said) <= 0.03 * said
+    assert analysis.alias_size_in_bytes >= said
+    # Besides, a step takes less than one fiftieth of the cache and one layer of weights.
+    layer = weights / params.config.num_hidden_layers
+    assert analysis.temp_size_in_bytes < said / 50 + layer
+
+
+def test_qwen_7b_copies_no_cache_in_its_loop(qwen):
+    state, _, program = qwen
+    cache = state.cache
+    smallest = min(x.size * x.dtype.itemsize for x in (cache.prompt.k, cache.kept[0].k))
+    # One layer of the prompt is 1/28 of it; the largest matrix of weights is larger than that.
+    assert written_in_loops(program.as_text(), smallest) == []
+
+
+def test_the_allocation_does_not_grow_with_the_length(device):
+    """A small model, since it is compiled twice: 64 and 2,048 tokens in one program."""
+    config = ModelConfig(512, 256, 512, 2, 4, 2, 64, dtype="bfloat16")
+    short, long = (compiled_loop(device, config, 4, pages)[2] for pages in (4, 128))
+    short, long = short.memory_analysis(), long.memory_analysis()
+    assert long.temp_size_in_bytes == short.temp_size_in_bytes
+    assert long.argument_size_in_bytes == short.argument_size_in_bytes
