@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+
 import jax
 from jax.experimental import topologies
 
+DEVICE_MEMORY = 84942979072
 DEVICE_KIND = "NVIDIA H100 80GB HBM3"
 
 # Of an H100 SXM: CUDA's device properties, and 85 GB of memory as the driver reports it.
@@ -28,7 +31,7 @@ gpu_device_info {{
   clock_rate_ghz: 1.98
   l2_cache_size: 52428800
   memory_bandwidth: 3352320000000
-  device_memory_size: 84942979072
+  device_memory_size: {DEVICE_MEMORY}
 }}
 platform_name: "CUDA"
 device_description_str: "{DEVICE_KIND}"
@@ -39,16 +42,13 @@ def hopper_device() -> jax.Device:
     """A device to compile for; nothing can be put on it or run on it.
 
     Raises:
-      ValueError: JAX's CUDA plugin is not installed.
+      ModuleNotFoundError: JAX's CUDA plugin is not installed; the message says how to.
     """
-    try:
-        found = topologies.get_topology_desc(
-            platform="cuda", topology="1x1x1", target_config=_TARGET
+    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+        raise ModuleNotFoundError(
+            "target is 'h100', and the compiler for GPUs is not installed: pip install --no-deps "
+            f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}, with ptxas "
+            "of CUDA 13 on PATH. It needs no GPU."
         )
-    except Exception as error:
-        raise ValueError(
-            "Compiling for h100 needs JAX's CUDA plugin of the same version, but no GPU: pip "
-            f"install --no-deps jax-cuda13-plugin=={jax.__version__} "
-            f"jax-cuda13-pjrt=={jax.__version__}; and ptxas of CUDA 13 on PATH ({error})"
-        ) from error
+    found = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_TARGET)
     return found.devices[0]

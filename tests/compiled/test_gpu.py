@@ -24,9 +24,9 @@ from pallas_kernels import (
 from raas_jax import ModelConfig, RaaS
 from raas_jax.commands.options import read_config
 from raas_jax.decode import Plan, cache_bytes, decode_pages, prefill
-from raas_jax.hopper_target import hopper_device
 from raas_jax.memory import _prefill_arguments
 from raas_jax.params import Params
+from raas_jax.targets import target_devices
 from raas_jax.weights.hf import flat_shapes, unflatten
 
 MEMORY = 80e9
@@ -37,9 +37,9 @@ I32, BF16 = jnp.int32, jnp.bfloat16
 @pytest.fixture(scope="module")
 def device():
     try:
-        return hopper_device()
-    except ValueError as error:
-        pytest.skip(str(error).partition("(")[0])
+        return target_devices("h100")[0]
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
 
 
 def at(device, tree):
