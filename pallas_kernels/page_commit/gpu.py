@@ -1,7 +1,7 @@
 """`page_commit` for GPUs: XLA's own scatter is already what a kernel would be.
 
 Compiled for compute capability 9.0 with a donated buffer, the reference is one scatter, aliased to
-its operand, that writes the new pages and nothing else (`tests/compiled/test_gpu.py` checks it).
+its operand, that writes the new pages and nothing else (`tests/compiled/test_hopper.py` checks it).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The kernels for Hopper GPUs against their references, in the interpreter, with race detection.
 
-What is dead is NaN everywhere. `tests/compiled/test_gpu.py` compiles the same kernels for the chip.
+What is dead is NaN everywhere. `tests/compiled/test_hopper.py` compiles them for the chip.
 """
 
 from __future__ import annotations

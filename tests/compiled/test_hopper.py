@@ -22,12 +22,9 @@ from pallas_kernels import (
     selected_decode_attention,
 )
 from raas_jax import ModelConfig, RaaS
-from raas_jax.commands.options import read_config
-from raas_jax.decode import Plan, cache_bytes, decode_pages, prefill
-from raas_jax.memory import _prefill_arguments
-from raas_jax.params import Params
+from raas_jax.decode import cache_bytes
+from raas_jax.memory import Programs, compiled, target_mesh
 from raas_jax.targets import target_devices
-from raas_jax.weights.hf import flat_shapes, unflatten
 
 MEMORY = 80e9
 CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
@@ -45,6 +42,10 @@ def device():
 def at(device, tree):
     sharding = jax.sharding.SingleDeviceSharding(device)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def shape(*sizes, dtype=BF16):
@@ -115,56 +116,47 @@ def test_page_commit_is_one_scatter_in_place(device):
 # The whole decode of a real model.
 
 
-def compiled_loop(device, config: ModelConfig, rows, pages, budget=1024, new=32_768):
-    params = Params(unflatten(flat_shapes(config, "bfloat16")), config)
-    policy = RaaS(budget, prompt="beside")
-    plan = Plan.create(config, policy, [512] * rows, new, target=Target.of(device))
-    asked = _prefill_arguments(params, plan, rows, new)
+def compiled_loop(config: ModelConfig, rows, pages, budget=1024, new=32_768):
+    policy, dtype = RaaS(budget, prompt="beside"), jnp.dtype("bfloat16")
     # The tests' strict promotion is for float32; `jax.nn` mixes dtypes where weights are bfloat16.
     with jax.numpy_dtype_promotion("standard"):
-        state, _ = jax.eval_shape(partial(prefill, plan=plan), *asked)
-        lowered = decode_pages.lower(*at(device, (params, state)), plan=plan, pages=pages)
-    return state, params, lowered.compile()
+        mesh = target_mesh(config, "h100")
+        programs = Programs.create(config, policy, [512] * rows, new, dtype, mesh)
+        return programs, programs.decode(pages).compile()
 
 
 @pytest.fixture(scope="module")
 def qwen(device, shared):
-    config = read_config(str(shared / "configs/Qwen2.5-7B-Instruct/config.json"), None)
-    return compiled_loop(device, config, rows=32, pages=4)
+    config = ModelConfig.from_file(shared / "configs/Qwen2.5-7B-Instruct/config.json")
+    return compiled_loop(config, rows=32, pages=4)
 
 
 def test_qwen_7b_decodes_through_the_kernel_and_fits(qwen):
-    state, params, program = qwen
-    analysis = program.memory_analysis()
-    peak = (
-        analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        + analysis.temp_size_in_bytes
-        - analysis.alias_size_in_bytes
-    )
-    assert peak < MEMORY
+    programs, program = qwen
+    account = compiled(program.memory_analysis())
     assert "mosaic_gpu" in program.as_text()
-    said = cache_bytes(state)
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params.weights))
-    assert abs(analysis.argument_size_in_bytes - weights - said) <= 0.03 * said
-    assert analysis.alias_size_in_bytes >= said
-    # Besides, a step takes less than one fiftieth of the cache and one layer of weights.
-    layer = weights / params.config.num_hidden_layers
-    assert analysis.temp_size_in_bytes < said / 50 + layer
+    assert account.peak < MEMORY
+    said = cache_bytes(programs.state)
+    weights = size(programs.params.weights)
+    assert abs(account.arguments - weights - said) <= 0.03 * said
+    assert account.aliases >= said
+    # Besides, a step takes less than a fiftieth of the cache and one layer of weights.
+    layer = weights / programs.params.config.num_hidden_layers
+    assert account.temporaries < said / 50 + layer
 
 
 def test_qwen_7b_copies_no_cache_in_its_loop(qwen):
-    state, _, program = qwen
-    cache = state.cache
-    smallest = min(x.size * x.dtype.itemsize for x in (cache.prompt.k, cache.kept[0].k))
-    # One layer of the prompt is 1/28 of it; the largest matrix of weights is larger than that.
-    assert written_in_loops(program.as_text(), smallest) == []
+    programs, program = qwen
+    cache = programs.state.cache
+    assert (
+        written_in_loops(program.as_text(), min(size(cache.prompt.k), size(cache.kept[0].k))) == []
+    )
 
 
 def test_the_allocation_does_not_grow_with_the_length(device):
     """A small model, since it is compiled twice: 64 and 2,048 tokens in one program."""
     config = ModelConfig(512, 256, 512, 2, 4, 2, 64, dtype="bfloat16")
-    short, long = (compiled_loop(device, config, 4, pages)[2] for pages in (4, 128))
-    short, long = short.memory_analysis(), long.memory_analysis()
-    assert long.temp_size_in_bytes == short.temp_size_in_bytes
-    assert long.argument_size_in_bytes == short.argument_size_in_bytes
+    programs = [compiled_loop(config, 4, pages)[1] for pages in (4, 128)]
+    short, long = (compiled(program.memory_analysis()) for program in programs)
+    assert long.temporaries == short.temporaries
+    assert long.arguments == short.arguments
