@@ -382,9 +382,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--shapes", help="names, with commas; --list prints them")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"])
     parser.add_argument("--repetitions", type=int, default=7, help="timed turns (default 7)")
-    parser.add_argument(
-        "--quick", action="store_true", help="a few small shapes, as on a CPU"
-    )
+    parser.add_argument("--quick", action="store_true", help="a few small shapes, as on a CPU")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument("--list", action="store_true", help="print the names of the shapes")
     given = parser.parse_args(arguments)

@@ -40,17 +40,10 @@ def require_hopper(device_kind: str) -> None:
     )
 
 
-def require_bfloat16(**arrays: jax.Array) -> None:
-    """Raises NotImplementedError for another dtype: the tensor cores turn only 16-bit tiles."""
-    for name, array in arrays.items():
-        if array.dtype != jnp.bfloat16:
-            raise NotImplementedError(f"{name} is {array.dtype}, not bfloat16")
-
-
 def require_head_dim(head_dim: int) -> None:
     """Raises NotImplementedError for a head dim that the tiles cannot hold."""
-    if head_dim not in (64, 128, 192, 256):
-        raise NotImplementedError(f"the head dim is {head_dim}, not 64, 128, 192 or 256")
+    if head_dim % 16 or not 16 <= head_dim <= 256:
+        raise NotImplementedError(f"the head dim is {head_dim}, no multiple of 16 up to 256")
 
 
 def require_rows(what: str, rows: int) -> None:
@@ -75,11 +68,17 @@ def choose_splits(blocks: int, tiles: int) -> int:
 
 
 def choose_stages(head_dim: int) -> int:
-    """Pairs of tiles in flight."""
+    """Pairs of bfloat16 tiles in flight."""
     return max(2, min(6, TILE_BYTES // (2 * TILE * head_dim * 2)))
 
 
-def tile_memory(*sizes: int) -> Any:
-    """Shared memory for bfloat16 matrices, in the order in which the tensor cores read them."""
-    swizzled = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(sizes, jnp.bfloat16, transforms=swizzled)
+def tile_width(head_dim: int) -> int:
+    """Columns of a matrix that lie together in shared memory, in bfloat16."""
+    return next(width for width in (64, 32, 16) if head_dim % width == 0)
+
+
+def tile_memory(*sizes: int, width: int, dtype: Any = jnp.bfloat16) -> Any:
+    """Shared memory for matrices, in the order in which the tensor cores read them."""
+    swizzle = width * jnp.dtype(dtype).itemsize
+    transforms = (plgpu.TilingTransform((ROWS, width)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(sizes, dtype, transforms=transforms)

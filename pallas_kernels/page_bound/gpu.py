@@ -23,11 +23,11 @@ from pallas_kernels.hopper import (
     choose_splits,
     choose_stages,
     grouping,
-    require_bfloat16,
     require_head_dim,
     require_hopper,
     require_rows,
     tile_memory,
+    tile_width,
 )
 
 
@@ -48,7 +48,8 @@ def page_bound_gpu(
     """
     L, B, K, S, H = key_min.shape
     require_hopper(device_kind)
-    require_bfloat16(q=q, key_min=key_min)
+    if q.dtype != jnp.bfloat16 or key_min.dtype != q.dtype:
+        raise NotImplementedError(f"q is {q.dtype} and key_min {key_min.dtype}, not bfloat16")
     require_head_dim(H)
     require_rows("S", S)
     G = q.shape[1] // K
@@ -110,14 +111,15 @@ def page_bound_gpu(
 
         plgpu.wait_smem_to_gmem(0)
 
+    matrix = partial(tile_memory, width=tile_width(H))
     out = plgpu.kernel(
         body,
         out_type=jax.ShapeDtypeStruct((blocks, tiles, TILE, group), jnp.float32),
         scratch_types=[
-            tile_memory(group, H),
-            tile_memory(group, H),
-            tile_memory(stages, TILE, H),
-            tile_memory(stages, TILE, H),
+            matrix(group, H),
+            matrix(group, H),
+            matrix(stages, TILE, H),
+            matrix(stages, TILE, H),
             plgpu.SMEM((TILE, group), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),

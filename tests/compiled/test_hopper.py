@@ -28,7 +28,7 @@ from raas_jax.targets import target_devices
 
 MEMORY = 80e9
 CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
-I32, BF16 = jnp.int32, jnp.bfloat16
+I32, BF16, F32 = jnp.int32, jnp.bfloat16, jnp.float32
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +66,23 @@ def compile_kernel(device, monkeypatch, capfd):
     return compiled
 
 
-# Qwen2.5-7B with pages of several sizes, Llama-3.1-8B, and the widest heads and groups.
-SIZES = [(4, 7, 128, 1), (4, 7, 128, 16), (4, 7, 128, 128), (8, 4, 128, 16), (2, 64, 64, 16)]
-SIZES += [(1, 16, 256, 16), (1, 33, 192, 16)]
+# Qwen2.5-7B with pages of several sizes, Llama-3.1-8B, other head dims, the widest groups, float32.
+SIZES = [
+    (BF16, 4, 7, 128, 1), (BF16, 4, 7, 128, 16), (BF16, 4, 7, 128, 128), (BF16, 8, 4, 128, 16),
+    (BF16, 2, 64, 64, 16), (BF16, 1, 16, 256, 16), (BF16, 1, 16, 96, 16), (BF16, 2, 4, 80, 64),
+    (F32, 4, 7, 128, 16), (F32, 2, 16, 80, 16),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize("K, G, H, page", SIZES)
-def test_decode_attention_compiles_without_spills(compile_kernel, K, G, H, page):
+@pytest.mark.parametrize("dtype, K, G, H, page", SIZES)
+def test_decode_attention_compiles_without_spills(compile_kernel, dtype, K, G, H, page):
     S = 4096 // page
-    arrays = (shape(8, K * G, H), *[shape(28, 8, K, S, page, H)] * 2, shape(8, K, S, dtype=I32))
+    pages = shape(28, 8, K, S, page, H, dtype=dtype)
+    arrays = (shape(8, K * G, H, dtype=dtype), pages, pages, shape(8, K, S, dtype=I32))
     found, report = compile_kernel(decode_attention, *arrays)
     assert "sm_90a" in report and CLEAN in report
     # Nothing as large as one layer of keys: no layer is sliced out, nothing is transposed.
-    assert found.memory_analysis().temp_size_in_bytes < 8 * K * S * page * H * 2
+    assert found.memory_analysis().temp_size_in_bytes < size(pages) / 28
 
 
 @pytest.mark.parametrize("page", [16, 128])
