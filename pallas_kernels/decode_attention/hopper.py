@@ -5,13 +5,13 @@ a few tiles ahead of the arithmetic. The tokens are on the long side of the tens
 
     scores [64, G] = keys [64, H] · qᵀ        out [H, G] += valuesᵀ [H, 64] · weights [64, G]
 
-so a group of G query heads is padded to 8, not to 64. (A head dim that is no multiple of 64 does not
-fit the long side; there the second product is `weightsᵀ · values`, with the heads padded to 64.)
+so a group of G query heads is padded to 8, not to 64. (A head dim that is no multiple of 64 does
+not fit the long side; there the second product is `weightsᵀ · values`, its heads padded to 64.)
 
 The sum of each page's weights is a third such product, with a matrix that says which token is on
-which page; for it the weights are split into two bfloat16 parts, since one alone would cost the page
-masses their accuracy. Float32 queries, keys and values are split likewise and the three products that
-matter are summed, since the tensor cores would round float32 to ten bits.
+which page; for it the weights are split into two bfloat16 parts, since one alone would cost the
+page masses their accuracy. Float32 queries, keys and values are split likewise and the three
+products that matter are summed, since the tensor cores would round float32 to ten bits.
 
 A tile without a living token is not read. One with some is read whole, and what is dead in it never
 matters: its scores are masked, and its values set to zero before they are multiplied.
@@ -104,7 +104,7 @@ def attend_tiles(
     blocks = B * K * chunks
     exact, width, values_on_top = k_pages.dtype == jnp.float32, tile_width(H), H % 64 == 0
     parts = 2 if exact else 1
-    # Which part of the left side meets which of the right; the product of the small ones is dropped.
+    # Which part of the left side meets which of the right; that of the small ones is dropped.
     pairs = [(0, 0), (0, 1), (1, 0)][: 3 if exact else 1]
     splits = choose_splits(blocks, tiles)
     stages = min(2 if exact else choose_stages(H), tiles)
