@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
 
 import jax
 from jax.experimental import topologies
@@ -38,13 +42,21 @@ device_description_str: "{DEVICE_KIND}"
 """
 
 
+def _has_ptxas() -> bool:
+    """Whether CUDA's assembler is where XLA looks: on PATH, in CUDA's own place, or from pip."""
+    places = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
+    if shutil.which("ptxas", path=os.pathsep.join(places)):
+        return True
+    return any(next(Path(place).glob("nvidia/*/bin/ptxas"), None) for place in sys.path if place)
+
+
 def hopper_device() -> jax.Device:
     """A device to compile for; nothing can be put on it or run on it.
 
     Raises:
-      ModuleNotFoundError: JAX's CUDA plugin is not installed; the message says how to.
+      ModuleNotFoundError: JAX's CUDA plugin or `ptxas` is not installed; the message says how to.
     """
-    if importlib.util.find_spec("jax_cuda13_plugin") is None:
+    if importlib.util.find_spec("jax_cuda13_plugin") is None or not _has_ptxas():
         raise ModuleNotFoundError(
             "target is 'h100', and the compiler for GPUs is not installed: pip install --no-deps "
             f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}, with ptxas "

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from kernels.tolerances import HOPPER_TOLERANCES
 
 from pallas_kernels import Target, decode_attention, page_bound, selected_decode_attention
 from pallas_kernels.decode_attention.gpu import decode_attention_gpu
@@ -19,11 +20,6 @@ from pallas_kernels.selected_decode_attention.gpu import selected_decode_attenti
 H100 = "NVIDIA H100 80GB HBM3"
 BF16, F32 = jnp.bfloat16, jnp.float32
 HOPPER = Target("gpu", H100)
-# Largest error against the reference in float32, relative to the largest value.
-TOLERANCE = {
-    "bfloat16": {"out": 4e-3, "max": 1e-6, "sum": 2e-5, "page_lse": 1e-5, "bound": 1e-6},
-    "float32": {"out": 3e-5, "max": 2e-5, "sum": 3e-5, "page_lse": 1e-5},
-}
 
 interpreted = pytest.mark.skipif(
     not hasattr(plgpu, "InterpretGPUParams"),
@@ -57,7 +53,7 @@ def case(B, K, G, S, P, H, prompts=None, fill=None, dtype=BF16):
 
 
 def check(got, wanted, dtype=BF16):
-    tolerance = TOLERANCE[jnp.dtype(dtype).name]
+    tolerance = HOPPER_TOLERANCES[jnp.dtype(dtype).name]
     for name, one, other in zip(wanted._fields, got, wanted, strict=True):
         one, other = np.asarray(one), np.asarray(other)
         np.testing.assert_array_equal(np.isneginf(one), np.isneginf(other), err_msg=name)
@@ -156,7 +152,9 @@ def test_page_bound(G, S, H):
     )
     wanted = page_bound(q, low, high, 1, scale=0.2, implementation="xla")
     scale = float(jnp.max(jnp.abs(wanted)))
-    np.testing.assert_allclose(got, wanted, rtol=0, atol=TOLERANCE["bfloat16"]["bound"] * scale)
+    np.testing.assert_allclose(
+        got, wanted, rtol=0, atol=HOPPER_TOLERANCES["bfloat16"]["bound"] * scale
+    )
 
 
 # What they do not serve, and that they lower at all, on any version of jax.
