@@ -8,30 +8,25 @@ are busy. Nothing is extrapolated: the state at a generated length is reached by
 from __future__ import annotations
 
 import concurrent.futures
-import copy
 import dataclasses
 import os
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from raas_jax import bench_rivals
+from raas_jax.bench_run import CHUNK, Run, copied
 from raas_jax.decode import DecodeState, Plan, cache_bytes, decode_pages, prefill, request
 from raas_jax.params import Params
-from raas_jax.policies import Policy
+from raas_jax.policies import Dense, Policy
 from raas_jax.policies.base import pages_for
 from raas_jax.sampling import Sampler, Sampling, row_keys
-
-CHUNK = 64
-"""Tokens that are timed together, in whole pages."""
-WHOLE_RUNS = 2048
-"""Up to this length, transformers' generate is also timed from the first token to the last."""
 
 
 @dataclasses.dataclass
@@ -47,7 +42,13 @@ class Timing:
       kv_bytes: memory of the cache: all segments, metadata and padding.
       transformers_ms_per_token: the same steps in Hugging Face's generate, where asked for.
       speedup: transformers' time over ours.
-      whole_run_speedup: the same of whole runs, prompt included, up to `WHOLE_RUNS` tokens.
+      whole_run_speedup: the same of whole runs, prompt included, up to
+        `bench_rivals.WHOLE_RUNS` tokens.
+      dense_ms_per_token: the same steps of this library with a dense cache, where asked for.
+      over_dense: the dense cache's time over ours.
+      dense_kv_bytes: memory of the dense cache at this length.
+      largest_batch: rows that fit on this device up to this length, by the compiler's account.
+      dense_largest_batch: the same with a dense cache.
     """
 
     generated: int
@@ -59,6 +60,11 @@ class Timing:
     transformers_ms_per_token: float | None = None
     speedup: float | None = None
     whole_run_speedup: float | None = None
+    dense_ms_per_token: float | None = None
+    over_dense: float | None = None
+    dense_kv_bytes: int | None = None
+    largest_batch: int | None = None
+    dense_largest_batch: int | None = None
 
 
 @dataclasses.dataclass
@@ -86,6 +92,8 @@ def bench(
     batch: int = 1,
     repetitions: int = 15,
     transformers: bool = False,
+    dense: bool = False,
+    largest_batch: bool = False,
     progress: bool = False,
 ) -> Report:
     """Measures the time per token at each generated length.
@@ -101,7 +109,10 @@ def bench(
       lengths: generated tokens at which to measure.
       batch: rows.
       repetitions: timed turns.
-      transformers: also run the same weights in Hugging Face's dense generate (needs torch).
+      transformers: also run the same weights in Hugging Face transformers (needs torch): its dense
+        generate, and on a GPU a static cache and torch.compile.
+      dense: also run this library with a dense cache.
+      largest_batch: also say how many rows fit, for which programs are compiled but not run.
       progress: a bar on stderr.
 
     Raises:
@@ -113,10 +124,12 @@ def bench(
     with tqdm(total=_steps(lengths, repetitions), unit="token", disable=not progress) as bar:
         bar.set_description("generating")
         runs = _generate(params, policy, prompt, sorted(set(lengths)), bar)
-        rivals = _rivals(params, prompt, runs) if transformers else {}
+        rivals = bench_rivals.transformers(params, prompt, runs) if transformers else {}
+        beside = bench_rivals.dense(params, prompt, runs) if dense else {}
         bar.set_description("timing")
         times: dict[int, list[float]] = {length: [] for length in runs}
         theirs: dict[int, list[float]] = {length: [] for length in rivals}
+        of_dense: dict[int, list[float]] = {length: [] for length in beside}
         reader = _reader()
         speeds = []
         for _ in range(repetitions):
@@ -125,6 +138,8 @@ def bench(
                 times[length].append(run.time_chunk(params))
                 if length in rivals:
                     theirs[length].append(rivals[length].time_chunk())
+                if length in beside:
+                    of_dense[length].append(beside[length].time_chunk(params))
                 bar.update(run.chunk)
     bandwidth = statistics.median(speeds)
     report = Report(
@@ -157,6 +172,15 @@ def bench(
             timing.speedup = rival / seconds
             whole = rivals[length].whole_seconds
             timing.whole_run_speedup = whole / run.whole_seconds if whole else None
+        if length in beside:
+            slower = statistics.median(of_dense[length])
+            timing.dense_ms_per_token = 1e3 * slower
+            timing.over_dense = slower / seconds
+            timing.dense_kv_bytes = cache_bytes(beside[length].state)
+        if largest_batch:
+            most = partial(bench_rivals.largest_batch, params, prompt_tokens, length)
+            timing.largest_batch = most(policy)
+            timing.dense_largest_batch = most(Dense(page_size=policy.page_size)) if dense else None
         report.timings.append(timing)
     return report
 
@@ -221,33 +245,9 @@ def _reader(size: int = 2**28) -> Callable[[], float]:
     return read_cpu
 
 
-@dataclasses.dataclass
-class _Run:
-    """A decode that was generated up to the chunk in which the length is reached."""
-
-    step: Callable[..., Any]
-    state: DecodeState
-    chunk: int
-    tokens: np.ndarray  # int32 [B, T], generated before the chunk.
-    compile_seconds: float
-    whole_seconds: float
-
-    def time_chunk(self, params: Params) -> float:
-        """Seconds per step over the chunk in which the length is reached."""
-        state = jax.block_until_ready(_copy(self.state))
-        start = time.perf_counter()
-        jax.block_until_ready(self.step(params, state))
-        return (time.perf_counter() - start) / self.chunk
-
-
-@jax.jit
-def _copy(state: DecodeState) -> DecodeState:
-    return jax.tree.map(jnp.copy, state)
-
-
 def _generate(
     params: Params, policy: Policy, prompt: np.ndarray, lengths: list[int], bar: tqdm
-) -> dict[int, _Run]:
+) -> dict[int, Run]:
     """One generation per distinct shape of the cache, with the state kept at every length."""
     batch, prompt_tokens = prompt.shape
     pages = pages_for(CHUNK, policy.page_size)
@@ -274,85 +274,15 @@ def _generate(
         tokens = [np.asarray(drawn.tokens)[None]]
         for length in of_plan:
             while chunk * (len(tokens) - 1) + 1 < length:
-                kept = _copy(state)
+                kept = copied(state)
                 start = time.perf_counter()
                 state, drawn = jax.block_until_ready(step(params, state))
                 spent += time.perf_counter() - start
                 tokens.append(np.asarray(drawn.tokens))
                 bar.update(chunk)
             before = np.concatenate(tokens[:-1]).T
-            runs[length] = _Run(step, kept, chunk, before, compiled, spent)
+            runs[length] = Run(step, kept, chunk, before, compiled, spent)
     return runs
-
-
-class _Transformers:
-    """Hugging Face's dense generate, brought to a generated length by reading it as a prompt."""
-
-    def __init__(self, model: Any, prompt: np.ndarray, run: _Run, whole: bool) -> None:
-        import torch
-
-        self.model, self.chunk = model, run.chunk
-        self.whole_seconds: float | None = None
-        if whole:
-            start = time.perf_counter()
-            count = run.tokens.shape[1] + run.chunk
-            self._generate(torch.as_tensor(prompt.astype(np.int64)), None, count)
-            self.whole_seconds = time.perf_counter() - start
-        tokens = np.concatenate([prompt, run.tokens], axis=1).astype(np.int64)
-        self.tokens = torch.as_tensor(tokens)
-        with torch.no_grad():
-            self.cache = model(self.tokens[:, :-1], logits_to_keep=1).past_key_values
-
-    def time_chunk(self) -> float:
-        """Seconds per step, the first one left out since it sets up the call."""
-        stamps = self._generate(self.tokens, copy.deepcopy(self.cache), self.chunk + 1)
-        return (stamps[-1] - stamps[0]) / (len(stamps) - 1)
-
-    def _generate(self, tokens: Any, cache: Any, count: int) -> list[float]:
-        import torch
-
-        stamps: list[float] = []
-
-        def note(ids: Any, scores: Any, **_: Any) -> Any:
-            stamps.append(time.perf_counter())
-            return torch.zeros(len(ids), dtype=torch.bool)
-
-        self.model.generate(
-            tokens,
-            attention_mask=torch.ones_like(tokens),
-            past_key_values=cache,
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-            stopping_criteria=[note],
-        )
-        assert len(stamps) == count
-        return stamps
-
-
-def _rivals(params: Params, prompt: np.ndarray, runs: dict[int, _Run]) -> dict[int, _Transformers]:
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            "--against transformers needs torch. Install it: pip install 'raas-jax[dev]'."
-        ) from None
-    import transformers
-
-    from raas_jax.weights.hf import save_hf
-
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model")
-        save_hf(params, path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
-        model.generation_config.eos_token_id = None
-    return {
-        length: _Transformers(model, prompt, run, whole=length <= WHOLE_RUNS)
-        for length, run in runs.items()
-    }
 
 
 def _steps(lengths: Sequence[int], repetitions: int) -> int:

@@ -16,6 +16,8 @@ from collections.abc import Callable
 import jax
 from jax.experimental import topologies
 
+from raas_jax import hopper_target
+
 TPU_TARGETS = (
     *("v4:2x2x1", "v4:2x2x2", "v4:4x4x4"),
     *("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
@@ -32,6 +34,7 @@ DEVICE_MEMORY = {
     "TPU v5": 95.74 * GIB,
     "TPU v6 lite": 31.25 * GIB,
     "TPU7x": 94.75 * GIB,  # One of a chip's two halves.
+    hopper_target.DEVICE_KIND: hopper_target.DEVICE_MEMORY,
 }
 """Bytes that the compiler has at its disposal, by `device_kind`."""
 
@@ -57,6 +60,7 @@ def _tpu(name: str) -> list[jax.Device]:
 
 _KINDS: dict[str, tuple[tuple[str, ...], Callable[[str], list[jax.Device]]]] = {
     "tpu": (TPU_TARGETS, _tpu),
+    "gpu": (("h100",), lambda _: [hopper_target.hopper_device()]),
 }
 """Of each platform, the names to suggest, and the devices of a name."""
 

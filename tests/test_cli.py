@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 
 import raas_jax
@@ -211,6 +212,7 @@ def test_a_bad_line_is_named(line, said):
         (["memory", "--model", "MODEL", "--batch", "0"], "batch"),
         (["bench", "--config", "MODEL", "--lengths", "1k"], "--lengths"),
         (["bench", "--config", "MODEL", "--lengths", "8"], "lengths"),
+        (["bench", "--config", "MODEL", "--against", "vllm"], "--against is 'vllm'"),
         (["bench", "--config", "MODEL", "--lengths", "200000"], "max_position_embeddings"),
         (["train", "/nowhere/lemma.yaml"], "/nowhere/lemma.yaml"),
     ],
@@ -301,6 +303,68 @@ def test_bench_against_transformers(tmp_path, capsys):
     theirs, ours = timing["transformers_ms_per_token"], timing["ms_per_token"]
     assert timing["speedup"] == pytest.approx(theirs / ours)
     assert timing["whole_run_speedup"] > 0
+
+
+def test_bench_against_a_dense_cache_and_the_rows_that_fit(tmp_path, capsys, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_hf()))
+    asked = []
+
+    def largest(account, together, limit):
+        """Instead of the search, which the engine's tests have: the numbers in seven rows."""
+        (program,) = account(7)
+        asked.append(sum(leaf.size for leaf in jax.tree.leaves(program.in_avals)))
+        return 7
+
+    monkeypatch.setattr("raas_jax.bench_rivals.largest", largest)
+    args = ["bench", "--config", str(tmp_path), "--budget", "64", "--prompt-tokens", "20"]
+    args += ["--lengths", "128", "--repetitions", "1", "--layers", "1", "--against", "dense"]
+    assert main([*args, "--largest-batch", "--json"]) == 0
+    (timing,) = json.loads(capsys.readouterr().out)["timings"]
+    assert timing["over_dense"] == pytest.approx(
+        timing["dense_ms_per_token"] / timing["ms_per_token"]
+    )
+    assert timing["dense_kv_bytes"] > timing["kv_bytes"]
+    assert timing["largest_batch"] == timing["dense_largest_batch"] == 7
+    ours, dense = asked
+    assert ours < dense
+
+
+def test_a_static_cache_decodes_as_a_growing_one(tmp_path):
+    """The rival that is timed on GPUs, without its compiler: every step sees all tokens."""
+    torch = pytest.importorskip("torch", reason="transformers needs torch")
+    import transformers
+
+    from raas_jax.bench_rivals import _StaticCache
+    from raas_jax.bench_run import Run
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    rng = np.random.default_rng(0)
+    prompt, tokens = rng.integers(0, 50, (2, 7)), rng.integers(0, 50, (2, 5))
+    rival = _StaticCache(model, prompt, Run(None, None, 6, tokens, 0.0, 0.0), compiled=False)
+    seen = []
+    rival.forward = lambda token, **kwargs: seen.append(token) or model(token, **kwargs)
+    for _ in range(2):
+        seen.clear()
+        assert rival.time_chunk() > 0
+        with torch.no_grad():
+            wanted = model.generate(
+                torch.as_tensor(np.concatenate([prompt, tokens], 1)),
+                attention_mask=torch.ones(2, 12, dtype=torch.long),
+                max_new_tokens=5,
+                min_new_tokens=5,
+                do_sample=False,
+                pad_token_id=0,
+            )
+        np.testing.assert_array_equal(torch.cat(seen[1:], 1), wanted[:, 12:])
 
 
 def test_config_files_may_be_yaml(tmp_path):

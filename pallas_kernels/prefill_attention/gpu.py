@@ -17,7 +17,8 @@ def prefill_attention_gpu(
     """See `api.prefill_attention`, which checks the arguments.
 
     Raises:
-      NotImplementedError: segments, float32, or a head dim that cuDNN does not take.
+      NotImplementedError: segments, float32, or a head dim that cuDNN does not take; or there is no
+        cuDNN on this machine, as where a program is compiled ahead of time.
     """
     H = q.shape[-1]
     if segments is not None:
@@ -26,6 +27,9 @@ def prefill_attention_gpu(
         raise NotImplementedError(f"cuDNN's attention takes bfloat16 and float16, not {q.dtype}")
     if H % 8 or H > 128:
         raise NotImplementedError(f"cuDNN's attention takes head dims 8, 16 ... 128, not {H}")
-    return jax.nn.dot_product_attention(
-        q, k, v, scale=scale, is_causal=True, implementation="cudnn"
-    )
+    try:
+        return jax.nn.dot_product_attention(
+            q, k, v, scale=scale, is_causal=True, implementation="cudnn"
+        )
+    except RuntimeError as error:
+        raise NotImplementedError(f"cuDNN's attention is not to be had ({error})") from error

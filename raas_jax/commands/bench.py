@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Bench:
-    """Measure the time per token, the memory's floor, and transformers beside it."""
+    """Measure the time per token, the memory's floor, and dense decodes beside it."""
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """Shape of the model (weights are random): a config.json, or YAML as configs/bench_25m.yaml."""
@@ -45,10 +45,12 @@ class Bench:
     repetitions: Annotated[int, tyro.conf.arg(metavar="INT")] = 15
     """Timed turns at every length; the median counts."""
     against: Annotated[
-        Literal["transformers"] | None,
-        tyro.conf.arg(metavar="{transformers}", help_behavior_hint=""),
+        str | None, tyro.conf.arg(metavar="transformers,dense", help_behavior_hint="")
     ] = None
-    """Also time Hugging Face's dense generate on the same weights, prompt and lengths."""
+    """Also time, on the same weights and lengths: transformers (Hugging Face's dense decode, on
+    a GPU with a static cache and torch.compile), dense (this library, forgetting nothing)."""
+    largest_batch: bool = False
+    """Also say how many sequences fit, by the compiler's account; nothing more is run."""
     policies: Annotated[str | None, tyro.conf.arg(metavar="{all,NAMES}", help_behavior_hint="")] = (
         None
     )
@@ -63,7 +65,7 @@ class Bench:
         if self.policies is not None:
             return self._compare(self.policies)
         policy = self.policy.create()
-        lengths = parse_lengths(self.lengths)
+        lengths, against = parse_lengths(self.lengths), parse_against(self.against)
         config = read_config(self.config, self.layers)
         load = os.getloadavg()[0]
         from raas_jax.bench import bench
@@ -75,7 +77,9 @@ class Bench:
             lengths=lengths,
             batch=self.batch,
             repetitions=self.repetitions,
-            transformers=self.against == "transformers",
+            transformers="transformers" in against,
+            dense="dense" in against,
+            largest_batch=self.largest_batch,
             progress=sys.stderr.isatty(),
         )
         print(json.dumps(dataclasses.asdict(report), indent=2) if self.json else table(report))
@@ -133,6 +137,15 @@ def parse_lengths(text: str) -> list[int]:
         ) from None
 
 
+def parse_against(text: str | None) -> list[str]:
+    """`transformers,dense` → both. Raises ValueError for anything else."""
+    names = [] if text is None else split_names(text)
+    for name in names:
+        if name not in ("transformers", "dense"):
+            raise ValueError(f"--against is {text!r}; there are transformers and dense.")
+    return names
+
+
 def table(report: Report) -> str:
     """The report as Markdown, which reads well on a terminal too."""
     rivals = any(timing.transformers_ms_per_token for timing in report.timings)
@@ -157,6 +170,19 @@ def table(report: Report) -> str:
                 f"{timing.speedup:.2f} x",
                 f"{whole:.2f} x" if whole else "-",
             ]
+    if any(timing.dense_ms_per_token for timing in report.timings):
+        heads += ["dense ms", "faster", "dense KV"]
+        for row, timing in zip(rows, report.timings, strict=True):
+            row += [
+                f"{timing.dense_ms_per_token:.2f}",
+                f"{timing.over_dense:.2f} x",
+                readable_bytes(timing.dense_kv_bytes or 0),
+            ]
+    for head, field in ("rows fit", "largest_batch"), ("dense rows fit", "dense_largest_batch"):
+        if any(getattr(timing, field) for timing in report.timings):
+            heads.append(head)
+            for row, timing in zip(rows, report.timings, strict=True):
+                row.append(f"{getattr(timing, field):,}")
     return "\n".join(
         [
             f"{report.policy}",
