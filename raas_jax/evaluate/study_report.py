@@ -104,7 +104,12 @@ class StudyReport:
 
     def of(self, task: str, group: str = MAIN) -> list[Point]:
         """Points of a task in a group, in the order of the study."""
-        return [point for point in self.points if point.task == task and group in point.groups]
+        found = [point for point in self.points if point.task == task and group in point.groups]
+        if group == MAIN:
+            return found
+        entries = self.config["study"]["ablations"][group]["policies"]
+        order = {entry["label"]: number for number, entry in enumerate(entries)}
+        return sorted(found, key=lambda point: order[point.entry])
 
     def find(self, task: str, entry: str, budget: int) -> Point | None:
         """The point of a policy at a budget; one without a budget serves all."""
