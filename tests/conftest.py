@@ -23,6 +23,14 @@ settings.register_profile(
 )
 settings.load_profile("raas_jax")
 
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Compiled programs take memory mappings, of which a process has only so many."""
+    yield
+    jax.clear_caches()
+
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

@@ -54,7 +54,6 @@ def accuracy_against_bytes(report: StudyReport) -> Any:
         "correct",
         "KiB of keys, values and metadata per sequence",
         "right answers, %",
-        logarithmic=True,
     )
 
 
@@ -155,9 +154,10 @@ def distance_to_ceiling(report: StudyReport) -> Any:
     for axis, task in zip(axes, report.tasks, strict=True):
         points = [p for p in report.of(task) if p.budget and p.entry != ceiling]
         budgets = sorted({point.budget for point in points})
-        middle = budgets[min(1, len(budgets) - 1)]
+        middle = budgets[len(budgets) // 2]
         other = report.find(task, ceiling, middle)
         if other is None:
+            axis.set_visible(False)
             continue
         here = [(point.entry, point.against(other)) for point in points if point.budget == middle]
         here.sort(key=lambda each: each[1].value)

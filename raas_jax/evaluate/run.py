@@ -23,6 +23,8 @@ from raas_jax.evaluate.tasks import Item, Task
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 
+CELLS_AT_ONCE = 16
+"""Cells whose compiled programs are kept, since neighbours may share them."""
 ANSWERS = Column("correct", "Exact answers", "share")
 BYTES = Column("kv_bytes", "KV bytes", "bytes")
 
@@ -113,9 +115,12 @@ def run_cells(
             disable=None if progress is None else not progress,
         ) as bar,
     ):
-        for cell in cells:
+        for number, cell in enumerate(cells, start=1):
             bar.set_description(f"{cell.task_label}, {cell.label}")
             _run_cell(params, cell, items[cell.task], results, rows, bar)
+            if number % CELLS_AT_ONCE == 0:
+                # Every compiled program takes memory mappings, of which a process has only so many.
+                jax.clear_caches()
     return results
 
 
