@@ -126,9 +126,10 @@ class Eval:
 
             self._ask(out, LEMMA, lemma_problems(task), tried)
             return
-        if self.rows == "auto":
+        if self.rows == "auto" or self.mesh is not None:
             raise ValueError(
-                "--rows auto is not for lemma, which records the cache; give a number."
+                "--rows auto and --mesh are not for lemma, which records the cache; give a number "
+                "of rows, or --samples and --temperature."
             )
         from raas_jax import load
 
