@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Bench:
-    """Measure the time per token, the memory's floor, and dense decodes beside it."""
+    """Measure the time per token beside what memory allows."""
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """Shape of the model (weights are random): a config.json, or YAML as configs/bench_25m.yaml."""

@@ -13,7 +13,7 @@ from raas_jax.commands.prompts import Prompt, read_prompts
 
 @dataclasses.dataclass
 class Calibrate:
-    """Learn where a model's queries lie, for --policy triattention:calibration=FILE."""
+    """Learn where a model's queries lie, for triattention."""
 
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
     """Where to write, as safetensors."""

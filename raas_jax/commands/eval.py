@@ -21,7 +21,7 @@ BENCHMARK_ONLY = ("data", "limit", "no_chat")
 
 @dataclasses.dataclass
 class Eval:
-    """Measure policies on a task; a run that was stopped goes on where it was."""
+    """Measure policies on a task; a stopped run goes on."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """lemma, gsm8k, math500, aime24, or your own: a JSONL file with "prompt" and "answer", or a

@@ -17,7 +17,7 @@ from raas_jax.policies import Policy
 
 @dataclasses.dataclass
 class Throughput:
-    """Measure the engine beside plain batches, with rows that run long, and with shared prompts."""
+    """Measure the engine beside plain batches of rows."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
     """A model that answers lemma problems: demo, or one that `raas-jax train` made."""

@@ -13,7 +13,7 @@ from raas_jax.commands.options import Int
 
 @dataclasses.dataclass
 class Train:
-    """Train a small reasoner; a run that was stopped goes on where it was."""
+    """Train a small reasoner; a stopped run goes on."""
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """As configs/lemma.yaml."""
