@@ -143,7 +143,7 @@ def lengths(report: StudyReport) -> Any:
             share = 100 * point.figures["capped"].value
             axis.text(right, row, f" {share:.0f} %", va="center", fontsize=8)
         axis.set_title(f"{task}, budget {smallest}; right: ran to the cap", fontsize=10)
-        axis.set_xlabel("tokens of an answer (box: quartiles, whiskers: 5-95 %)")
+        axis.set_xlabel("tokens of an answer (quartiles, 5-95 %)")
     return figure
 
 
