@@ -49,6 +49,7 @@ def quick_compilation():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
+@pytest.mark.once
 def test_the_command(tmp_path, capsys, monkeypatch, quick_compilation):
     monkeypatch.setattr(bench_policies, "CHUNK", 32)
     model = save_tiny(tmp_path / "model")

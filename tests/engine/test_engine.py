@@ -185,6 +185,7 @@ def test_what_cannot_work_is_refused(params):
         Engine(params, policy="raas")
 
 
+@pytest.mark.once
 def test_as_many_rows_as_fit(params):
     """By the compiler's account: so many fit, and a few more do not."""
 

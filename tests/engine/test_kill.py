@@ -19,6 +19,7 @@ KILLS = 20
 HERE = Path(__file__).parent
 
 
+@pytest.mark.once
 def test_killed_twenty_times(tmp_path):
     draws = random.Random(7)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [HERE.parent, *sys.path]))}

@@ -10,6 +10,7 @@ from raas_jax.bench_engine import mixed_problems
 from raas_jax.cli import main
 
 
+@pytest.mark.once
 def test_the_tables_add_up(tmp_path, capsys):
     model = save_tiny(tmp_path / "model")
     options = ["--problems", "6", "--definitions", "2-4", "--rows", "2", "--budget", "32"]
