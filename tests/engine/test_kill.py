@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import life
+import pytest
 from tiny import random_params
 
 from raas_jax import Engine

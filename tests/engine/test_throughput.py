@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from tiny_lemma import save_tiny
 
 from raas_jax.bench_engine import mixed_problems
