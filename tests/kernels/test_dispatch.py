@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import Target, decode_attention, page_commit
 from pallas_kernels.decode_attention.tuning import prefers_xla
@@ -100,7 +100,8 @@ def test_rows_and_heads_are_split_where_they_divide(monkeypatch, data, model, B,
         return decode_attention_reference(*arrays, **options)
 
     monkeypatch.setitem(api._BACKENDS, "tpu", backend)
-    mesh = AbstractMesh((data, model), ("data", "model"))
+    axes = (AxisType.Auto,) * 2
+    mesh = AbstractMesh((data, model), ("data", "model"), axis_types=axes)
     target = Target("tpu", "TPU v5", mesh)
     struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     pages = struct(2, B, K, 3, 8, 128)
