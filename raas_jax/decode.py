@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import Target
@@ -145,6 +146,14 @@ def request(limit: jax.Array, stop_tokens: Sequence[int], sampler: Sampler) -> _
     """Bundles limits int32 `[B]`, stop tokens and the sampler; pads the stop tokens to a bucket."""
     padded = list(stop_tokens) + [-1] * (-len(stop_tokens) % 8 or 8 * (not stop_tokens))
     return _Request(jnp.asarray(limit, jnp.int32), jnp.asarray(padded, jnp.int32), sampler)
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], plan: Plan) -> tuple[jax.Array, jax.Array]:
+    """Tokens int32 `[B', Sp * P]`, padded at the right, and lengths `[B']`, for `prefill`."""
+    tokens = np.zeros((len(prompts), plan.prompt_slots * plan.page_size), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
 def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache:

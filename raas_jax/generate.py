@@ -22,6 +22,7 @@ from raas_jax.decode import (
     cache_bytes,
     decode_pages,
     decode_until_done,
+    pad_prompts,
     prefill,
     request,
 )
@@ -302,7 +303,7 @@ class _Run:
         limits = jnp.asarray([row.limit for row in self.rows])
         state, first = prefill(
             self.params,
-            *_padded([row.prompt for row in self.rows], self.plan),
+            *pad_prompts([row.prompt for row in self.rows], self.plan),
             request(limits, self._stops, self._sampler),
             plan=self.plan,
         )
@@ -361,14 +362,6 @@ class _Run:
         if np.array_equal(finished, np.asarray(state.done)):
             return state
         return dataclasses.replace(state, done=state.done | jnp.asarray(finished))
-
-
-def _padded(prompts: list[list[int]], plan: Plan) -> tuple[jax.Array, jax.Array]:
-    """Tokens int32 `[B, Sp * P]` padded at the right, and lengths int32 `[B]`."""
-    tokens = np.zeros((len(prompts), plan.prompt_slots * plan.page_size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    return jnp.asarray(tokens), jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
 
 
 def _per_row(

@@ -30,23 +30,14 @@ class Calibrate:
         """Writes the file and says what it was made of."""
         import raas_jax
         from raas_jax import text
-        from raas_jax.calibrate import calibrate
+        from raas_jax.calibrate import calibrate, with_answers
 
         if self.max_new_tokens < 0:
             raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 0.")
         prompts = self._prompts()
         params = raas_jax.load(self.model, dtype=self.dtype)
         sequences, _ = text.encode(params, prompts)
-        if self.max_new_tokens:
-            answers = raas_jax.generate(
-                params,
-                sequences,
-                policy=raas_jax.Dense(),
-                max_new_tokens=self.max_new_tokens,
-            )
-            sequences = [
-                [*ids, *answer.tokens] for ids, answer in zip(sequences, answers, strict=True)
-            ]
+        sequences = with_answers(params, sequences, self.max_new_tokens)
         calibrate(params, sequences).write(self.out)
         print(f"{self.out}: {sum(map(len, sequences))} tokens of {len(sequences)} texts")
         return 0

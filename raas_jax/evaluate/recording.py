@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,10 +20,12 @@ import numpy as np
 from raas_jax.config import ModelConfig
 from raas_jax.decode import (
     DecodeState,
+    Drawn,
     Plan,
     commit_page,
     empty_cache,
     init_marks,
+    pad_prompts,
     prefill,
     request,
     token_step,
@@ -184,7 +185,6 @@ class Recording:
       stamps: int32 `[n * P, L, K, n]`, the policy's mark of every page after each step, -1 where
         there is none; None unless asked for and the policy's marks are one integer per page.
       seconds: from the start of the batch to the look that saw its end.
-      step_seconds: median time of a step of its batch, compilation left out.
     """
 
     tokens: list[int]
@@ -193,7 +193,6 @@ class Recording:
     present: np.ndarray
     stamps: np.ndarray | None
     seconds: float
-    step_seconds: float
 
     def held(self, token: int, source: int) -> np.ndarray:
         """Whether the token with index `source` can be read as `token` is drawn: `[L, K]`."""
@@ -205,6 +204,19 @@ class Recording:
             (token - 1) // self.page_size, :, :, source // self.page_size
         ]
         return held
+
+
+def begin(
+    params: Params,
+    prompts: Sequence[Sequence[int]],
+    limits: Sequence[int],
+    plan: Plan,
+    stop_tokens: Sequence[int] = (),
+) -> tuple[DecodeState, Drawn]:
+    """`prefill` of a batch that is decoded greedily."""
+    sampler = Sampler.create([Sampling()] * len(prompts), row_keys(0, len(prompts)))
+    asked = request(jnp.asarray(limits), stop_tokens, sampler)
+    return prefill(params, *pad_prompts(prompts, plan), asked, plan=plan)
 
 
 def record(
@@ -240,20 +252,13 @@ def record(
     plan = Plan.create(params.config, Recorded(policy), [len(each) for each in padded], max(limit))
     P = plan.page_size
     pages = max(1, TOKENS_PER_LOOK // P)
-    tokens = np.zeros((len(padded), plan.prompt_slots * P), np.int32)
-    for line, prompt in zip(tokens, padded, strict=True):
-        line[: len(prompt)] = prompt
-    sampler = Sampler.create([Sampling()] * len(padded), row_keys(0, len(padded)))
-    asked = request(jnp.asarray(limit), stop_tokens, sampler)
-    lengths = jnp.asarray([len(prompt) for prompt in padded], jnp.int32)
-    state, first = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+    state, first = begin(params, padded, limit, plan, stop_tokens)
     if prepare is not None:
         state = prepare(state)
 
     drawn = [np.asarray(first.tokens)[None]]
     tables: list[tuple[np.ndarray, ...]] = []
     marks: list[tuple[np.ndarray, ...]] = []
-    looks: list[float] = []
     open_rows = list(range(len(prompts)))
     while True:
         done = np.asarray(state.done)
@@ -276,16 +281,12 @@ def record(
                     present=_present(table, written),
                     stamps=_stamps(table, _of_row(marks, row, written), written) if marks else None,
                     seconds=seconds,
-                    # The first look has compiled the loop, or waited for prefill.
-                    step_seconds=statistics.median(looks[1:] or looks or [seconds]),
                 ),
             )
         if not open_rows:
             return
-        looked = time.perf_counter()
         state, seen = record_pages(params, state, plan=plan, pages=pages, every_step=every_step)
         drawn.append(np.asarray(seen.tokens))
-        looks.append((time.perf_counter() - looked) / (pages * P))
         tables.append(tuple(np.asarray(table) for table in seen.tables))
         stamps = [getattr(mark, "stamp", mark) for mark in seen.marks or ()]
         if stamps and all(map(_is_stamp, stamps)):

@@ -164,7 +164,6 @@ def _run_cell(
                     params.config, len(item.prompt) + len(recording.tokens), dtype
                 ),
                 "seconds": round(recording.seconds, 3),
-                "step_ms": round(1e3 * recording.step_seconds, 3),
                 "text": answer,
             }
             results.add(sample)

@@ -11,17 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.bench import bench
-from raas_jax.decode import Plan, decode_pages, prefill, request
+from raas_jax.decode import Plan, decode_pages
+from raas_jax.evaluate.recording import begin
 from raas_jax.evaluate.results import write
 from raas_jax.evaluate.tasks import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
-from raas_jax.sampling import Sampler, Sampling, row_keys
 
 SPEED, STEPS = "speed.json", "steps.json"
 LOOK = 32
@@ -115,13 +113,8 @@ def measure_steps(
 def _step_seconds(params: Params, policy: Policy, items: Sequence[Item]) -> float:
     longest = max(item.limit for item in items)
     plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
-    tokens = np.zeros((len(items), plan.prompt_slots * plan.page_size), np.int32)
-    for line, item in zip(tokens, items, strict=True):
-        line[: len(item.prompt)] = item.prompt
-    sampler = Sampler.create([Sampling()] * len(items), row_keys(0, len(items)))
-    asked = request(jnp.full(len(items), longest + 2 * LOOK), (), sampler)
-    lengths = jnp.asarray([len(item.prompt) for item in items], jnp.int32)
-    state, _ = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+    limits = [longest + 2 * LOOK] * len(items)  # No row ends while it is timed.
+    state, _ = begin(params, [item.prompt for item in items], limits, plan)
     pages = pages_for(LOOK, plan.page_size)
     times = []
     for _ in range(max(3, longest // LOOK)):

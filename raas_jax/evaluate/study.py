@@ -18,7 +18,7 @@ from typing import Any
 import yaml
 
 from raas_jax import policies
-from raas_jax.calibrate import calibrate
+from raas_jax.calibrate import calibrate, with_answers
 from raas_jax.evaluate.ceiling import ceiling
 from raas_jax.evaluate.lemma import LemmaTask
 from raas_jax.evaluate.recording import row_bytes
@@ -26,7 +26,6 @@ from raas_jax.evaluate.results import Results
 from raas_jax.evaluate.run import ANSWERS, BYTES, Cell, fingerprint, run_cells
 from raas_jax.evaluate.speed import Speed, measure_speed, measure_steps
 from raas_jax.evaluate.tasks import Item
-from raas_jax.generate import generate
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 
@@ -292,9 +291,7 @@ def calibrated(study: Study, params: Params, file: Path) -> Study:
     if not file.is_file():
         tested = study.tested[0].task
         others = dataclasses.replace(tested, split="validation", problems=CALIBRATED_ON)
-        prompts = [list(item.prompt) for item in others.items(params)]
-        answers = generate(params, prompts, policy=policies.Dense(), max_new_tokens=256)
-        texts = [[*ids, *out.tokens] for ids, out in zip(prompts, answers, strict=True)]
+        texts = with_answers(params, [item.prompt for item in others.items(params)], 256)
         file.parent.mkdir(parents=True, exist_ok=True)
         calibrate(params, texts, progress=False).write(file)
 

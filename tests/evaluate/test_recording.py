@@ -130,7 +130,7 @@ def a_recording(problem, keep):
     present = np.random.default_rng(0).random((pages, 3, 2, pages)) < keep
     present &= np.tri(pages, dtype=bool)[:, None, None]
     present[np.arange(pages), :, :, np.arange(pages)] = True
-    return Recording([0] * length, "length", 4, present, None, 0.0, 0.0)
+    return Recording([0] * length, "length", 4, present, None, 0.0)
 
 
 def test_recall_is_one_where_nothing_is_evicted():
