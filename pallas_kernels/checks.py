@@ -28,10 +28,7 @@ def check_pages(
         )
     check_floats("q", q)
     check_floats("k_pages", k_pages)
-    if v_pages.dtype != k_pages.dtype:
-        raise ValueError(
-            f"v_pages is {v_pages.dtype} and k_pages {k_pages.dtype}; cast one to the other's."
-        )
+    check_same_dtype("v_pages", v_pages, "k_pages", k_pages)
     _, B, K, S, P, H = k_pages.shape
     for name, size in zip("BKPH", (B, K, P, H), strict=True):
         if size < 1:
@@ -61,6 +58,14 @@ def check_layer(layer: jax.Array | int, layers: int) -> jax.Array:
         raise ValueError(f"layer has shape {layer.shape}; it must be a scalar.")
     check_integers("layer", layer, "the number of a layer")
     return layer.astype(jnp.int32)
+
+
+def check_same_dtype(name: str, array: jax.Array, other_name: str, other: jax.Array) -> None:
+    """Raises ValueError unless both arrays hold the same kind of numbers."""
+    if array.dtype != other.dtype:
+        raise ValueError(
+            f"{name} is {array.dtype} and {other_name} {other.dtype}; cast one to the other's."
+        )
 
 
 def check_integers(name: str, array: jax.Array, meaning: str) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -19,6 +21,24 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = ("default", "linear", "llama3")
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """Named fields from the YAML file that `--config` names.
+
+    Raises:
+      FileNotFoundError: there is no such file. ValueError: it holds something else.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config is {str(file)!r}; there is no such file.")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file} is not valid YAML ({error}).") from error
+    if not isinstance(fields, dict):
+        raise ValueError(f"{file} holds a {type(fields).__name__}; expected named fields.")
+    return fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.checks import check_floats, check_layer
+from pallas_kernels.checks import check_floats, check_layer, check_same_dtype
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.page_bound.reference import page_bound_reference
 
@@ -55,10 +55,7 @@ def page_bound(
         )
     check_floats("q", q)
     check_floats("key_min", key_min)
-    if key_max.dtype != key_min.dtype:
-        raise ValueError(
-            f"key_max is {key_max.dtype} and key_min {key_min.dtype}; cast one to the other's."
-        )
+    check_same_dtype("key_max", key_max, "key_min", key_min)
     layer = check_layer(layer, key_min.shape[0])
     return dispatch(
         "page_bound",

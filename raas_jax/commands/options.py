@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
-import yaml
 
 from raas_jax import policies
-from raas_jax.config import ModelConfig
+from raas_jax.config import ModelConfig, read_yaml
 from raas_jax.sampling import Sampling
 
 # Options that are left to the library's defaults; "None" in a help text would explain nothing.
@@ -169,14 +168,7 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
     if path.suffix not in (".yaml", ".yml"):
         config = ModelConfig.from_file(path)
     else:
-        if not path.is_file():
-            raise FileNotFoundError(f"--config is {file!r}; there is no such file.")
-        try:
-            fields = yaml.safe_load(path.read_text())
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file} is not valid YAML ({error}).") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{file} holds a {type(fields).__name__}; expected named fields.")
+        fields = read_yaml(path)
         config = ModelConfig.from_hf(fields.get("model", fields))
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 

@@ -21,7 +21,7 @@ from raas_jax.evaluate.benchmarks import Benchmark, Problem, digest
 from raas_jax.evaluate.grading import Graders, Mark
 from raas_jax.evaluate.recording import row_bytes
 from raas_jax.evaluate.results import Results
-from raas_jax.evaluate.run import environment, fingerprint, label, labels
+from raas_jax.evaluate.run import describe, environment, identity, label, refuse_repeats
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 from raas_jax.sampling import Sampling
@@ -103,8 +103,7 @@ def run_benchmark(
     """
     asking = asking or Asking()
     names = [label(policy) for policy in tried]
-    if len(set(names)) < len(names):
-        raise ValueError(f"policies repeat: {', '.join(names)}; name each once.")
+    refuse_repeats(names)
     chat = has_chat_template(params) if asking.chat is None else asking.chat
     asking = dataclasses.replace(asking, chat=chat)
     prompts = encode(params, problems, chat)
@@ -157,14 +156,9 @@ def configuration(
             "problems": len(problems),
             "data": digest(problems, benchmark.grader),
         },
-        "model": model,
-        "weights": fingerprint(params),
-        "dtype": params.weights["embedding"].dtype.name,
+        **identity(params, model),
         "asking": dataclasses.asdict(asking),
-        "policies": [
-            {"label": label(policy), **labels(policy), **dataclasses.asdict(policy)}
-            for policy in tried
-        ],
+        "policies": [describe(policy) for policy in tried],
     }
 
 

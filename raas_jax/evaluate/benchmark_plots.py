@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from raas_jax.evaluate.benchmark_report import Point
+from raas_jax.evaluate.plots import spread
 
 # Told apart also by colour-blind readers (Okabe and Ito's colours), and by their markers.
 COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#666666")
@@ -54,12 +55,10 @@ def accuracy_against_budget(axis: Any, points: Sequence[Point]) -> None:
                 span = (100 * figures[0].low, 100 * figures[0].high)
                 axis.axhspan(*span, color=colour, alpha=0.1, linewidth=0)
             continue
-        low = [100 * max(0.0, f.value - (f.value if f.low is None else f.low)) for f in figures]
-        high = [100 * max(0.0, (f.value if f.high is None else f.high) - f.value) for f in figures]
         axis.errorbar(
             [point.budget for point in mine],
             [100 * figure.value for figure in figures],
-            yerr=[low, high],
+            yerr=spread(figures),
             color=colour,
             marker=MARKERS[index % len(MARKERS)],
             capsize=3,
@@ -74,11 +73,15 @@ def accuracy_against_budget(axis: Any, points: Sequence[Point]) -> None:
     axis.legend(fontsize=8)
 
 
+def _look(index: int) -> dict[str, str]:
+    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+
+
 def time_against_length(axis: Any, points: Sequence[Point]) -> None:
     """Seconds from the start of a row to its end, over the tokens that it wrote."""
     for index, point in enumerate(points):
         pairs = sorted((s["tokens"], s["seconds"]) for s in _answered(point))
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        style = _look(index)
         axis.scatter(*zip(*pairs, strict=True), s=6, alpha=0.25, linewidths=0, **style)
         axis.plot(*_medians(pairs), markersize=4, label=point.policy["label"], **style)
     axis.set_xlabel("decode length, tokens")
@@ -91,7 +94,7 @@ def memory_against_length(axis: Any, points: Sequence[Point]) -> None:
     """Bytes of keys, values and metadata that an answer of this length takes."""
     for index, point in enumerate(points):
         pairs = sorted((s["tokens"], s["kv_bytes_of_length"] / 2**20) for s in _answered(point))
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+        style = _look(index)
         axis.plot(*_medians(pairs), markersize=4, label=point.policy["label"], **style)
     axis.set_xlabel("decode length, tokens")
     axis.set_ylabel("keys, values and metadata, MiB")

@@ -6,14 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 if TYPE_CHECKING:
     from raas_jax.evaluate.study_report import Point, StudyReport
     from raas_jax.evaluate.tables import Estimate
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 # Told apart also by colour-blind readers (Okabe and Ito's colours), and by their markers.
 _COLOURS = ("#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C6BB1", "#666633")
@@ -41,7 +39,6 @@ def draw_study(report: StudyReport) -> list[Path]:
         figure = draw(report)
         file = report.folder / name
         figure.savefig(file, dpi=110, bbox_inches="tight")
-        pyplot.close(figure)
         files.append(file)
     return files
 
@@ -106,7 +103,7 @@ def _curves(
             x = [place(point) for point in points]
             found = [point.figures[name] for point in points]
             y = [100 * each.value for each in found]
-            axis.plot(x, y, **style, linestyle=style_of(entry, report) if joined else "none")
+            axis.plot(x, y, **style, linestyle=_style(entry, report) if joined else "none")
             if entry in report.rivals:
                 low = [100 * (e.value if e.low is None else e.low) for e in found]
                 high = [100 * (e.value if e.high is None else e.high) for e in found]
@@ -121,7 +118,7 @@ def _curves(
     return figure
 
 
-def style_of(entry: str, report: StudyReport) -> str:
+def _style(entry: str, report: StudyReport) -> str:
     """Solid for policies, broken for controls, dotted for the ceiling."""
     if entry == report.config["ceiling"]:
         return ":"
@@ -163,9 +160,9 @@ def distance_to_ceiling(report: StudyReport) -> Any:
         here.sort(key=lambda each: each[1].value)
         names = [entry for entry, _ in here]
         values = [100 * found.value for _, found in here]
-        spread = _spread([found for _, found in here])
+        reach = spread([found for _, found in here])
         colours = [_colour(report, name, 0) for name in names]
-        axis.barh(names, values, xerr=spread, color=colours, ecolor="#555555", height=0.7)
+        axis.barh(names, values, xerr=reach, color=colours, ecolor="#555555", height=0.7)
         axis.axvline(0, color=_CEILING, linewidth=1)
         axis.set_title(f"{task}, budget {middle}")
         axis.set_xlabel(f"right answers beside {ceiling}, points")
@@ -185,7 +182,7 @@ def ablations(report: StudyReport) -> Any:
             axis.errorbar(
                 range(len(names)),
                 [100 * each.value for each in found],
-                yerr=_spread(found),
+                yerr=spread(found),
                 marker=_MARKERS[number],
                 markersize=5,
                 color=_COLOURS[number],
@@ -225,21 +222,21 @@ def against_length(report: StudyReport) -> Any:
     return figure
 
 
-def _spread(found: Sequence[Estimate]) -> list[list[float]]:
+def spread(found: Sequence[Estimate]) -> list[list[float]]:
     """How far intervals reach below and above their values, in percentage points."""
     return [
-        [100 * (each.value - each.low) if each.low is not None else 0.0 for each in found],
-        [100 * (each.high - each.value) if each.high is not None else 0.0 for each in found],
+        [0.0 if f.low is None else 100 * max(0.0, f.value - f.low) for f in found],
+        [0.0 if f.high is None else 100 * max(0.0, f.high - f.value) for f in found],
     ]
 
 
 def _panels(count: int, *, height: float, columns: int = 4) -> tuple[Any, Sequence[Any]]:
     columns = min(count, columns)
     rows = -(-count // columns)
-    figure, grid = pyplot.subplots(
-        rows, columns, figsize=(4.8 * columns, height * rows), squeeze=False, layout="constrained"
-    )
-    axes = list(grid.flat)
+    # Not through pyplot, whose backend and open figures belong to the caller.
+    figure = Figure(figsize=(4.8 * columns, height * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)

@@ -98,10 +98,7 @@ def run_cells(
     """
     if rows < 1:
         raise ValueError(f"rows is {rows}; it must be at least 1.")
-    names = [(cell.task_label, cell.label) for cell in cells]
-    if len(set(names)) < len(names):
-        twice = sorted({" on ".join(name[::-1]) for name in names if names.count(name) > 1})
-        raise ValueError(f"policies repeat: {', '.join(twice)}; name each once.")
+    refuse_repeats([f"{cell.label} on {cell.task_label}" for cell in cells])
     items = {cell.task: cell.task.items(params) for cell in cells}
     for cell in cells:
         asked = items[cell.task]
@@ -180,15 +177,31 @@ def configuration(
     columns = (ANSWERS, *task.columns, BYTES)
     return {
         "task": task.config(),
+        **identity(params, model),
+        "policies": [describe(policy) for policy in tried],
+        "columns": [dataclasses.asdict(column) for column in columns],
+    }
+
+
+def identity(params: Params, model: str) -> dict[str, str]:
+    """Which model, as JSON values: its name, a digest of its weights, their dtype."""
+    return {
         "model": model,
         "weights": fingerprint(params),
         "dtype": params.weights["embedding"].dtype.name,
-        "policies": [
-            {"label": label(policy), **labels(policy), **dataclasses.asdict(policy)}
-            for policy in tried
-        ],
-        "columns": [dataclasses.asdict(column) for column in columns],
     }
+
+
+def describe(policy: Policy) -> dict[str, Any]:
+    """A policy as JSON values, with what tables call it."""
+    return {"label": label(policy), **labels(policy), **dataclasses.asdict(policy)}
+
+
+def refuse_repeats(names: Sequence[str]) -> None:
+    """Raises ValueError for names of policies that are there more than once."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"policies repeat: {', '.join(twice)}; name each once.")
 
 
 def environment() -> dict[str, str]:

@@ -15,15 +15,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from raas_jax import policies
 from raas_jax.calibrate import calibrate, with_answers
+from raas_jax.config import read_yaml
 from raas_jax.evaluate.ceiling import ceiling
 from raas_jax.evaluate.lemma import LemmaTask
 from raas_jax.evaluate.recording import row_bytes
 from raas_jax.evaluate.results import Results
-from raas_jax.evaluate.run import ANSWERS, BYTES, Cell, fingerprint, run_cells
+from raas_jax.evaluate.run import ANSWERS, BYTES, Cell, identity, run_cells
 from raas_jax.evaluate.speed import Speed, measure_speed, measure_steps
 from raas_jax.evaluate.tasks import Item
 from raas_jax.params import Params
@@ -34,6 +33,8 @@ TOLERANCE = 0.02
 whole, and metadata differs by a few bytes."""
 MOST_PAGES = 64
 """How many pages more than the reference's budget are tried for a policy."""
+MAIN = "policies"
+"""The group of cells that is no ablation."""
 CEILING = "Belady (oracle)"
 CALIBRATION = "centres.safetensors"
 CALIBRATED_ON = 16
@@ -114,18 +115,12 @@ class Study:
         Raises:
           FileNotFoundError: there is none. ValueError: it says something else than a study.
         """
-        path = Path(file)
-        if not path.is_file():
-            raise FileNotFoundError(f"--config is {str(file)!r}; there is no such file.")
-        try:
-            fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid YAML ({error}).") from error
+        fields = read_yaml(file)
         try:
             return cls.create(fields)
         except (KeyError, TypeError, AttributeError) as error:
             what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{path} is no study: {what}; see configs/study_smoke.yaml.") from None
+            raise ValueError(f"{file} is no study: {what}; see configs/study_smoke.yaml.") from None
 
     @classmethod
     def create(cls, fields: Mapping[str, Any]) -> Study:
@@ -203,7 +198,7 @@ class Planned:
       budget: of the reference policy, in tokens; 0 for what has none.
       own_budget: of this policy, after fitting.
       bytes: of the key/value memory of a row of median size.
-      groups: "policies", or labels of ablations.
+      groups: `MAIN`, or labels of ablations.
     """
 
     cell: Cell
@@ -234,7 +229,8 @@ def plan_study(study: Study, params: Params) -> tuple[list[Planned], list[str]]:
     made_of: dict[str, Entry] = {}
     impossible: list[str] = []
     for tested in study.tested:
-        of_median = _bytes_of_median(params, tested.task.items(params))
+        items = tested.task.items(params)
+        of_median = _bytes_of_median(params, items)
 
         def add(
             entry: Entry,
@@ -268,9 +264,10 @@ def plan_study(study: Study, params: Params) -> tuple[list[Planned], list[str]]:
 
         for entry in study.entries:
             for budget in tested.budgets if entry.has_budget else (0,):
-                add(entry, budget, "policies")
+                add(entry, budget, MAIN)
         if study.ceiling is not None:
-            for each in _ceilings(study, tested, params, of_median):
+            longest = max(item.limit for item in items)
+            for each in _ceilings(study, tested, longest, of_median):
                 planned[tested.label, each.cell.label] = each
         for ablation in study.ablations:
             if tested.label in ablation.budget:
@@ -313,18 +310,17 @@ def calibrated(study: Study, params: Params, file: Path) -> Study:
 
 
 def _ceilings(
-    study: Study, tested: Tested, params: Params, of_median: Callable[[Policy], int]
+    study: Study, tested: Tested, longest: int, of_median: Callable[[Policy], int]
 ) -> list[Planned]:
     assert study.ceiling is not None
-    longest = max(item.limit for item in tested.task.items(params))
     found = []
     for budget in tested.budgets:
         policy, answer = ceiling(budget, study.page_size, longest, study.ceiling)
         cell = Cell(tested.label, f"{CEILING} {budget}", tested.task, policy, answer)
-        reference = study.entry(study.reference).create(budget, study.page_size)
         # Its script is no memory that a policy would need.
-        bytes_ = of_median(reference)
-        found.append(Planned(cell, CEILING, budget, budget, bytes_, ("policies",)))
+        reference = study.entry(study.reference).create(budget, study.page_size)
+        size = of_median(reference)
+        found.append(Planned(cell, CEILING, budget, budget, size, (MAIN,)))
     return found
 
 
@@ -401,9 +397,7 @@ def run_study(
     columns = (ANSWERS, *study.tested[0].task.columns, BYTES)
     config = {
         "kind": "study",
-        "model": model,
-        "weights": fingerprint(params),
-        "dtype": params.weights["embedding"].dtype.name,
+        **identity(params, model),
         "reference": study.reference,
         "controls": list(study.controls),
         "ceiling": CEILING if study.ceiling is not None else None,
@@ -416,12 +410,11 @@ def run_study(
     cells = [each.cell for each in planned]
     results = run_cells(params, cells, out, config, study.rows, progress)
     if study.speed is not None:
-        entries = {label: study.entry(label) for label in study.speed.policies}
-        make = {
-            label: entry.create(study.speed.budget, study.page_size)
-            for label, entry in entries.items()
+        tried = {
+            label: study.entry(label).create(study.speed.budget, study.page_size)
+            for label in study.speed.policies
         }
-        measure_speed(params, study.speed, make, Path(out), progress)
+        measure_speed(params, study.speed, tried, Path(out), progress)
         for tested in study.tested:
             if tested.label == study.speed.steps_of:
                 items = tested.task.items(params)[: study.rows]
@@ -429,7 +422,7 @@ def run_study(
                     each.cell.label: each.cell.policy
                     for each in planned
                     if each.cell.task_label == tested.label
-                    and "policies" in each.groups
+                    and MAIN in each.groups
                     and each.cell.answer is None
                 }
                 measure_steps(params, tested.label, of_task, items, Path(out), progress)

@@ -6,12 +6,13 @@ import csv
 import dataclasses
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from raas_jax.evaluate.results import Results, Sample, write
 from raas_jax.evaluate.speed import SPEED, STEPS
+from raas_jax.evaluate.study import MAIN
 from raas_jax.evaluate.tables import (
     Column,
     Estimate,
@@ -20,8 +21,6 @@ from raas_jax.evaluate.tables import (
     markdown_table,
     paired,
 )
-
-MAIN = "policies"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,9 +155,7 @@ class StudyReport:
     def by_budget(self, task: str, name: str) -> str:
         """One figure of every policy, budgets side by side."""
         column = next(column for column in self.columns if column.name == name)
-        return self._across(
-            task, lambda point, budget: cell_text(column, point.figures[name]), "budget"
-        )
+        return self._across(task, lambda point, _: cell_text(column, point.figures[name]))
 
     def differences(self, task: str, rival: str) -> str:
         """Of every policy from one, at the same budget of the reference."""
@@ -172,18 +169,16 @@ class StudyReport:
             sign = " *" if low > 0 or high < 0 else ""
             return f"{100 * found.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{sign}"
 
-        return self._across(task, text, "budget") + "\n\\* the interval leaves out zero.\n"
+        return self._across(task, text) + "\n\\* the interval leaves out zero.\n"
 
     def costs(self, task: str) -> str:
         """Own budget, bytes of a row of median size, and time of a step where it was measured."""
-        return self._across(
-            task,
-            lambda point, budget: (
-                f"{point.own_budget or '–'} tokens, {point.bytes / 1024:.0f} KiB"
-                + (f", {point.step_ms:.2f} ms" if point.step_ms is not None else "")
-            ),
-            "budget",
-        )
+
+        def text(point: Point, _: int) -> str:
+            time = f", {point.step_ms:.2f} ms" if point.step_ms is not None else ""
+            return f"{point.own_budget or '–'} tokens, {point.bytes / 1024:.0f} KiB{time}"
+
+        return self._across(task, text)
 
     def ablation(self, group: str) -> str:
         """One option varied: tasks side by side."""
@@ -202,7 +197,8 @@ class StudyReport:
             ["Policy", *(f"{task}, budget {budgets[task]}" for task in tasks)], rows, labels=1
         )
 
-    def _across(self, task: str, text: Any, name: str) -> str:
+    def _across(self, task: str, text: Callable[[Point, int], str]) -> str:
+        """A line for every policy, a column for every budget."""
         points = self.of(task)
         budgets = sorted({point.budget for point in points if point.budget})
         rows = []
@@ -214,7 +210,7 @@ class StudyReport:
                 for point, budget in zip(cells, budgets, strict=True)
             ]
             rows.append([entry, *row])
-        return markdown_table(["Policy", *(f"{name} {b}" for b in budgets)], rows, labels=1)
+        return markdown_table(["Policy", *(f"budget {b}" for b in budgets)], rows, labels=1)
 
     def csv(self) -> str:
         """One line per point, all figures unrounded, differences from every rival."""
