@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 
 import chex
 import jax
 import pytest
+from compiles import compiled
 from tiny import prompts_of, random_params
 
 import raas_jax
@@ -20,22 +20,6 @@ module = importlib.import_module("raas_jax.generate")
 @pytest.fixture(scope="module")
 def params():
     return random_params()
-
-
-@contextlib.contextmanager
-def counted():
-    """Programs that the compiler was asked for meanwhile, those of jax itself included."""
-    names = []
-
-    def listener(event, duration, **kwargs):
-        if event.endswith("backend_compile_duration"):
-            names.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @pytest.fixture
@@ -63,7 +47,7 @@ def test_what_a_caller_varies_compiles_nothing(params, traced_once):
         )
 
     first = ask()
-    with counted() as compiled:
+    with compiled() as names:
         assert ask(text=1)[0].tokens != first[0].tokens
         ask(lengths=(5, 8))
         ask(new=39)
@@ -72,7 +56,7 @@ def test_what_a_caller_varies_compiles_nothing(params, traced_once):
         ask(temperature=0.7, seed=1)
         ask(temperature=1.3, top_p=0.9, top_k=5, min_p=0.1, seed=2)
         assert ask()[0].tokens == first[0].tokens
-    assert compiled == []
+    assert names == []
 
 
 def test_the_check_can_fail(params, traced_once):
@@ -82,9 +66,9 @@ def test_the_check_can_fail(params, traced_once):
     with pytest.raises(AssertionError, match="prefill.* is traced > 1 times"):
         raas_jax.generate(params, [1] * 9, **ask)
     raas_jax.generate(params, [1, 2], **ask)
-    with counted() as compiled:
+    with compiled() as names:
         jax.jit(lambda x: x * 3 + 1)(3)
-    assert len(compiled) == 1
+    assert len(names) == 1
 
 
 def test_within_a_bucket_of_lengths_dense_compiles_nothing(params, traced_once):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
+from compiles import compiled
 from hlo import written_in_loops
 from tiny import VOCAB, prompts_of, random_params
 
@@ -52,22 +52,6 @@ def answers(engine, requests, **options):
 @pytest.fixture(scope="module")
 def undisturbed(params):
     return answers(Engine(params, **OPTIONS), requests_of())
-
-
-@contextlib.contextmanager
-def compiled():
-    """Programs that the compiler was asked for meanwhile."""
-    names = []
-
-    def listener(event, duration, **kwargs):
-        if event.endswith("backend_compile_duration"):
-            names.append(kwargs.get("fun_name", event))
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        yield names
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 def test_nothing_compiles_during_a_run(params, undisturbed):

@@ -10,7 +10,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from tiny_lemma import save_tiny
 
 import raas_jax
 from raas_jax.cli import main
@@ -26,16 +25,6 @@ ASKING = Asking(samples=3, sampling=SAMPLING, seed=5)
 POLICY = RaaS(8, page_size=4)
 LABEL = "raas (page_size=4) 8"
 TIMES = ("seconds", "start", "elapsed")
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def params(model):
-    return raas_jax.load(model)
 
 
 @pytest.fixture(scope="module")
@@ -91,21 +80,10 @@ def test_the_right_answer_is_right():
 
 
 @pytest.mark.parametrize("kill_after", [1, 5])
-def test_a_killed_run_goes_on_where_it_was(ask, whole, tmp_path, monkeypatch, kill_after):
-    add = Results.add
-
-    def killed(self, sample):
-        if len(self.samples) == kill_after:
-            with (self.folder / "samples.jsonl").open("a") as file:
-                file.write(json.dumps(sample)[:40])
-            raise KeyboardInterrupt
-        add(self, sample)
-
+def test_a_killed_run_goes_on_where_it_was(ask, whole, tmp_path, killed, kill_after):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Results, "add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            ask(folder)
+    with killed(kill_after):
+        ask(folder)
     assert len(Results.read(folder).samples) == kill_after
     ask(folder)
     after = Results.read(folder)

@@ -4,9 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from tiny_lemma import save_tiny
 
-import raas_jax
 from raas_jax import Dense, RaaS
 from raas_jax.evaluate import LemmaTask
 from raas_jax.evaluate.ceiling import accesses, belady, ceiling, next_access
@@ -55,11 +53,6 @@ def test_by_hand():
 
 
 NEVER = np.iinfo(np.int32).max
-
-
-@pytest.fixture(scope="module")
-def params(tmp_path_factory):
-    return raas_jax.load(save_tiny(tmp_path_factory.mktemp("tiny")))
 
 
 def test_the_recorded_future_is_followed(params):

@@ -3,9 +3,7 @@
 import json
 
 import pytest
-from tiny_lemma import save_tiny
 
-import raas_jax
 from raas_jax.cli import main
 from raas_jax.commands.eval import parse_range
 from raas_jax.commands.options import parse_policies
@@ -17,16 +15,6 @@ TASK = LemmaTask(problems=5, smallest=4, largest=4, max_new_tokens=24)
 TRIED = [Dense(page_size=4), RaaS(8, page_size=4)]
 KEY = {"task": "lemma", "policy": "raas 8", "item": "0", "sample": 0}
 CONFIG = {"task": {"name": "lemma"}, "policies": [{"label": "raas 8", "budget": 8}]}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def params(model):
-    return raas_jax.load(model)
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +44,10 @@ def test_a_whole_run(whole):
 
 
 @pytest.mark.parametrize("kill_after", [0, 4, 9])
-def test_a_killed_run_goes_on_where_it_was(params, whole, tmp_path, monkeypatch, kill_after):
-    add = Results.add
-
-    def killed(self, sample):
-        if len(self.samples) == kill_after:
-            # Half a line is what a kill leaves at worst.
-            with (self.folder / "samples.jsonl").open("a") as file:
-                file.write(json.dumps(sample)[:40])
-            raise KeyboardInterrupt
-        add(self, sample)
-
+def test_a_killed_run_goes_on_where_it_was(params, whole, tmp_path, killed, kill_after):
     folder = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(Results, "add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run(params, TASK, TRIED, folder, model="tiny", rows=3, progress=False)
+    with killed(kill_after):
+        run(params, TASK, TRIED, folder, model="tiny", rows=3, progress=False)
     before = Results.read(folder)
     assert len(before.samples) == kill_after and len(before.bad) == 1
     report(folder)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tiny_lemma import save_tiny
 
 import raas_jax
 from raas_jax.cli import main
@@ -38,16 +37,6 @@ FIELDS = {
     },
 }
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return save_tiny(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def params(model):
-    return raas_jax.load(model)
 
 
 @pytest.fixture(scope="module")
@@ -110,19 +99,10 @@ def test_times_are_measured_once(params, tmp_path):
     assert list(both) == ["RaaS 8", "Dense"] and both["RaaS 8"] == first["RaaS 8"]
 
 
-def test_a_killed_study_goes_on(params, whole, tmp_path, monkeypatch):
-    add = Results.add
-
-    def killed(self, sample):
-        if len(self.samples) == 7:
-            raise KeyboardInterrupt
-        add(self, sample)
-
+def test_a_killed_study_goes_on(params, whole, tmp_path, killed):
     study = Study.create(FIELDS)
-    with monkeypatch.context() as patch:
-        patch.setattr(Results, "add", killed)
-        with pytest.raises(KeyboardInterrupt):
-            run_study(params, study, tmp_path / "out", model="tiny", progress=False)
+    with killed(7):
+        run_study(params, study, tmp_path / "out", model="tiny", progress=False)
     assert len(Results.read(tmp_path / "out").samples) == 7
     run_study(params, study, tmp_path / "out", model="tiny", progress=False)
     there, here = Results.read(whole).samples, Results.read(tmp_path / "out").samples
