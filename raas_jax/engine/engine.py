@@ -344,9 +344,8 @@ class Engine:
             if done is None and request.id in self._taken:
                 continue
             if request.id in self._taken:
-                wanted = [
-                    sample for sample in wanted if (request.id, sample) not in self._in_hand()
-                ]
+                held = self._in_hand()
+                wanted = [sample for sample in wanted if (request.id, sample) not in held]
             todo = [sample for sample in wanted if (request.id, sample) not in (done or ())]
             self._taken.add(request.id)
             if wanted and not todo:
