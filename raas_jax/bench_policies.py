@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import numpy as np
 from tqdm import tqdm
 
 from raas_jax import policies
+from raas_jax.bench_run import seconds_per_step
 from raas_jax.calibrate import calibrate
 from raas_jax.decode import (
     DecodeState,
@@ -261,11 +261,6 @@ def _start(params: Params, plan: Plan, prompt: np.ndarray, limit: int) -> Decode
     return dataclasses.replace(state, cache=cache, marks=init_marks(params.config, plan, batch))
 
 
-@jax.jit
-def _copy(state: DecodeState) -> DecodeState:
-    return jax.tree.map(jnp.copy, state)
-
-
 @dataclasses.dataclass
 class _Run:
     """A decode that was generated until its slots were filled."""
@@ -290,7 +285,4 @@ class _Run:
 
     def time(self, params: Params) -> float:
         """Seconds per step over a chunk."""
-        state = jax.block_until_ready(_copy(self.state))
-        start = time.perf_counter()
-        jax.block_until_ready(self.step(params, state))
-        return (time.perf_counter() - start) / self.chunk
+        return seconds_per_step(self.step, params, self.state, self.chunk)

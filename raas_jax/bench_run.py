@@ -31,10 +31,17 @@ class Run:
 
     def time_chunk(self, params: Params) -> float:
         """Seconds per step over the chunk in which the length is reached."""
-        state = jax.block_until_ready(copied(self.state))
-        start = time.perf_counter()
-        jax.block_until_ready(self.step(params, state))
-        return (time.perf_counter() - start) / self.chunk
+        return seconds_per_step(self.step, params, self.state, self.chunk)
+
+
+def seconds_per_step(
+    step: Callable[..., Any], params: Params, state: DecodeState, chunk: int
+) -> float:
+    """Times a program of `chunk` steps on a copy of the state, which can be timed again."""
+    state = jax.block_until_ready(copied(state))
+    start = time.perf_counter()
+    jax.block_until_ready(step(params, state))
+    return (time.perf_counter() - start) / chunk
 
 
 @jax.jit
