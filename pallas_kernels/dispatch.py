@@ -15,7 +15,7 @@ from typing import Any, Literal
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
-Implementation = Literal["xla", "tpu", "gpu"] | None
+Implementation = Literal["xla", "cpu", "tpu", "gpu"] | None
 Backend = Callable[..., Any]
 
 

@@ -129,8 +129,7 @@ class Reader:
             opened.v[:, :, :, None],
             jnp.broadcast_to(self.offset + 1, (1, 1, 1)),
             self.layer,
-            # A single page is too little work for a kernel.
-            implementation="xla",
+            target=self.target,
         )
         of_prompt = self._attend_prompt(q, selection.prompt)
         parts = [of_kept, of_open] if of_prompt is None else [of_prompt, of_kept, of_open]

@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.checks import check_layer, check_pages
+from pallas_kernels.decode_attention.cpu import decode_attention_cpu
 from pallas_kernels.decode_attention.reference import DecodeAttention, decode_attention_reference
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 
 _BACKENDS = {
     "xla": decode_attention_reference,
+    "cpu": decode_attention_cpu,
     "tpu": load("pallas_kernels.decode_attention.tpu", "decode_attention_tpu"),
     "gpu": load("pallas_kernels.decode_attention.gpu", "decode_attention_gpu"),
 }
@@ -41,7 +43,7 @@ def decode_attention(
         with 0 is dead: its contents, NaN included, never matter.
       layer: int32 scalar, which layer of the buffer to read.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      implementation: None picks by target and arguments; "xla", "cpu", "tpu" or "gpu" forces one.
       target: what is compiled for; the default backend where not given.
 
     Returns:
@@ -60,6 +62,8 @@ def decode_attention(
         target,
         (q, k_pages, v_pages, fill, layer),
         _AXES,
-        prefers_xla=functools.partial(prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5]),
+        prefers_xla=functools.partial(
+            prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5], pages=k_pages.shape[3]
+        ),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )

@@ -1,4 +1,4 @@
-"""The definition of `decode_attention`, in plain jnp. Also the CPU path."""
+"""The definition of `decode_attention`, in plain jnp."""
 
 from __future__ import annotations
 
@@ -22,6 +22,32 @@ class DecodeAttention(NamedTuple):
     max: jax.Array
     sum: jax.Array
     page_lse: jax.Array
+
+
+class PageWeights(NamedTuple):
+    """The softmax over the pages of a segment, of scores `[..., S, P]`.
+
+    Attributes:
+      weights: `[..., S, P]`, `exp(score - max)`; 0 where there is no token.
+      max, sum: `[...]`, see `DecodeAttention`.
+      page_lse: `[..., S]`, see `DecodeAttention`.
+    """
+
+    weights: jax.Array
+    max: jax.Array
+    sum: jax.Array
+    page_lse: jax.Array
+
+
+def page_weights(scores: jax.Array, valid: jax.Array) -> PageWeights:
+    """Of scores `[..., S, P]`, where `valid`, bool, broadcasts to them."""
+    scores = jnp.where(valid, scores, -jnp.inf)
+    peak = jnp.max(scores, axis=(-2, -1))
+    safe = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    weights = jnp.exp(scores - safe[..., None, None])
+    page_sum = jnp.sum(weights, axis=-1)
+    page_lse = safe[..., None] + jnp.log(page_sum)
+    return PageWeights(weights, peak, jnp.sum(page_sum, axis=-1), page_lse)
 
 
 def decode_attention_reference(
@@ -48,20 +74,16 @@ def decode_attention_reference(
         k.reshape(B, K, S * P, H),
         preferred_element_type=jnp.float32,
     ).reshape(B, K, N // K, S, P)
-    scores = jnp.where(valid[:, :, None], scores * scale, -jnp.inf)
-    peak = jnp.max(scores, axis=(-2, -1))
-    safe = jnp.where(jnp.isneginf(peak), 0.0, peak)
-    weights = jnp.exp(scores - safe[..., None, None])
-    page_sum = jnp.sum(weights, axis=-1)
+    softmax = page_weights(scores * scale, valid[:, :, None])
     out = jnp.einsum(
         "bkgt,bkth->bkgh",
-        weights.reshape(B, K, N // K, S * P).astype(v.dtype),
+        softmax.weights.reshape(B, K, N // K, S * P).astype(v.dtype),
         v.reshape(B, K, S * P, H),
         preferred_element_type=jnp.float32,
     )
     return DecodeAttention(
         out=out.reshape(B, N, H),
-        max=peak.reshape(B, N),
-        sum=jnp.sum(page_sum, axis=-1).reshape(B, N),
-        page_lse=(safe[..., None] + jnp.log(page_sum)).reshape(B, N, S),
+        max=softmax.max.reshape(B, N),
+        sum=softmax.sum.reshape(B, N),
+        page_lse=softmax.page_lse.reshape(B, N, S),
     )

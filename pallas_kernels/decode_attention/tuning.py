@@ -38,14 +38,17 @@ UNEVEN_TOKENS_AT_MOST = 512
 """Where pages do not divide 128: the matrix that sums pages then spans the whole block."""
 
 
-def prefers_xla(target: Target, P: int, H: int) -> bool:
+def prefers_xla(target: Target, P: int, H: int, pages: int | None = None) -> bool:
     """Whether plain XLA is the better choice where both would serve these pages.
 
+    A single page of a row, where `pages` says how many it has, is too little work for a kernel.
     A TPU stores pages whose rows do not fill its tiles in another order, so that nothing is padded.
     The kernels want them padded, and to get there costs a copy of the whole buffer.
     """
     tiles = H % LANES == 0 and (P % SUBLANES == 0 or P in (1, 2, 4))
-    return target.platform == "tpu" and not tiles
+    if target.platform == "cpu":
+        return False
+    return pages == 1 or (target.platform == "tpu" and not tiles)
 
 
 def tpu_blocks(

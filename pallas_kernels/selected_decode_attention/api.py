@@ -11,10 +11,12 @@ from pallas_kernels.checks import check_integers, check_layer, check_pages
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
+from pallas_kernels.selected_decode_attention.cpu import selected_decode_attention_cpu
 from pallas_kernels.selected_decode_attention.reference import selected_decode_attention_reference
 
 _BACKENDS = {
     "xla": selected_decode_attention_reference,
+    "cpu": selected_decode_attention_cpu,
     "tpu": load("pallas_kernels.selected_decode_attention.tpu", "selected_decode_attention_tpu"),
     "gpu": load("pallas_kernels.selected_decode_attention.gpu", "selected_decode_attention_gpu"),
 }
@@ -48,7 +50,7 @@ def selected_decode_attention(
         none.
       layer: int32 scalar, which layer of the buffers to read.
       scale: factor on the scores, `1 / sqrt(H)` by default.
-      implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
+      implementation: None picks by target and arguments; "xla", "cpu", "tpu" or "gpu" forces one.
       target: what is compiled for; the default backend where not given.
 
     Returns:
@@ -71,6 +73,8 @@ def selected_decode_attention(
         target,
         (q, k_pages, v_pages, fill, slots.astype(jnp.int32), layer),
         _AXES,
-        prefers_xla=functools.partial(prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5]),
+        prefers_xla=functools.partial(
+            prefers_xla, P=k_pages.shape[4], H=k_pages.shape[5], pages=slots.shape[2]
+        ),
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )

@@ -1,4 +1,4 @@
-"""The definition of `selected_decode_attention`, in plain jnp. Also the CPU path."""
+"""The definition of `selected_decode_attention`, in plain jnp."""
 
 from __future__ import annotations
 
@@ -19,6 +19,14 @@ def selected_decode_attention_reference(
     scale: float,
 ) -> DecodeAttention:
     """See `api.selected_decode_attention`, which checks the arguments."""
+    chosen = chosen_pages(k_pages, v_pages, fill, slots, layer)
+    return decode_attention_reference(q, *chosen, jnp.zeros((), jnp.int32), scale=scale)
+
+
+def chosen_pages(
+    k_pages: jax.Array, v_pages: jax.Array, fill: jax.Array, slots: jax.Array, layer: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The pages at `slots [B, K, C]`: k and v `[1, B, K, C, P, H]`, and their fill `[B, K, C]`."""
     B, K, _ = slots.shape
     row = (jnp.arange(B) // (B // k_pages.shape[1]))[:, None, None]
     head = jnp.arange(K)[None, :, None]
@@ -27,6 +35,4 @@ def selected_decode_attention_reference(
     chosen_fill = jnp.where(slots < 0, 0, fill[row, head, page])
     # One gather from the whole buffer: only the chosen pages are read.
     k, v = (x.at[layer, row, head, page].get(mode="promise_in_bounds") for x in (k_pages, v_pages))
-    return decode_attention_reference(
-        q, k[None], v[None], chosen_fill, jnp.zeros((), jnp.int32), scale=scale
-    )
+    return k[None], v[None], chosen_fill

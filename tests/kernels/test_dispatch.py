@@ -78,6 +78,11 @@ def test_a_tpu_pads_some_pages(P, H, wanted):
     assert not prefers_xla(CPU, P, H)
 
 
+def test_a_single_page_is_too_little_for_a_kernel():
+    assert prefers_xla(TPU, 16, 128, pages=1) and prefers_xla(GPU, 16, 128, pages=1)
+    assert not prefers_xla(GPU, 16, 128, pages=2) and not prefers_xla(CPU, 16, 128, pages=1)
+
+
 @pytest.mark.parametrize(
     ("data", "model", "B", "K", "rows", "heads"),
     [

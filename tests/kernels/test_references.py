@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +26,22 @@ def softmax(x):
 
 # decode_attention
 
+cpu = importlib.import_module("pallas_kernels.decode_attention.cpu")
 
-def test_decode_attention_by_hand():
+
+@pytest.fixture(params=["xla", "cpu", "cpu in blocks"])
+def attend(request, monkeypatch):
+    """The reference, and the form for CPUs: all (row, head) pairs at once, and one by one."""
+    if request.param == "cpu in blocks":
+        monkeypatch.setattr(cpu, "BLOCK_BYTES", 1)
+    return partial(decode_attention, implementation=request.param[:3])
+
+
+def test_decode_attention_by_hand(attend):
     """One head of size one, two pages of two, scores log 1, log 2, log 3 and a dead one."""
     k = jnp.log(jnp.asarray([[1.0, 2.0], [3.0, 99.0]])).reshape(1, 1, 1, 2, 2, 1)
     v = jnp.asarray([[10.0, 20.0], [30.0, 1e9]]).reshape(1, 1, 1, 2, 2, 1)
-    part = decode_attention(jnp.ones((1, 1, 1)), k, v, jnp.asarray([[[2, 1]]]), scale=1.0)
+    part = attend(jnp.ones((1, 1, 1)), k, v, jnp.asarray([[[2, 1]]]), scale=1.0)
     # Weights 1/6, 2/6, 3/6: (10 + 40 + 90) / 6; the pages have 3/6 each.
     assert float(part.max[0, 0]) == pytest.approx(math.log(3))
     assert float(part.sum[0, 0]) == pytest.approx(6 / 3)
@@ -47,14 +59,12 @@ FILL = jnp.asarray(
 
 
 @pytest.mark.parametrize("layer", [0, 1])
-@pytest.mark.parametrize("group", [1, 3])
-def test_decode_attention_ragged_fill(layer, group):
+@pytest.mark.parametrize("group", [1, 3, 6])
+def test_decode_attention_ragged_fill(attend, layer, group):
     """Pages of any fill, in any slot; what is dead is NaN."""
     (k, v), q = pages(0), normal(9, 3, 2 * group, 4)
     dead = (jnp.arange(3) >= FILL[..., None])[None, ..., None]
-    part = decode_attention(
-        q, jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v), FILL, layer
-    )
+    part = attend(q, jnp.where(dead, jnp.nan, k), jnp.where(dead, jnp.nan, v), FILL, layer)
     for b in range(3):
         for n in range(2 * group):
             head = n // group
@@ -70,29 +80,27 @@ def test_decode_attention_ragged_fill(layer, group):
                 np.testing.assert_allclose(part.page_lse[b, n, s], lse, atol=2e-6)
 
 
-def test_decode_attention_of_an_empty_segment():
+def test_decode_attention_of_an_empty_segment(attend):
     """Nothing to attend to: no weight, no NaN, and merging it with another changes nothing."""
     (k, v), q = pages(0), normal(9, 3, 4, 4)
-    empty = decode_attention(q, k * jnp.nan, v * jnp.nan, jnp.zeros((1, 1, 4), jnp.int32))
+    empty = attend(q, k * jnp.nan, v * jnp.nan, jnp.zeros((1, 1, 4), jnp.int32))
     assert np.all(np.asarray(empty.out) == 0) and np.all(np.asarray(empty.sum) == 0)
     assert np.all(np.isneginf(empty.max)) and np.all(np.isneginf(empty.page_lse))
-    full = decode_attention(q, k, v, jnp.full((1, 1, 4), 3))
+    full = attend(q, k, v, jnp.full((1, 1, 4), 3))
     for parts in [empty, full], [full, empty]:
         out, lse = merge_segments(parts)
         np.testing.assert_allclose(out, full.out / full.sum[..., None], rtol=1e-6)
         np.testing.assert_allclose(lse, full.max + jnp.log(full.sum), rtol=1e-6)
 
 
-def test_merged_segments_are_one_softmax():
+def test_merged_segments_are_one_softmax(attend):
     """Three segments of 1, 4 and 2 pages, with scores hundreds apart, against one of 7."""
     k, v = pages(3, S=7)
     q = normal(9, 3, 4, 4) * jnp.asarray([1.0, 30.0, 300.0])[:, None, None]
     fill = jnp.asarray(np.random.default_rng(1).integers(0, 4, (3, 2, 7)).clip(min=[1] + [0] * 6))
-    whole = decode_attention(q, k, v, fill, 1)
+    whole = attend(q, k, v, fill, 1)
     cuts = [slice(0, 1), slice(1, 5), slice(5, 7)]
-    parts = [
-        decode_attention(q, k[:, :, :, cut], v[:, :, :, cut], fill[..., cut], 1) for cut in cuts
-    ]
+    parts = [attend(q, k[:, :, :, cut], v[:, :, :, cut], fill[..., cut], 1) for cut in cuts]
     out, lse = merge_segments(parts)
     np.testing.assert_allclose(out, whole.out / whole.sum[..., None], atol=1e-5)
     np.testing.assert_allclose(lse, whole.max + jnp.log(whole.sum), rtol=1e-5)
@@ -101,15 +109,24 @@ def test_merged_segments_are_one_softmax():
     np.testing.assert_allclose(mass, jnp.exp(whole.page_lse - lse[..., None]), atol=1e-5)
 
 
-def test_decode_attention_in_bfloat16():
+def test_decode_attention_in_bfloat16(attend):
     """Keys and values in bfloat16, everything summed in float32."""
     (k, v), q = (x.astype(jnp.bfloat16) for x in pages(0)), normal(9, 3, 4, 4).astype(jnp.bfloat16)
     k, v = k, v
-    part = decode_attention(q, k, v, FILL)
-    exact = decode_attention(*(x.astype(jnp.float32) for x in (q, k, v)), FILL)
+    part = attend(q, k, v, FILL)
+    exact = attend(*(x.astype(jnp.float32) for x in (q, k, v)), FILL)
     assert {x.dtype for x in part} == {jnp.dtype("float32")}
     np.testing.assert_allclose(part.page_lse, exact.page_lse, atol=1e-5)
     np.testing.assert_allclose(part.out, exact.out, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "fit", "wanted"),
+    [(32, 40, 32), (32, 8, 8), (32, 9, 8), (32, 0, 1), (6, 4, 3), (7, 6, 7), (1, 0, 1)],
+)
+def test_pairs_are_cut_evenly_into_blocks_that_fit(pairs, fit, wanted):
+    """As many as fit, if that divides them; all at once where only far fewer would."""
+    assert cpu.block_size(pairs, cpu.BLOCK_BYTES // fit if fit else 2 * cpu.BLOCK_BYTES) == wanted
 
 
 # page_commit

@@ -1,0 +1,87 @@
+"""`decode_attention` in the form that XLA runs fastest on CPUs; the same sums as the reference.
+
+XLA copies a layer's keys and values before it multiplies them. While such a copy is small it is
+still in the processor's cache when it is read, and costs little more than the one pass over the
+memory that there must be. So (row, head) pairs are taken in blocks, and values after the softmax.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention.reference import DecodeAttention, page_weights
+
+BLOCK_BYTES = 4 * 2**20
+"""Of keys. 2 MiB leave too little work for a second core, 16 MiB come back from memory again."""
+
+MOST_SINGLE = 4
+"""Query heads of a group up to which one product each is the faster."""
+
+
+def decode_attention_cpu(
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    layer: jax.Array,
+    *,
+    scale: float,
+    device_kind: str = "",
+) -> DecodeAttention:
+    """See `api.decode_attention`, which checks the arguments; `device_kind` makes no difference."""
+    B, N, H = q.shape
+    L, _, K, S, P, _ = k_pages.shape
+    pairs, G = B * K, N // K
+    grouped, fill = q.reshape(pairs, G, H), fill.reshape(pairs, S)
+    k_pages, v_pages = (x.reshape(L, pairs, S * P, H) for x in (k_pages, v_pages))
+    size = block_size(pairs, S * P * H * k_pages.dtype.itemsize)
+
+    def of_block(first: jax.Array | int) -> DecodeAttention:
+        def part(pages: jax.Array, layer: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_slice(pages, (layer, first, 0, 0), (1, size, S * P, H))[0]
+
+        own = jax.lax.dynamic_slice_in_dim(grouped, first, size)
+        filled = jax.lax.dynamic_slice_in_dim(fill, first, size)
+        valid = jnp.arange(P) < filled[..., None]
+        scores = _scores(own, part(k_pages, layer)).reshape(size, G, S, P)
+        softmax = page_weights(scores * scale, valid[:, None])
+        # Never true, but it makes the copy of the values wait until they are wanted.
+        values = part(v_pages, layer + (softmax.sum[0, 0] < 0).astype(layer.dtype))
+        # A dead slot may hold anything, NaN included, and 0 * NaN is NaN.
+        values = jnp.where(valid.reshape(size, S * P, 1), values, 0)
+        out = jnp.einsum(
+            "ngt,nth->ngh",
+            softmax.weights.reshape(size, G, S * P).astype(values.dtype),
+            values,
+            preferred_element_type=jnp.float32,
+        )
+        return DecodeAttention(out, softmax.max, softmax.sum, softmax.page_lse)
+
+    found = of_block(0) if size == pairs else jax.lax.map(of_block, jnp.arange(0, pairs, size))
+    return DecodeAttention(
+        found.out.reshape(B, N, H),
+        found.max.reshape(B, N),
+        found.sum.reshape(B, N),
+        found.page_lse.reshape(B, N, S),
+    )
+
+
+def block_size(pairs: int, pair_bytes: int) -> int:
+    """How many (row, head) pairs to take at once: a divisor of `pairs`."""
+    wanted = max(1, BLOCK_BYTES // max(1, pair_bytes))
+    size = max(n for n in range(1, min(wanted, pairs) + 1) if pairs % n == 0)
+    # Much smaller blocks than wanted cost more than they save.
+    return size if 2 * size > min(wanted, pairs) else pairs
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """q `[n, G, H]` times k `[n, T, H]` → float32 `[n, G, T]`."""
+    if q.shape[1] > MOST_SINGLE:
+        return jnp.einsum("ngh,nth->ngt", q, k, preferred_element_type=jnp.float32)
+    # A product of matrices would first lay out the keys anew.
+    single = [
+        jnp.einsum("nh,nth->nt", q[:, head], k, preferred_element_type=jnp.float32)
+        for head in range(q.shape[1])
+    ]
+    return jnp.stack(single, axis=1)
