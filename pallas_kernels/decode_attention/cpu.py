@@ -15,6 +15,9 @@ from pallas_kernels.decode_attention.reference import DecodeAttention, page_weig
 BLOCK_BYTES = 4 * 2**20
 """Of keys. 2 MiB leave too little work for a second core, 16 MiB come back from memory again."""
 
+LATE_BYTES = 2**20
+"""Of keys; smaller copies stay in the cache anyway, and may be made while others are."""
+
 MOST_SINGLE = 4
 """Query heads of a group up to which one product each is the faster."""
 
@@ -35,7 +38,8 @@ def decode_attention_cpu(
     pairs, G = B * K, N // K
     grouped, fill = q.reshape(pairs, G, H), fill.reshape(pairs, S)
     k_pages, v_pages = (x.reshape(L, pairs, S * P, H) for x in (k_pages, v_pages))
-    size = block_size(pairs, S * P * H * k_pages.dtype.itemsize)
+    pair_bytes = S * P * H * k_pages.dtype.itemsize
+    size = block_size(pairs, pair_bytes)
 
     def of_block(first: jax.Array | int) -> DecodeAttention:
         def part(pages: jax.Array, layer: jax.Array) -> jax.Array:
@@ -47,7 +51,8 @@ def decode_attention_cpu(
         scores = _scores(own, part(k_pages, layer)).reshape(size, G, S, P)
         softmax = page_weights(scores * scale, valid[:, None])
         # Never true, but it makes the copy of the values wait until they are wanted.
-        values = part(v_pages, layer + (softmax.sum[0, 0] < 0).astype(layer.dtype))
+        late = (softmax.sum[0, 0] < 0) & (size * pair_bytes >= LATE_BYTES)
+        values = part(v_pages, layer + late.astype(layer.dtype))
         # A dead slot may hold anything, NaN included, and 0 * NaN is NaN.
         values = jnp.where(valid.reshape(size, S * P, 1), values, 0)
         out = jnp.einsum(
