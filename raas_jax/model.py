@@ -213,9 +213,25 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     The result has `dtype`, by default that of `x`.
     """
     flat = weight.reshape(-1, weight.shape[-1])
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    out = jax.lax.dot_general(x, flat, dims, preferred_element_type=dtype or x.dtype)
+    product = functools.partial(_matmul, dtype=dtype or x.dtype)
+    if math.prod(x.shape[:-1]) == 1:
+        single = functools.partial(_matvec, dtype=dtype or x.dtype)
+        out = jax.lax.platform_dependent(x, flat, cuda=single, default=product)
+    else:
+        out = product(x, flat)
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
+
+
+def _matvec(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """The same for a single row, as XLA reads a layer's weights on a GPU without copying them."""
+    row = x.reshape(-1).astype(jnp.float32)
+    out = jnp.sum(weight.astype(jnp.float32) * row, axis=-1)
+    return out.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

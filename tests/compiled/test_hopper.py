@@ -129,14 +129,17 @@ def compiled_loop(config: ModelConfig, rows, pages, budget=1024, new=32_768):
         return programs, programs.decode(pages).compile()
 
 
-@pytest.fixture(scope="module")
-def qwen(device, shared):
-    config = ModelConfig.from_file(shared / "configs/Qwen2.5-7B-Instruct/config.json")
+MODELS = ["Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loop(device, shared, request):
+    config = ModelConfig.from_file(shared / f"configs/{request.param}/config.json")
     return compiled_loop(config, rows=32, pages=4)
 
 
-def test_qwen_7b_decodes_through_the_kernel_and_fits(qwen):
-    programs, program = qwen
+def test_real_models_decode_through_the_kernel_and_fit(loop):
+    programs, program = loop
     account = compiled(program.memory_analysis())
     assert "mosaic_gpu" in program.as_text()
     assert account.peak < MEMORY
@@ -149,12 +152,23 @@ def test_qwen_7b_decodes_through_the_kernel_and_fits(qwen):
     assert account.temporaries < said / 50 + layer
 
 
-def test_qwen_7b_copies_no_cache_in_its_loop(qwen):
-    programs, program = qwen
+def test_real_models_copy_no_cache_in_their_loop(loop):
+    programs, program = loop
     cache = programs.state.cache
     assert (
         written_in_loops(program.as_text(), min(size(cache.prompt.k), size(cache.kept[0].k))) == []
     )
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_row_copies_no_weights(device, shared, model):
+    """At batch 1 a step is bound by reading the weights: once, and not into a copy."""
+    config = ModelConfig.from_file(shared / f"configs/{model}/config.json")
+    programs, program = compiled_loop(config, rows=1, pages=4)
+    layer = size(programs.params.weights["layers"]) / config.num_hidden_layers
+    assert compiled(program.memory_analysis()).temporaries < layer / 50
+    smallest = 2 * config.hidden_size * config.num_key_value_heads * config.head_dim
+    assert written_in_loops(program.as_text(), smallest) == []
 
 
 def test_the_allocation_does_not_grow_with_the_length(device):
