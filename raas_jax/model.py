@@ -20,6 +20,10 @@ from flax import nnx
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig, Rope
 
+FEW_ROWS = 8
+"""On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
+rows, sums of products that read it in place are one fusion; more rows would read it twice."""
+
 Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 
@@ -214,9 +218,9 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """
     flat = weight.reshape(-1, weight.shape[-1])
     product = functools.partial(_matmul, dtype=dtype or x.dtype)
-    if math.prod(x.shape[:-1]) == 1:
-        single = functools.partial(_matvec, dtype=dtype or x.dtype)
-        out = jax.lax.platform_dependent(x, flat, cuda=single, default=product)
+    if math.prod(x.shape[:-1]) <= FEW_ROWS:
+        sums = functools.partial(_row_by_row, dtype=dtype or x.dtype)
+        out = jax.lax.platform_dependent(x, flat, cuda=sums, default=product)
     else:
         out = product(x, flat)
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])
@@ -227,11 +231,12 @@ def _matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
 
 
-def _matvec(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    """The same for a single row, as XLA reads a layer's weights on a GPU without copying them."""
-    row = x.reshape(-1).astype(jnp.float32)
-    out = jnp.sum(weight.astype(jnp.float32) * row, axis=-1)
-    return out.astype(dtype).reshape(*x.shape[:-1], -1)
+def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """The same for few rows, as sums that XLA fuses into one pass over the weight where it lies."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    wide = weight.astype(jnp.float32)
+    sums = [jnp.sum(wide * rows[index], axis=-1) for index in range(rows.shape[0])]
+    return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
