@@ -93,7 +93,7 @@ def test_times_are_measured_once(params, tmp_path):
     measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
     first = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
     assert 0 < first["RaaS 8"] < 1000
-    tried["Dense"] = raas_jax.Dense(page_size=4)
+    tried["Dense"] = raas_jax.Dense(page_size=4)  # Takes turns with the first.
     measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
     both = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
     assert list(both) == ["RaaS 8", "Dense"] and both["RaaS 8"] == first["RaaS 8"]
