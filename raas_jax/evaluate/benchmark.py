@@ -137,7 +137,7 @@ def encode(params: Params, problems: Sequence[Problem], chat: bool) -> list[list
 
 def item_seed(seed: int, index: int) -> int:
     """The seed of a problem's samples, whatever else is asked."""
-    return int(np.random.SeedSequence([abs(seed), index]).generate_state(1)[0] >> 1)
+    return int(np.random.SeedSequence([seed % 2**64, index]).generate_state(1)[0] >> 1)
 
 
 def configuration(

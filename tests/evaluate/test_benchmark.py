@@ -262,3 +262,8 @@ def test_the_grader_can_be_checked(tmp_path, capsys):
     assert main(args) == 0
     assert "| the reference solution | right | 1 of 1 |" in capsys.readouterr().out
     assert main(["eval", "lemma", "--check-grader"]) == 2
+
+
+def test_every_seed_and_problem_draws_its_own():
+    drawn = [item_seed(seed, index) for seed in (-1, 0, 1, 2**63) for index in (0, 1)]
+    assert len(set(drawn)) == len(drawn) and all(0 <= seed < 2**31 for seed in drawn)
