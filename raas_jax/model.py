@@ -217,9 +217,10 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     The result has `dtype`, by default that of `x`.
     """
     flat = weight.reshape(-1, weight.shape[-1])
-    product = functools.partial(_matmul, dtype=dtype or x.dtype)
+    dtype = dtype or x.dtype
+    product = functools.partial(_matmul, dtype=dtype)
     if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        sums = functools.partial(_row_by_row, dtype=dtype or x.dtype)
+        sums = functools.partial(_row_by_row, dtype=dtype)
         out = jax.lax.platform_dependent(x, flat, cuda=sums, default=product)
     else:
         out = product(x, flat)
