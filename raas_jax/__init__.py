@@ -7,10 +7,10 @@
 """
 
 from raas_jax import policies
-from raas_jax.answer import Output, Stats
 from raas_jax.config import ModelConfig
 from raas_jax.engine import Engine, Request, Result
 from raas_jax.generate import Piece, generate, generate_ids, stream
+from raas_jax.outputs import Output, Stats
 from raas_jax.params import Params
 from raas_jax.policies import Dense, Policy, RaaS
 from raas_jax.sampling import Sampling

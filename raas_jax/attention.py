@@ -75,10 +75,10 @@ _ALL = Selection()
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """One layer's view of the cache, for the token at `offset` of the open page.
+    """One layer's view of the cache, for the token at `offset` of the current page.
 
     Attributes:
-      cache: all segments; `cache.open` holds the token's own key and value already.
+      cache: all segments; `cache.current` holds the token's own key and value already.
       group: index of the layer's group in `cache.kept`.
       layer: int32 scalar, the layer's number in the model.
       layer_in_group: int32 scalar, its number in the group.
@@ -106,9 +106,9 @@ class Reader:
 
         Returns:
           The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
-          kept page, float32 `[B, N, S]`, and the open page, `[B, N]`, received.
+          kept page, float32 `[B, N, S]`, and the current page, `[B, N]`, received.
         """
-        kept, opened = self.cache.kept[self.group], self.cache.open
+        kept, current = self.cache.kept[self.group], self.cache.current
         if selection.kept is None:
             of_kept = decode_attention(
                 q, kept.k, kept.v, self.fill, self.layer_in_group, target=self.target
@@ -123,21 +123,21 @@ class Reader:
                 self.layer_in_group,
                 target=self.target,
             )
-        of_open = decode_attention(
+        of_current = decode_attention(
             q,
-            opened.k[:, :, :, None],
-            opened.v[:, :, :, None],
+            current.k[:, :, :, None],
+            current.v[:, :, :, None],
             jnp.broadcast_to(self.offset + 1, (1, 1, 1)),
             self.layer,
             target=self.target,
         )
         of_prompt = self._attend_prompt(q, selection.prompt)
-        parts = [of_kept, of_open] if of_prompt is None else [of_prompt, of_kept, of_open]
+        parts = [of_kept, of_current] if of_prompt is None else [of_prompt, of_kept, of_current]
         out, lse = merge_segments(parts)
         mass = jnp.exp(of_kept.page_lse - lse[..., None])
         if selection.kept is not None:
             mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
-        return out, mass, jnp.exp(of_open.page_lse[..., 0] - lse)
+        return out, mass, jnp.exp(of_current.page_lse[..., 0] - lse)
 
     def _attend_prompt(self, q: jax.Array, slots: jax.Array | None) -> DecodeAttention | None:
         prompt = self.cache.prompt
@@ -187,10 +187,14 @@ class Reader:
         """Softmax, over all pages, of Quest's bound; the kept pages' part, float32 `[B, N, S]`."""
         of_prompt, of_kept = self.bounded(q)
         assert of_prompt is not None and of_kept is not None
-        open_k = jax.lax.dynamic_index_in_dim(self.cache.open.k, self.layer, 0)[:, :, :, None]
-        open_bounds = page_bounds(open_k, jnp.broadcast_to(self.offset + 1, open_k.shape[:4]))
-        of_open = page_bound(q, open_bounds.key_min, open_bounds.key_max, 0, implementation="xla")
-        pages = [of_kept, of_prompt, of_open]
+        current_k = jax.lax.dynamic_index_in_dim(self.cache.current.k, self.layer, 0)[:, :, :, None]
+        current_bounds = page_bounds(
+            current_k, jnp.broadcast_to(self.offset + 1, current_k.shape[:4])
+        )
+        of_current = page_bound(
+            q, current_bounds.key_min, current_bounds.key_max, 0, implementation="xla"
+        )
+        pages = [of_kept, of_prompt, of_current]
         share = jax.nn.softmax(jnp.concatenate(pages, axis=-1), axis=-1)
         return share[..., : of_kept.shape[-1]]
 

@@ -2,8 +2,9 @@
 
 `Prompt` is written once by prefill and never again, so nothing can evict it. `Kept` holds the pages
 of generated tokens that the policy has not forgotten; one page is written per P tokens, over the
-victim's slot. `Open` is the page being written, one token per step at the same offset in every row.
-Between two page boundaries `Prompt` and `Kept` are read-only, which is why no compiler copies them.
+victim's slot. `CurrentPage` is the page being written, one token per step at the same offset in
+every row. Between two page boundaries `Prompt` and `Kept` are read-only, which is why no compiler
+copies them.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ class Kept:
 
     Attributes:
       k, v: `[L, B, K, S, P, H]`.
-      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 @@meta an empty one.
       bounds: of the pages, for a policy that asks for them.
     """
 
@@ -70,7 +71,7 @@ class Kept:
 
 @_pytree
 @dataclasses.dataclass(frozen=True)
-class Open:
+class CurrentPage:
     """The page being written: k, v `[L, B, K, P, H]`."""
 
     k: jax.Array
@@ -87,7 +88,7 @@ class Cache:
 
     prompt: Prompt
     kept: tuple[Kept, ...]
-    open: Open
+    current: CurrentPage
 
 
 def page_bounds(k: jax.Array, fill: jax.Array) -> Bounds:
@@ -99,16 +100,18 @@ def page_bounds(k: jax.Array, fill: jax.Array) -> Bounds:
     return Bounds(jnp.where(some, low, 0).astype(k.dtype), jnp.where(some, high, 0).astype(k.dtype))
 
 
-def write_open(
-    opened: Open, k: jax.Array, v: jax.Array, layer: jax.Array, offset: jax.Array
-) -> Open:
-    """Puts one token's k, v `[B, K, H]` at `offset` of the open page of one layer, in place."""
+def write_token(
+    current: CurrentPage, k: jax.Array, v: jax.Array, layer: jax.Array, offset: jax.Array
+) -> CurrentPage:
+    """Puts one token's k, v `[B, K, H]` at `offset` of the current page of one layer, in place."""
     zero = jnp.zeros((), jnp.int32)
     start = (layer, zero, zero, offset, zero)
-    put = lambda page, token: jax.lax.dynamic_update_slice(  # noqa: E731
-        page, token[None, :, :, None].astype(page.dtype), start
-    )
-    return Open(put(opened.k, k), put(opened.v, v))
+
+    def write(page: jax.Array, token: jax.Array) -> jax.Array:
+        token = token[None, :, :, None].astype(page.dtype)
+        return jax.lax.dynamic_update_slice(page, token, start)
+
+    return CurrentPage(write(current.k, k), write(current.v, v))
 
 
 def commit(

@@ -4,7 +4,7 @@
                                  outer scan over pages: inner scan over P tokens, one commit
 
 The prompt and the kept pages are read-only within a page, so they are loop invariants of the inner
-scan; what changes per token is one offset of the open page and the policy's small marks.
+scan; what changes per token is one offset of the current page and the policy's small meta.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from flax import nnx
 
 from pallas_kernels import Target
 from raas_jax.attention import Reader, causal_attention, prompt_mass
-from raas_jax.cache import Bounds, Cache, Kept, Open, Prompt, commit, page_bounds, write_open
+from raas_jax.cache import (
+    Bounds,
+    Cache,
+    Kept,
+    CurrentPage,
+    Prompt,
+    commit,
+    page_bounds,
+    write_token,
+)
 from raas_jax.config import ModelConfig
 from raas_jax.model import block_graph, merge, rope_rotation
 from raas_jax.params import Params
@@ -29,7 +38,7 @@ from raas_jax.policies.base import (
     Boundary,
     Bounded,
     Evidence,
-    Marks,
+    Metadata,
     Page,
     Policy,
     PromptPages,
@@ -98,12 +107,12 @@ class DecodeState:
 
     Attributes:
       cache: keys and values.
-      marks: the policy's metadata, one entry per group of layers.
+      meta: the policy's metadata, one entry per group of layers.
       token: int32 `[B]`, the last token drawn, not yet fed to the model.
       generated: int32 `[B]`, tokens drawn so far, `token` included; frozen once done.
       limit: int32 `[B]`, how many may be drawn.
       done: bool `[B]`, a stop token was drawn or the limit reached. A done row computes on, unseen.
-      committed: int32 `[B]`, pages that left the open page while the row was running.
+      committed: int32 `[B]`, pages that left the current page while the row was running.
       evicted: int32 `[B]`, pages that were overwritten or released while the row was running; the
         most of any layer and head.
       stop_tokens: int32 `[any]`, padded with -1.
@@ -111,7 +120,7 @@ class DecodeState:
     """
 
     cache: Cache
-    marks: tuple[Marks, ...]
+    meta: tuple[Metadata, ...]
     token: jax.Array
     generated: jax.Array
     limit: jax.Array
@@ -122,7 +131,7 @@ class DecodeState:
     sampler: Sampler
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """What one step drew, or several.
 
     Attributes:
@@ -189,11 +198,11 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
             )
             for shape, (_, policy) in zip(kept, groups, strict=True)
         ),
-        open=Open(pages(L, rows, K), pages(L, rows, K)),
+        current=CurrentPage(pages(L, rows, K), pages(L, rows, K)),
     )
 
 
-def init_marks(config: ModelConfig, plan: Plan, rows: int) -> tuple[Marks, ...]:
+def init_metadata(config: ModelConfig, plan: Plan, rows: int) -> tuple[Metadata, ...]:
     """The policy's metadata of an empty cache, one entry per group of layers."""
     groups = plan.policy.groups(config.num_hidden_layers)
     return tuple(
@@ -205,7 +214,7 @@ def init_marks(config: ModelConfig, plan: Plan, rows: int) -> tuple[Marks, ...]:
 @partial(jax.jit, static_argnames="plan")
 def prefill(
     params: Params, tokens: jax.Array, lengths: jax.Array, asked: _Request, *, plan: Plan
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, Sampled]:
     """Reads the prompts and draws the first token of every row.
 
     Args:
@@ -242,10 +251,10 @@ def prefill(
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
     empty = empty_cache(config, plan, rows, dtype)
-    marks, evicted = init_marks(config, plan, rows), jnp.zeros(rows, jnp.int32)
+    meta, evicted = init_metadata(config, plan, rows), jnp.zeros(rows, jnp.int32)
     prompt = Prompt(k, v, lengths.astype(jnp.int32), None)
     if plan.policy.evicts_prompt:
-        empty, marks, evicted = _place_prompt(config, empty, marks, prompt, mass, plan)
+        empty, meta, evicted = _place_prompt(config, empty, meta, prompt, mass, plan)
         prompt = dataclasses.replace(empty.prompt, lengths=prompt.lengths)
     elif empty.prompt.bounds is not None:
         fill = jnp.broadcast_to(prompt.fill()[None], k.shape[:4])
@@ -255,7 +264,7 @@ def prefill(
     generated = index + 1
     state = DecodeState(
         cache=dataclasses.replace(empty, prompt=prompt),
-        marks=marks,
+        meta=meta,
         token=token,
         generated=generated,
         limit=asked.limit,
@@ -265,29 +274,29 @@ def prefill(
         stop_tokens=asked.stop_tokens,
         sampler=asked.sampler,
     )
-    return state, Drawn(token, logprob)
+    return state, Sampled(token, logprob)
 
 
 def _place_prompt(
     config: ModelConfig,
     cache: Cache,
-    marks: tuple[Marks, ...],
+    meta: tuple[Metadata, ...],
     prompt: Prompt,
     mass: jax.Array | None,
     plan: Plan,
-) -> tuple[Cache, tuple[Marks, ...], jax.Array]:
+) -> tuple[Cache, tuple[Metadata, ...], jax.Array]:
     """Puts the prompt's pages among the kept ones; also, how many had no place, int32 `[B]`."""
     by_row = lambda x, axis: jnp.repeat(x, plan.samples, axis=axis)  # noqa: E731
     fill = by_row(prompt.fill()[:, 0], 0)
     lengths = by_row(prompt.lengths, 0)
-    kept, placed_marks, first = [], [], 0
+    kept, placed_meta, first = [], [], 0
     evicted = jnp.zeros(lengths.shape, jnp.int32)
     for group, of_group, (layers, policy) in zip(
-        cache.kept, marks, plan.policy.groups(config.num_hidden_layers), strict=True
+        cache.kept, meta, plan.policy.groups(config.num_hidden_layers), strict=True
     ):
         part = slice(first, first + layers)
         of_layers = None if mass is None else by_row(mass[part], 1)
-        pages, of_group = policy.place(of_group, PromptPages(lengths, fill, of_layers))
+        pages, of_group = policy.insert_prompt(of_group, PromptPages(lengths, fill, of_layers))
         wanted = jnp.maximum(pages, 0)
         of_page = lambda x, wanted=wanted: jnp.take_along_axis(  # noqa: E731
             by_row(x, 1), wanted[..., None, None], axis=3
@@ -299,24 +308,24 @@ def _place_prompt(
         k = of_page(prompt.k[part])
         bounds = None if group.bounds is None else page_bounds(k, filled)
         kept.append(Kept(k, of_page(prompt.v[part]), filled, bounds))
-        placed_marks.append(of_group)
+        placed_meta.append(of_group)
         lost = jnp.sum(fill > 0, axis=-1)[:, None] - jnp.sum(filled > 0, axis=-1)
         evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)).astype(jnp.int32))
         first += layers
-    return dataclasses.replace(cache, kept=tuple(kept)), tuple(placed_marks), evicted
+    return dataclasses.replace(cache, kept=tuple(kept)), tuple(placed_meta), evicted
 
 
 @partial(jax.jit, static_argnames=("plan", "pages"), donate_argnames="state")
 def decode_pages(
     params: Params, state: DecodeState, *, plan: Plan, pages: int
-) -> tuple[DecodeState, Drawn]:
+) -> tuple[DecodeState, Sampled]:
     """Generates `pages * P` tokens. The state is donated: it is the memory, and must not be copied.
 
     Returns:
       The state at the next page boundary, and what was drawn: `[pages * P, B]`.
     """
 
-    def page(state: DecodeState, _: None) -> tuple[DecodeState, Drawn]:
+    def page(state: DecodeState, _: None) -> tuple[DecodeState, Sampled]:
         return decode_page(params, state, plan)
 
     state, drawn = jax.lax.scan(page, state, None, length=pages)
@@ -324,8 +333,8 @@ def decode_pages(
 
 
 def decode_until_done(
-    params: Params, state: DecodeState, first: Drawn, plan: Plan, max_new_tokens: int
-) -> tuple[DecodeState, Drawn]:
+    params: Params, state: DecodeState, first: Sampled, plan: Plan, max_new_tokens: int
+) -> tuple[DecodeState, Sampled]:
     """The whole answer in one compiled loop, for use inside a `jax.jit`; stops when all rows have.
 
     Args:
@@ -340,33 +349,33 @@ def decode_until_done(
     """
     pages = pages_for(max_new_tokens - 1, plan.page_size)
     rows = first.tokens.shape[0]
-    blank = Drawn(
+    blank = Sampled(
         jnp.full((1 + pages * plan.page_size, rows), -1, jnp.int32),
         jnp.zeros((1 + pages * plan.page_size, rows), jnp.float32),
     )
 
-    def write(buffers: Drawn, drawn: Drawn, start: jax.Array) -> Drawn:
+    def write(buffers: Sampled, drawn: Sampled, start: jax.Array) -> Sampled:
         at = lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (start, 0))  # noqa: E731
         return jax.tree.map(at, buffers, drawn)
 
-    def going(carry: tuple[DecodeState, Drawn, jax.Array]) -> jax.Array:
+    def going(carry: tuple[DecodeState, Sampled, jax.Array]) -> jax.Array:
         state, _, page = carry
         return (page < pages) & ~jnp.all(state.done)
 
     def body(
-        carry: tuple[DecodeState, Drawn, jax.Array],
-    ) -> tuple[DecodeState, Drawn, jax.Array]:
+        carry: tuple[DecodeState, Sampled, jax.Array],
+    ) -> tuple[DecodeState, Sampled, jax.Array]:
         state, buffers, page = carry
         state, drawn = decode_page(params, state, plan)
         return state, write(buffers, drawn, 1 + page * plan.page_size), page + 1
 
-    buffers = write(blank, Drawn(first.tokens[None], first.logprobs[None]), jnp.int32(0))
+    buffers = write(blank, Sampled(first.tokens[None], first.logprobs[None]), jnp.int32(0))
     state, buffers, _ = jax.lax.while_loop(going, body, (state, buffers, jnp.int32(0)))
     return state, jax.tree.map(lambda buffer: buffer[:max_new_tokens], buffers)
 
 
-def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Drawn]:
-    """One page: P token steps with the big buffers read-only, then one commit. Drawn: `[P, B]`."""
+def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Sampled]:
+    """One page: P token steps with the big buffers read-only, then one commit. Sampled: `[P, B]`."""
     offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
     step = lambda state, offset: token_step(params, state, offset, plan)  # noqa: E731
     state, drawn = jax.lax.scan(step, state, offsets)
@@ -375,34 +384,34 @@ def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeS
 
 def token_step(
     params: Params, state: DecodeState, offset: jax.Array, plan: Plan
-) -> tuple[DecodeState, Drawn]:
-    """Feeds `state.token`, writes it at `offset` of the open page, draws the next. Drawn: `[B]`."""
+) -> tuple[DecodeState, Sampled]:
+    """Feeds `state.token`, writes it at `offset` of the current page, draws the next. Sampled: `[B]`."""
     config = params.config
     model = merge(config, params.weights)
     position = prompt_lengths(state, plan) + state.generated - 1
     rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
-    x, marks, first = model.embed(state.token)[:, None], [], 0
+    x, meta, first = model.embed(state.token)[:, None], [], 0
     stepped = state
     for group, (layers, _) in enumerate(plan.policy.groups(config.num_hidden_layers)):
-        x, opened, group_marks = _run_group(
+        x, current, group_meta = _run_group(
             params, stepped, _Group(group, first, layers), x, rotation, offset, plan
         )
         stepped = dataclasses.replace(
-            stepped, cache=dataclasses.replace(stepped.cache, open=opened)
+            stepped, cache=dataclasses.replace(stepped.cache, current=current)
         )
-        marks.append(group_marks)
+        meta.append(group_meta)
         first += layers
     token, logprob = state.sampler(model.logits(x[:, 0]), state.generated)
     token = jnp.where(state.done, state.token, token)
     generated = jnp.where(state.done, state.generated, state.generated + 1)
     stepped = dataclasses.replace(
         stepped,
-        marks=tuple(marks),
+        meta=tuple(meta),
         token=token,
         generated=generated,
         done=state.done | _is_done(token, generated, state.limit, state.stop_tokens),
     )
-    drawn = Drawn(jnp.where(state.done, -1, token), jnp.where(state.done, 0.0, logprob))
+    drawn = Sampled(jnp.where(state.done, -1, token), jnp.where(state.done, 0.0, logprob))
     return stepped, drawn
 
 
@@ -422,23 +431,25 @@ def _run_group(
     rotation: tuple[jax.Array, jax.Array],
     offset: jax.Array,
     plan: Plan,
-) -> tuple[jax.Array, Open, Marks]:
-    """Runs x `[B, 1, D]` through the layers of a group, which write the open page and the marks."""
+) -> tuple[jax.Array, CurrentPage, Metadata]:
+    """Runs x `[B, 1, D]` through the layers of a group, which write the current page and the meta."""
     config, cache = params.config, state.cache
     policy = plan.policy.groups(config.num_hidden_layers)[group.number][1]
     graph = block_graph(config, params.weights["embedding"].dtype.name)
     prompt_fill = cache.prompt.fill()
 
-    def layer(carry: tuple[jax.Array, Open], scanned: Any) -> tuple[tuple[jax.Array, Open], Marks]:
-        x, opened = carry
-        layer_in_group, fill, marks = scanned
+    def layer(
+        carry: tuple[jax.Array, CurrentPage], scanned: Any
+    ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
+        x, current = carry
+        layer_in_group, fill, meta = scanned
         index = layer_in_group + group.first
         at_layer = partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
         block = nnx.merge(graph, jax.tree.map(at_layer, params.weights["layers"]))
         q, k, v = block.qkv(x, rotation)
-        opened = write_open(opened, k[:, 0], v[:, 0], index, offset)
+        current = write_token(current, k[:, 0], v[:, 0], index, offset)
         reader = Reader(
-            dataclasses.replace(cache, open=opened),
+            dataclasses.replace(cache, current=current),
             group.number,
             index,
             layer_in_group,
@@ -452,28 +463,28 @@ def _run_group(
         selection = Selection()
         if policy.selects:
             bounded: Bounded = jax.tree.map(grouped, reader.bounded(q[:, 0]))
-            selection = policy.select(marks, bounded)
-        out, mass, open_mass = reader.attend(q[:, 0], selection)
-        if jax.tree.leaves(marks):
+            selection = policy.select(meta, bounded)
+        out, mass, current_mass = reader.attend(q[:, 0], selection)
+        if jax.tree.leaves(meta):
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
-            mass, bound, open_mass = jax.tree.map(grouped, (mass, bound, open_mass))
-            evidence = Evidence(mass, bound, fill, open_mass)
-            marks = policy.observe(marks, evidence, state.generated)
-        return (block.finish(x, out[:, None].astype(x.dtype)), opened), marks
+            mass, bound, current_mass = jax.tree.map(grouped, (mass, bound, current_mass))
+            evidence = Evidence(mass, bound, fill, current_mass)
+            meta = policy.observe(meta, evidence, state.generated)
+        return (block.finish(x, out[:, None].astype(x.dtype)), current), meta
 
     scanned = (
         jnp.arange(group.layers, dtype=jnp.int32),
         cache.kept[group.number].fill,
-        state.marks[group.number],
+        state.meta[group.number],
     )
-    (x, opened), marks = jax.lax.scan(layer, (x, cache.open), scanned)
-    return x, opened, marks
+    (x, current), meta = jax.lax.scan(layer, (x, cache.current), scanned)
+    return x, current, meta
 
 
 def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeState:
-    """The page boundary: each (layer, row, head) writes its open page over its victim's slot."""
+    """The page boundary: each (layer, row, head) writes its current page over its victim's slot."""
     now, lengths = state.generated, prompt_lengths(state, plan)
-    kept, marks, first = [], [], 0
+    kept, meta, first = [], [], 0
     evicted = jnp.zeros(now.shape, jnp.int32)
     for index, (layers, policy) in enumerate(plan.policy.groups(config.num_hidden_layers)):
         group, S = state.cache.kept[index], plan.slots[index]
@@ -486,27 +497,29 @@ def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeSt
             keys=_boundary_keys(state.sampler.keys, now, index),
             prompt_lengths=lengths,
         )
-        slot = policy.victim(state.marks[index], boundary)
-        page = Page(*(x[first : first + layers] for x in (state.cache.open.k, state.cache.open.v)))
+        slot = policy.victim(state.meta[index], boundary)
+        page = Page(
+            *(x[first : first + layers] for x in (state.cache.current.k, state.cache.current.v))
+        )
         filled = jnp.take_along_axis(group.fill, slot[..., None], axis=-1)[..., 0] > 0
         lost = filled.astype(jnp.int32)
         group = commit(group, page.k, page.v, slot, plan.target)
-        group_marks = policy.commit(state.marks[index], slot, page, now)
-        released = policy.release(
-            group_marks, boundary._replace(fill=group.fill, k=group.k, v=group.v)
+        group_meta = policy.commit(state.meta[index], slot, page, now)
+        released = policy.evict_many(
+            group_meta, boundary._replace(fill=group.fill, k=group.k, v=group.v)
         )
         if released is not None:
             lost = lost + jnp.sum(released & (group.fill > 0), axis=-1)
             group = dataclasses.replace(group, fill=jnp.where(released, 0, group.fill))
         evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)))
         kept.append(group)
-        marks.append(group_marks)
+        meta.append(group_meta)
         first += layers
     running = ~state.done
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, kept=tuple(kept)),
-        marks=tuple(marks),
+        meta=tuple(meta),
         committed=jnp.where(running, state.committed + 1, state.committed),
         evicted=jnp.where(running, state.evicted + evicted, state.evicted),
     )
@@ -542,8 +555,8 @@ def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
 
 
 def cache_bytes(state: DecodeState) -> int:
-    """Bytes of all that the decode keeps for attention: the three segments and the marks."""
-    leaves = jax.tree.leaves((state.cache, state.marks))
+    """Bytes of all that the decode keeps for attention: the three segments and the meta."""
+    leaves = jax.tree.leaves((state.cache, state.meta))
     return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
 
 

@@ -13,12 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax import text
-from raas_jax.answer import Answer, Output, answer_limit, default_limit
+from raas_jax import tokenizer
 from raas_jax.decode import (
     DecodeState,
-    Drawn,
     Plan,
+    Sampled,
     cache_bytes,
     decode_pages,
     decode_until_done,
@@ -26,11 +25,12 @@ from raas_jax.decode import (
     prefill,
     request,
 )
+from raas_jax.outputs import Answer, Output, answer_limit, default_limit
 from raas_jax.params import Params
 from raas_jax.policies import Policy, RaaS
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
-TOKENS_PER_LOOK = 32  # How often the host looks: often enough to stream, too rarely to matter.
+TOKENS_PER_SYNC = 32  # How often the host looks: often enough to stream, too rarely to matter.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def generate(
         disable=None if progress is None else not progress,
     ) as bar:
         try:
-            for _ in run.looks():
+            for _ in run.syncs():
                 bar.set_postfix(
                     kept=max(row.kept_pages for row in run.rows),
                     evicted=max(row.evicted_pages for row in run.rows),
@@ -145,7 +145,7 @@ def stream(
 def _pieces(run: _Run) -> Iterator[Piece]:
     going = list(range(len(run.rows)))
     try:
-        for _ in run.looks():
+        for _ in run.syncs():
             for index in list(going):
                 yield run.piece(index)
                 if run.rows[index].finish_reason:
@@ -170,7 +170,7 @@ def generate_ids(
     stop_token_ids: tuple[int, ...] | None = None,
     seed: int | jax.Array = 0,
     samples: int = 1,
-) -> Drawn:
+) -> Sampled:
     """Token ids in, token ids out, as one compiled function: prefill and the whole decode loop.
 
     Args:
@@ -185,7 +185,7 @@ def generate_ids(
       samples: answers per prompt; they share its keys and values.
 
     Returns:
-      `Drawn`: tokens int32 `[B' * samples, max_new_tokens]`, -1 after the end of a row, and their
+      `Sampled`: tokens int32 `[B' * samples, max_new_tokens]`, -1 after the end of a row, and their
       float32 log-probabilities.
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
@@ -272,11 +272,11 @@ class _Run:
         seed: int | jax.Array | Sequence[int],
     ):
         policy = checked(params, policy)
-        ids, self.single = text.encode(params, prompt)
+        ids, self.single = tokenizer.encode(params, prompt)
         limits = [answer_limit(params, len(row), max_new_tokens) for row in ids]
-        stops = text.stop_token_ids(params, stop_token_ids)
-        stop_strings = text.stop_strings(stop)
-        readable = text.has_tokenizer(params)
+        stops = tokenizer.stop_token_ids(params, stop_token_ids)
+        stop_strings = tokenizer.stop_strings(stop)
+        readable = tokenizer.has_tokenizer(params)
         if stop_strings and not readable:
             raise ValueError(f"stop is {stop!r}, but params has no tokenizer; use stop_token_ids.")
         settings = _per_row("sampling", sampling, len(ids))
@@ -290,14 +290,14 @@ class _Run:
                 row,
                 limit,
                 frozenset(stops),
-                text.Detokenizer(params, stop_strings) if readable else None,
+                tokenizer.Detokenizer(params, stop_strings) if readable else None,
             )
             for row, limit in zip(ids, limits, strict=True)
         ]
         self._given = [(0, 0)] * len(ids)  # Tokens and characters given out as pieces.
         self.row_bytes = 0
 
-    def looks(self) -> Iterator[None]:
+    def syncs(self) -> Iterator[None]:
         """Generates, and yields whenever the host has looked."""
         began = time.perf_counter()
         limits = jnp.asarray([row.limit for row in self.rows])
@@ -307,16 +307,16 @@ class _Run:
             request(limits, self._stops, self._sampler),
             plan=self.plan,
         )
-        self._look(Drawn(first.tokens[None], first.logprobs[None]))
+        self._sync(Sampled(first.tokens[None], first.logprobs[None]))
         for row in self.rows:
             row.prefill_seconds = time.perf_counter() - began
         self.row_bytes = cache_bytes(state) // len(self.rows)
         yield
-        pages = max(1, TOKENS_PER_LOOK // self.plan.page_size)
+        pages = max(1, TOKENS_PER_SYNC // self.plan.page_size)
         began = time.perf_counter()
         while not all(row.finish_reason for row in self.rows):
             state, drawn = decode_pages(self.params, state, plan=self.plan, pages=pages)
-            self._look(drawn, state, time.perf_counter() - began)
+            self._sync(drawn, state, time.perf_counter() - began)
             state = self._stop_early(state)
             yield
 
@@ -344,7 +344,7 @@ class _Run:
             output=self.output(index) if row.finish_reason else None,
         )
 
-    def _look(self, drawn: Drawn, state: DecodeState | None = None, seconds: float = 0.0) -> None:
+    def _sync(self, drawn: Sampled, state: DecodeState | None = None, seconds: float = 0.0) -> None:
         tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
         if state is not None:
             committed, evicted = np.asarray(state.committed), np.asarray(state.evicted)

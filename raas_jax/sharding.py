@@ -107,7 +107,7 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
 
     by_head, by_row = ("layers", rows, "kv_heads"), (rows,)
     cache = state.cache
-    scalars = dataclasses.replace(state, cache=None, marks=None, stop_tokens=None)
+    scalars = dataclasses.replace(state, cache=None, meta=None, stop_tokens=None)
     return dataclasses.replace(
         of(by_row, scalars),
         cache=dataclasses.replace(
@@ -116,7 +116,7 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
                 of(by_head, cache.prompt), lengths=of(by_row, cache.prompt.lengths)
             ),
         ),
-        marks=of(by_head, state.marks),
+        meta=of(by_head, state.meta),
         stop_tokens=of((), state.stop_tokens),
     )
 

@@ -27,7 +27,7 @@ class Rules:
     top_fraction: float | None = None
     score: str = "mass"
     share: str = "kv_head"
-    prompt: str = "beside"
+    prompt: str = "excluded"
     dense_layers: int = 0
     keep_all: bool = False
 
@@ -197,7 +197,7 @@ class Sequence:
         return net.logits(x)
 
     def boundary(self) -> dict[tuple[int, int], tuple[int, bool]]:
-        """The open page takes a slot: (layer, head) → (slot, whether a page was evicted for it)."""
+        """The page takes a slot: (layer, head) → (slot, whether a page was evicted for it)."""
         chosen = {}
         for layer in range(len(self.net.layers)):
             for head in range(self.net.heads):
@@ -217,7 +217,7 @@ class Sequence:
     def capacity(self) -> int:
         """Pages of generated tokens that fit, in layers under the policy."""
         pages = self.rules.budget // self.rules.page_size
-        if self.rules.prompt == "within":
+        if self.rules.prompt == "included":
             pages -= math.ceil(self.length / self.rules.page_size)
         return pages
 
@@ -261,7 +261,7 @@ class Sequence:
         scores: list[dict[int, float]],
         in_doubt: Callable[[int, int, int], bool],
     ) -> None:
-        if self.rules.share == "layer":
+        if self.rules.granularity == "layer":
             assert all(one.keys() == scores[0].keys() for one in scores)
             shared = {slot: max(one[slot] for one in scores) for slot in scores[0]}
             scores = [shared] * len(scores)

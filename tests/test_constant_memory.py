@@ -21,7 +21,7 @@ CONFIG = ModelConfig(32, 16, 24, 4, 4, 2, 16, qk_norm=True, model_type="qwen3")
 ROWS, PROMPT, P = 2, 512, 16
 POLICIES = {
     "mass": RaaS(1024, page_size=P),
-    "bound": RaaS(1024, score="bound", share="layer", top_fraction=0.5, page_size=P),
+    "bound": RaaS(1024, score="bound", granularity="layer", top_fraction=0.5, page_size=P),
     "two kinds of layers": RaaS(1024, dense_layers=2, page_size=P),
 }
 
@@ -185,7 +185,7 @@ def test_the_state_is_donated(params):
     buffers = [state.cache.prompt.k, state.cache.kept[0].k, state.cache.kept[0].v]
     places = [buffer.unsafe_buffer_pointer() for buffer in buffers]
     after, _ = program(params, state)
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.cache, state.marks)))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((state.cache, state.meta)))
     cache = after.cache
     now = [x.unsafe_buffer_pointer() for x in (cache.prompt.k, cache.kept[0].k, cache.kept[0].v)]
     assert now == places

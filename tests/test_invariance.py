@@ -27,7 +27,7 @@ TIGHT = {
     "dense": Dense(page_size=4),
     "mass": RaaS(12, alpha=0.12, page_size=4),
     "bound, layer, within, two kinds of layers": RaaS(
-        20, top_fraction=0.5, score="bound", share="layer", prompt="within", dense_layers=1,
+        20, top_fraction=0.5, score="bound", granularity="layer", prompt="included", dense_layers=1,
         page_size=4,
     ),
     "tokens": RaaS(5, alpha=0.12, score="bound", page_size=1),
@@ -48,10 +48,10 @@ def check_equal(one, other):
 @pytest.mark.parametrize(
     "policy",
     [
-        RaaS(48, alpha=0.12, page_size=4, share="layer"),
-        RaaS(64, top_fraction=0.5, score="bound", prompt="within", dense_layers=1, page_size=4),
+        RaaS(48, alpha=0.12, page_size=4, granularity="layer"),
+        RaaS(64, top_fraction=0.5, score="bound", prompt="included", dense_layers=1, page_size=4),
     ],
-    ids=["beside", "within"],
+    ids=["excluded", "included"],
 )
 def test_a_budget_that_covers_the_length_is_dense(params, policy):
     ask = {"max_new_tokens": NEW, "sampling": SETTINGS, "seed": 4}
@@ -108,7 +108,7 @@ def test_samples_that_share_a_prompt_equal_samples_that_do_not(params):
 @pytest.mark.parametrize("name", ["dense", "bound, layer, within, two kinds of layers"])
 def test_dead_memory_is_never_read(params, name):
     """All that holds no token is NaN: empty slots, their bounds, the rest of the prompt's last
-    page and what is not yet written of the open page. Nothing changes."""
+    page and what is not yet written of the current page. Nothing changes."""
     policy, prompts = TIGHT[name], prompts_of([3, 9, 12], 1)
     plan = Plan.create(params.config, policy, [3, 9, 12], NEW)
     tokens = np.zeros((3, plan.prompt_slots * 4), np.int32)
@@ -155,4 +155,6 @@ def poison(cache):
         for group in cache.kept
     )
     assert not any(np.any(group.fill) for group in cache.kept)
-    return dataclasses.replace(cache, prompt=prompt, kept=kept, open=jax.tree.map(nan, cache.open))
+    return dataclasses.replace(
+        cache, prompt=prompt, kept=kept, current=jax.tree.map(nan, cache.current)
+    )

@@ -45,7 +45,7 @@ COMBINATIONS = [
     for score, share, prompt, rule in itertools.product(
         ("mass", "bound"),
         ("kv_head", "layer"),
-        ("beside", "within"),
+        ("excluded", "included"),
         ({"alpha": 0.12}, {"top_fraction": 0.5}),
     )
 ]
@@ -54,7 +54,7 @@ COMBINATIONS = [
 def case(page_size, **options):
     """The policy, and the oracle's rules for it."""
     pages, slots = GEOMETRY[page_size]
-    within = options.get("prompt") == "within"
+    within = options.get("prompt") == "included"
     budget = (pages + 2 if within else slots) * page_size
     return (
         RaaS(budget, page_size=page_size, **options),
@@ -116,17 +116,17 @@ class Comparison:
     def step(self, offset):
         fed = np.asarray(self.state.token)
         self.state, drawn = step_jit(self.params, self.state, jnp.int32(offset), plan=self.plan)
-        marks = self.marks()
+        meta = self.meta()
         logits = []
         for index, row in enumerate(self.rows):
             now = row.drawn
 
             def in_doubt(layer, head, slot, index=index, now=now):
-                return self.of_layer(marks, layer)[index, head, slot] == now
+                return self.of_layer(meta, layer)[index, head, slot] == now
 
             logits.append(row.step(int(fed[index]), in_doubt))
         self.check_logprobs(np.asarray(drawn.tokens), np.asarray(drawn.logprobs), logits)
-        self.check_stamps(marks)
+        self.check_stamps(meta)
         self.check_open(offset)
 
     def boundary(self):
@@ -149,14 +149,14 @@ class Comparison:
                     close(now[0][index, head, s], page.keys)
                     close(now[1][index, head, s], page.values)
             self.evicted[index] += any(evicted for _, evicted in chosen.values())
-        self.check_stamps(self.marks())
+        self.check_stamps(self.meta())
         np.testing.assert_array_equal(self.state.evicted, self.evicted)
         np.testing.assert_array_equal(self.state.generated, [row.drawn for row in self.rows])
 
-    def marks(self):
+    def meta(self):
         """Stamps `[L, B, K, S]` of each group of layers; None for a dense one."""
-        both = zip(self.state.marks, self.stamped, strict=True)
-        return [np.asarray(marks.stamp) if on else None for marks, on in both]
+        both = zip(self.state.meta, self.stamped, strict=True)
+        return [np.asarray(meta.stamp) if on else None for meta, on in both]
 
     def of_layer(self, groups, layer):
         """The entry of one layer, from one array (or pair of arrays) per group of layers."""
@@ -171,20 +171,20 @@ class Comparison:
             peak = row.max()
             close(logprob, row[token] - peak - np.log(np.sum(np.exp(row - peak))))
 
-    def check_stamps(self, marks):
+    def check_stamps(self, meta):
         for index, row in enumerate(self.rows):
             for layer, heads in enumerate(row.kept):
                 if row._dense(layer):
                     continue
                 for head, pages in enumerate(heads):
-                    of_head = self.of_layer(marks, layer)[index, head]
+                    of_head = self.of_layer(meta, layer)[index, head]
                     wanted = np.full(of_head.shape, -1)
                     for slot, page in pages.items():
                         wanted[slot] = page.stamp
                     np.testing.assert_array_equal(of_head, wanted)
 
     def check_open(self, offset):
-        k, v = np.asarray(self.state.cache.open.k), np.asarray(self.state.cache.open.v)
+        k, v = np.asarray(self.state.cache.current.k), np.asarray(self.state.cache.current.v)
         for index, row in enumerate(self.rows):
             for layer, heads in enumerate(row.open):
                 for head, (keys, values) in enumerate(heads):
@@ -285,7 +285,7 @@ def test_any_shape_and_options_at_every_step():
 def test_exact_ties_are_stamped_together(score):
     """With keys of zero all full pages weigh the same: the top third of the pages is all of them,
     so the victim is the lowest slot every time."""
-    policy, rules = case(2, score=score, top_fraction=1 / 3, prompt="within")
+    policy, rules = case(2, score=score, top_fraction=1 / 3, prompt="included")
     doubt = compare(policy, rules, "llama", [1, 6, 3], 5, 1.0, 10, flat=True)
     assert doubt.decisions > 0 and doubt.doubtful == 0
 
@@ -314,7 +314,7 @@ def test_the_scanned_pages_are_these_steps():
     np.testing.assert_array_equal(drawn.tokens, np.stack(tokens))
     np.testing.assert_allclose(drawn.logprobs, np.stack(logprobs), rtol=1e-5, atol=1e-5)
     assert np.all(np.asarray(scanned.evicted) > 0)
-    for name in ("marks", "generated", "committed", "evicted"):
+    for name in ("meta", "generated", "committed", "evicted"):
         jax.tree.map(np.testing.assert_array_equal, getattr(scanned, name), getattr(state, name))
     near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(near, scanned.cache, state.cache)
@@ -338,8 +338,8 @@ def test_top_fraction_is_rounded_up_exactly(slots):
 
     def stamped(policy):
         fresh = jax.tree.map(lambda mark: mark[0], policy.init((1, slots, 1, slots)))
-        marks = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(slots, 7))
-        return np.asarray(marks.stamp) == 7
+        meta = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(slots, 7))
+        return np.asarray(meta.stamp) == 7
 
     for hundredths in (*range(5, 101, 5), 1, 33, 67, 99):
         wanted = [-(-int(count) * hundredths // 100) for count in counts]

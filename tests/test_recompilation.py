@@ -81,7 +81,7 @@ def test_within_the_budget_few_prompt_lengths_compile_anew(params, traced_once):
     """The paper's accounting gives each prompt length other slots; those are rounded up."""
     for length in (1, 3, 4):
         raas_jax.generate(
-            params, [1] * length, policy=RaaS(64, prompt="within", page_size=4), max_new_tokens=70
+            params, [1] * length, policy=RaaS(64, prompt="included", page_size=4), max_new_tokens=70
         )
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import raas_jax
-from raas_jax.lemma.tokenizer import save_tokenizer
+from raas_jax.lab.tasks.lemma.tokenizer import save_tokenizer
 from raas_jax.weights import save_hf
 
 CONFIG = raas_jax.ModelConfig(

@@ -14,15 +14,15 @@ import numpy as np
 from jax.sharding import Mesh
 
 from pallas_kernels import Target
-from raas_jax import text
-from raas_jax.answer import Answer, default_limit
-from raas_jax.decode import DecodeState, Drawn, Plan, cache_bytes
-from raas_jax.engine import saving
+from raas_jax import tokenizer
+from raas_jax.decode import DecodeState, Plan, Sampled, cache_bytes
+from raas_jax.engine import checkpoint
+from raas_jax.engine.autosize import largest_batch
 from raas_jax.engine.requests import Id, Job, Request, Result, check
-from raas_jax.engine.rows import Programs, Seen, nobody, programs
-from raas_jax.engine.schedule import Row, Schedule, Start
-from raas_jax.engine.sizing import largest_batch
+from raas_jax.engine.rows import Programs, Seen, empty_admissions, programs
+from raas_jax.engine.scheduler import Row, Schedule, Start
 from raas_jax.generate import checked
+from raas_jax.outputs import Answer, default_limit
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 from raas_jax.sharding import place_weights
@@ -58,10 +58,10 @@ class Usage:
 
 
 @dataclasses.dataclass
-class _Look:
+class _Sync:
     """What was asked of the device since the last look, and by whom."""
 
-    started: list[tuple[list[tuple[int, Row]], Drawn]]
+    started: list[tuple[list[tuple[int, Row]], Sampled]]
     seen: Seen
     rows: list[Row | None]
 
@@ -94,8 +94,8 @@ class Engine:
         samples: int = 1,
         stop_token_ids: Iterable[int] = (),
         mesh: Mesh | None = None,
-        look_every: int | None = None,
-        look_late: bool | None = None,
+        sync_every: int | None = None,
+        overlap: bool | None = None,
         prefill_rows: int = 4,
         save_to: str | Path | None = None,
         save_every: float | None = None,
@@ -117,9 +117,9 @@ class Engine:
             and its generation config.
           mesh: from `raas_jax.make_mesh`: weights by heads and mlp width, the cache by rows and
             key/value heads. The parameters are moved there if they are not there.
-          look_every: tokens between two looks of the host, which is when rows are refilled; rounded
+          sync_every: tokens between two looks of the host, which is when rows are refilled; rounded
             up to whole pages, by default one.
-          look_late: the device starts on the next page while the host looks at the last one, so
+          overlap: the device starts on the next page while the host looks at the last one, so
             that rows are refilled one look later; by default where the device is an accelerator.
           prefill_rows: prompts of one bucket that are read at once, where there are as many.
           save_to: folder in which `run` saves, in the background.
@@ -138,7 +138,7 @@ class Engine:
             "max_prompt_tokens": max_prompt_tokens,
             "samples": samples,
             "prefill_rows": prefill_rows,
-            "look_every": policy.page_size if look_every is None else look_every,
+            "sync_every": policy.page_size if sync_every is None else sync_every,
         }
         for name, value in numbers.items():
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -151,11 +151,11 @@ class Engine:
         self.max_new_tokens = max_new_tokens
         self.mesh = mesh
         self.plan = _plan(params, policy, self.buckets[-1], max_new_tokens, samples, mesh)
-        self.stop_tokens = text.stop_token_ids(params, stop_token_ids)
+        self.stop_tokens = tokenizer.stop_token_ids(params, stop_token_ids)
         self.usage = Usage()
-        self._pages = pages_for(numbers["look_every"], P)
+        self._pages = pages_for(numbers["sync_every"], P)
         self._sizes = (prefill_rows, 1) if prefill_rows > 1 else (1,)
-        self._late = jax.default_backend() != "cpu" if look_late is None else look_late
+        self._late = jax.default_backend() != "cpu" if overlap is None else overlap
         together = samples * (1 if mesh is None else mesh.shape["data"])
         if rows == "auto":
             rows = largest_batch(self._account, together, memory_limit)
@@ -171,9 +171,9 @@ class Engine:
         self._ready: deque[Result] = deque()
         self._taken: set[Id] = set()
         self._state: DecodeState | None = None
-        self._looks: deque[_Look] = deque()
-        self._started: list[tuple[list[tuple[int, Row]], Drawn]] = []
-        self._saver = None if save_to is None else saving.Saver(save_to, save_every or 300.0)
+        self._syncs: deque[_Sync] = deque()
+        self._started: list[tuple[list[tuple[int, Row]], Sampled]] = []
+        self._saver = None if save_to is None else checkpoint.Saver(save_to, save_every or 300.0)
         self._row_bytes = cache_bytes(self.programs.shape) // rows
 
     @property
@@ -192,7 +192,7 @@ class Engine:
         for bucket in self.buckets:
             for size in self._sizes:
                 state, _ = self._call("admit", bucket, size)(
-                    self.params, state, nobody(size, bucket, self.plan.samples)
+                    self.params, state, empty_admissions(size, bucket, self.plan.samples)
                 )
         if not self._schedule.busy():
             state, _ = self._call("advance")(self.params, state)
@@ -230,10 +230,10 @@ class Engine:
                 self._admit(starts)
                 if self._schedule.busy():
                     self._advance()
-                elif not self._looks and not self._ready:
+                elif not self._syncs and not self._ready:
                     return
-                while len(self._looks) > (self._late and self._schedule.busy()):
-                    self._look()
+                while len(self._syncs) > (self._late and self._schedule.busy()):
+                    self._sync()
                 while self._ready:
                     result = self._ready.popleft()
                     if known is not None:
@@ -257,7 +257,7 @@ class Engine:
         Raises:
           OSError: it cannot be written.
         """
-        saver = saving.Saver(folder, 0.0)
+        saver = checkpoint.Saver(folder, 0.0)
         self._save(saver)
         saver.wait()
 
@@ -286,12 +286,12 @@ class Engine:
           ValueError: it belongs to another model or policy, or to rows that the mesh does not
             divide.
         """
-        book = saving.read_book(folder)
-        saving.check_model(book, params, folder)
-        options = {**book["options"], "policy": saving.policy_of(book, policy)}
+        host_state = checkpoint.read_host_state(folder)
+        checkpoint.check_model(host_state, params, folder)
+        options = {**host_state["options"], "policy": checkpoint.policy_of(host_state, policy)}
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
-        engine._state = saving.read_state(folder, engine.programs.shape)
-        engine._open(book)
+        engine._state = checkpoint.read_state(folder, engine.programs.shape)
+        engine._open(host_state)
         return engine
 
     # What follows is the host's work between two looks.
@@ -310,10 +310,10 @@ class Engine:
     def _account(self, rows: int) -> list[Any]:
         """The lowered programs that take most memory, for this many rows."""
         made = self._compile_for(rows)
-        newcomers = nobody(self._sizes[0], self.buckets[-1], self.plan.samples)
+        admissions = empty_admissions(self._sizes[0], self.buckets[-1], self.plan.samples)
         return [
             made.advance.lower(self.params, made.shape),
-            made.admit.lower(self.params, made.shape, newcomers),
+            made.admit.lower(self.params, made.shape, admissions),
         ]
 
     def _call(self, name: str, *shape: int) -> Any:
@@ -378,49 +378,49 @@ class Engine:
                 self._admit_together(batch, bucket)
 
     def _admit_together(self, batch: Sequence[Start], bucket: int) -> None:
-        newcomers = nobody(len(batch), bucket, self.plan.samples)
+        admissions = empty_admissions(len(batch), bucket, self.plan.samples)
         samples, began, rows = self.plan.samples, time.perf_counter(), []
         for line, start in enumerate(batch):
             job = start.job
-            newcomers.tokens[line, : len(job.prompt)] = job.prompt
-            newcomers.lengths[line] = len(job.prompt)
-            newcomers.groups[line] = start.group
-            newcomers.new_prompt[line] = start.new_prompt
-            newcomers.seed[line] = np.asarray(job.seed % 2**32, np.uint32).astype(np.int32)
-            newcomers.limit[line] = job.limit
+            admissions.tokens[line, : len(job.prompt)] = job.prompt
+            admissions.lengths[line] = len(job.prompt)
+            admissions.groups[line] = start.group
+            admissions.new_prompt[line] = start.new_prompt
+            admissions.seed[line] = np.asarray(job.seed % 2**32, np.uint32).astype(np.int32)
+            admissions.limit[line] = job.limit
             for name, value in dataclasses.asdict(job.sampling).items():
-                getattr(newcomers, name)[line] = value
+                getattr(admissions, name)[line] = value
             for place, sample in enumerate(start.samples):
                 if sample is None:
                     continue
-                newcomers.fresh[line, place] = True
-                newcomers.sample[line, place] = sample
+                admissions.fresh[line, place] = True
+                admissions.sample[line, place] = sample
                 row = Row(job, sample, self._answer(job), began)
                 self._schedule.rows[start.group * samples + place] = row
                 rows.append((line * samples + place, row))
             self.usage.prompts += 1
             self.usage.prompt_tokens += len(job.prompt)
-        self.usage.padded_prompt_tokens += newcomers.tokens.size
+        self.usage.padded_prompt_tokens += admissions.tokens.size
         admit = self._call("admit", bucket, len(batch))
-        self._state, drawn = admit(self.params, self._take_state(), newcomers)
+        self._state, drawn = admit(self.params, self._take_state(), admissions)
         self._started.append((rows, drawn))
 
     def _answer(self, job: Job) -> Answer:
         # Without stop strings the text is made at the end, which is much less work.
-        detokenizer = text.Detokenizer(self.params, job.stop) if job.stop else None
+        detokenizer = tokenizer.Detokenizer(self.params, job.stop) if job.stop else None
         return Answer(job.prompt, job.limit, frozenset(self.stop_tokens), detokenizer)
 
     def _advance(self) -> None:
         self._state, seen = self._call("advance")(self.params, self._take_state())
-        self._looks.append(_Look(self._started, seen, list(self._schedule.rows)))
+        self._syncs.append(_Sync(self._started, seen, list(self._schedule.rows)))
         self._started = []
         steps = self._pages * self.plan.page_size
         self.usage.steps += steps
         self.usage.row_steps += steps * self.rows
 
-    def _look(self) -> None:
+    def _sync(self) -> None:
         """Takes what the oldest look brings, and frees the rows that are done."""
-        look = self._looks.popleft()
+        look = self._syncs.popleft()
         began = time.perf_counter()
         firsts, seen = jax.device_get(([drawn for _, drawn in look.started], look.seen))
         now = time.perf_counter()
@@ -448,9 +448,9 @@ class Engine:
         answer, known = row.answer, None
         if answer.detokenizer is not None:
             known = answer.text
-        elif text.has_tokenizer(self.params):
+        elif tokenizer.has_tokenizer(self.params):
             ended = bool(answer.tokens) and answer.tokens[-1] in answer.stop_ids
-            known = text.decode(self.params, answer.tokens[: len(answer.tokens) - ended])
+            known = tokenizer.decode(self.params, answer.tokens[: len(answer.tokens) - ended])
         dtype = self.params.weights["embedding"].dtype
         stats = answer.stats(self.params.config, dtype, self._row_bytes)
         reason = answer.finish_reason or "interrupted"
@@ -463,32 +463,32 @@ class Engine:
             going.answer.interrupt()
             yield self._result(going)
         self._ready.clear()
-        self._looks.clear()
+        self._syncs.clear()
         self._started = []
         self._state = None
         self._schedule = Schedule(self.rows, self.plan.samples)
 
     # What follows keeps the book that is saved beside the state.
 
-    def _save(self, saver: saving.Saver) -> None:
-        while self._looks:
-            self._look()
+    def _save(self, saver: checkpoint.Saver) -> None:
+        while self._syncs:
+            self._sync()
         state = self._take_state()
         self._state = state
-        saver.save(state, self._book())
+        saver.save(state, self._host_state())
 
-    def _book(self) -> dict[str, Any]:
+    def _host_state(self) -> dict[str, Any]:
         """Everything on the host, as JSON values."""
         return {
-            "model": saving.model_of(self.params),
-            "policy": saving.describe(self.plan.policy),
+            "model": checkpoint.model_of(self.params),
+            "policy": checkpoint.describe(self.plan.policy),
             "options": {
                 "rows": self.rows,
                 "max_new_tokens": self.max_new_tokens,
                 "max_prompt_tokens": self.buckets[-1],
                 "samples": self.plan.samples,
                 "stop_token_ids": list(self.stop_tokens),
-                "look_every": self._pages * self.plan.page_size,
+                "sync_every": self._pages * self.plan.page_size,
                 "prefill_rows": self._sizes[0],
             },
             "schedule": self._schedule.to_json(),
@@ -497,12 +497,12 @@ class Engine:
             "usage": dataclasses.asdict(self.usage),
         }
 
-    def _open(self, book: dict[str, Any]) -> None:
-        """The inverse of `_book`."""
-        self._schedule.open(book["schedule"], self._answer)
-        self._ready = deque(Result.from_json(result) for result in book["ready"])
-        self._taken = set(book["taken"])
-        self.usage = Usage(**book["usage"])
+    def _open(self, host_state: dict[str, Any]) -> None:
+        """The inverse of `_host_state`."""
+        self._schedule.open(host_state["schedule"], self._answer)
+        self._ready = deque(Result.from_json(result) for result in host_state["ready"])
+        self._taken = set(host_state["taken"])
+        self.usage = Usage(**host_state["usage"])
 
 
 def _buckets(max_prompt_tokens: int, page_size: int) -> tuple[int, ...]:

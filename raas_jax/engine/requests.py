@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from raas_jax import text
-from raas_jax.answer import Stats, answer_limit
+from raas_jax import tokenizer
 from raas_jax.decode import Plan
+from raas_jax.outputs import Stats, answer_limit
 from raas_jax.params import Params
 from raas_jax.sampling import Sampling
 
@@ -128,10 +128,10 @@ def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> 
             raise TypeError(f"{name} is {value!r}; it must be an int.")
         if least is not None and value < least:
             raise ValueError(f"{name} is {value}; it must be at least {least}.")
-    stop = text.stop_strings(request.stop)
-    if stop and not text.has_tokenizer(params):
+    stop = tokenizer.stop_strings(request.stop)
+    if stop and not tokenizer.has_tokenizer(params):
         raise ValueError(f"stop is {stop!r}, but params has no tokenizer.")
-    ids, single = text.encode(params, request.prompt)
+    ids, single = tokenizer.encode(params, request.prompt)
     if not single:
         raise ValueError(f"prompt is a list of {len(ids)} prompts; give each a request of its own.")
     (prompt,) = ids

@@ -1,6 +1,6 @@
 """What runs on the device: rows that come and go in a decode of fixed shape.
 
-    newcomers ──► admit ──► DecodeState ──► advance ──► DecodeState, Seen ──► ...
+    admissions ──► admit ──► DecodeState ──► advance ──► DecodeState, Seen ──► ...
 
 Both functions are given the state for good and write into its memory; a row that joins overwrites
 what its predecessor left, of the size of one row, and no other row is touched.
@@ -21,21 +21,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from raas_jax.config import ModelConfig
 from raas_jax.decode import (
     DecodeState,
-    Drawn,
     Plan,
+    Sampled,
     decode_pages,
     empty_cache,
-    init_marks,
+    init_metadata,
     prefill,
     request,
 )
 from raas_jax.params import Params
-from raas_jax.policies.base import Marks
+from raas_jax.policies.base import Metadata
 from raas_jax.sampling import Sampler
 from raas_jax.sharding import RULES, state_shardings
 
 
-class Newcomers(NamedTuple):
+class Admissions(NamedTuple):
     """Prompts of one bucket that join at a page boundary, and the rows that answer them.
 
     The `B` rows come in `B'` groups of `samples`, which share a prompt.
@@ -66,10 +66,10 @@ class Newcomers(NamedTuple):
     min_p: Any
 
 
-def nobody(size: int, bucket: int, samples: int) -> Newcomers:
-    """Newcomers of this shape, to be filled in: a line that is not starts no row."""
+def empty_admissions(size: int, bucket: int, samples: int) -> Admissions:
+    """Admissions of this shape, to be filled in: a line that is not starts no row."""
     by_line = lambda dtype, value=0: np.full(size, value, dtype)  # noqa: E731
-    return Newcomers(
+    return Admissions(
         tokens=np.zeros((size, bucket), np.int32),
         lengths=by_line(np.int32, 1),
         groups=by_line(np.int32),
@@ -86,9 +86,9 @@ def nobody(size: int, bucket: int, samples: int) -> Newcomers:
 
 
 class Seen(NamedTuple):
-    """What the host looks at: `Drawn` `[T, B]`, and `committed` and `evicted` of the state."""
+    """What the host looks at: `Sampled` `[T, B]`, and `committed` and `evicted` of the state."""
 
-    drawn: Drawn
+    drawn: Sampled
     committed: jax.Array
     evicted: jax.Array
 
@@ -111,7 +111,7 @@ def empty_state(
     asked = request(integers(), stop_tokens, sampler)
     return DecodeState(
         cache=dataclasses.replace(cache, prompt=dataclasses.replace(cache.prompt, lengths=lengths)),
-        marks=init_marks(config, plan, rows),
+        meta=init_metadata(config, plan, rows),
         token=integers(),
         generated=integers(),
         limit=asked.limit,
@@ -124,27 +124,27 @@ def empty_state(
 
 
 def admit(
-    params: Params, state: DecodeState, newcomers: Newcomers, *, plan: Plan, mesh: Mesh | None
-) -> tuple[DecodeState, Drawn]:
-    """Reads the prompts of newcomers and starts their rows, in the memory of the state.
+    params: Params, state: DecodeState, admissions: Admissions, *, plan: Plan, mesh: Mesh | None
+) -> tuple[DecodeState, Sampled]:
+    """Reads the prompts of admissions and starts their rows, in the memory of the state.
 
     Returns:
-      The state, and the first tokens of the newcomers' rows, `[n * samples]`.
+      The state, and the first tokens of the admissions' rows, `[n * samples]`.
     """
-    T = newcomers.tokens.shape[1]
+    T = admissions.tokens.shape[1]
     samples = plan.samples
     by_row = partial(jnp.repeat, repeats=samples, axis=0)
     sampler = Sampler(
-        by_row(newcomers.temperature),
-        by_row(newcomers.top_k),
-        by_row(newcomers.top_p),
-        by_row(newcomers.min_p),
-        jax.vmap(_row_key)(by_row(newcomers.seed), newcomers.sample.reshape(-1)),
+        by_row(admissions.temperature),
+        by_row(admissions.top_k),
+        by_row(admissions.top_p),
+        by_row(admissions.min_p),
+        jax.vmap(_row_key)(by_row(admissions.seed), admissions.sample.reshape(-1)),
     )
-    asked = request(by_row(newcomers.limit), (), sampler)._replace(stop_tokens=state.stop_tokens)
+    asked = request(by_row(admissions.limit), (), sampler)._replace(stop_tokens=state.stop_tokens)
     bucket = dataclasses.replace(plan, prompt_slots=T // plan.page_size)
-    part, first = prefill(params, newcomers.tokens, newcomers.lengths, asked, plan=bucket)
-    places = newcomers.groups, newcomers.new_prompt, newcomers.fresh
+    part, first = prefill(params, admissions.tokens, admissions.lengths, asked, plan=bucket)
+    places = admissions.groups, admissions.new_prompt, admissions.fresh
     if mesh is None:
         return _insert(state, part, *places, plan=plan), first
     whole = PartitionSpec()
@@ -200,9 +200,9 @@ def _insert(
             else dataclasses.replace(old, fill=row(1, old.fill, fresh_kept.fill))
             for old, fresh_kept in zip(cache.kept, new.kept, strict=True)
         )
-        marks: tuple[Marks, ...] = jax.tree.map(partial(row, 1), state.marks, part.marks)
+        meta: tuple[Metadata, ...] = jax.tree.map(partial(row, 1), state.meta, part.meta)
         rest = lambda s: dataclasses.replace(  # noqa: E731
-            s, cache=None, marks=None, stop_tokens=None
+            s, cache=None, meta=None, stop_tokens=None
         )
         scalars = jax.tree.map(partial(row, 0), rest(state), rest(part))
         return dataclasses.replace(
@@ -214,7 +214,7 @@ def _insert(
                 ),
                 kept=kept,
             ),
-            marks=marks,
+            meta=meta,
             stop_tokens=state.stop_tokens,
         )
 
@@ -263,7 +263,8 @@ class Programs(NamedTuple):
 
     Attributes:
       empty: () → a state in which no row runs.
-      admit: (params, state, newcomers) → state, first tokens; compiled for each shape of newcomers.
+      admit: (params, state, admissions) → state, first tokens; compiled for each shape of
+        admissions.
       advance: (params, state) → state, `Seen`.
       shape: the state as `ShapeDtypeStruct`s, with their shardings on a mesh.
     """

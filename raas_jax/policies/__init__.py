@@ -15,7 +15,7 @@ from raas_jax.policies.base import (
     Selection,
     lowest,
     pages_for,
-    put,
+    set_slot,
 )
 from raas_jax.policies.budgeted import Batched, Budgeted, best
 from raas_jax.policies.dense import Dense
@@ -115,5 +115,5 @@ __all__ = [
     "lowest",
     "pages_for",
     "parse",
-    "put",
+    "set_slot",
 ]

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Marks = Any
+Metadata = Any
 """A policy's metadata: a pytree of arrays with leading axes `[L, B, K]`, most of them `[.., S]`."""
 
 
@@ -26,18 +26,18 @@ class Evidence(NamedTuple):
     """What the attention of one token saw of the kept pages, in one layer.
 
     Attributes:
-      mass: float32 `[B, K, G, S]`, share of the whole softmax (prompt, kept and open pages
+      mass: float32 `[B, K, G, S]`, share of the whole softmax (prompt, kept and current pages
         together) that each page received from each query head; 0 for an empty slot.
       bound: float32 `[B, K, G, S]`, softmax over all pages of Quest's upper bound of the page's
         scores; 0 for an empty slot. None unless the policy sets `needs_bounds`.
-      fill: int32 `[B, K, S]`, tokens in each slot; 0 marks an empty one.
-      open_mass: float32 `[B, K, G]`, the share that the page being written received.
+      fill: int32 `[B, K, S]`, tokens in each slot; 0 @@meta an empty one.
+      current_mass: float32 `[B, K, G]`, the share that the page being written received.
     """
 
     mass: jax.Array
     bound: jax.Array | None
     fill: jax.Array
-    open_mass: jax.Array | None = None
+    current_mass: jax.Array | None = None
 
 
 class Bounded(NamedTuple):
@@ -86,7 +86,7 @@ class Boundary(NamedTuple):
 
     Attributes:
       now: int32 `[B]`, tokens generated so far in each row.
-      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 @@meta an empty one.
       allowed: bool `[B, S]`, slots within the row's capacity.
       k, v: `[L, B, K, S, P, H]`, the kept pages themselves.
       keys: typed keys `[B]`, fresh at every boundary and the same whatever else is in the batch.
@@ -129,7 +129,7 @@ class Policy:
 
     @property
     def evicts_prompt(self) -> bool:
-        """Whether the prompt's pages lie among the kept ones, see `place`; all groups or none."""
+        """Whether prompt pages lie among the kept ones (`insert_prompt`); all groups or none."""
         return False
 
     @property
@@ -152,31 +152,31 @@ class Policy:
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
         """Raises ValueError for a prompt that this policy cannot take."""
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         """Metadata of empty slots; `shape` is `(L, B, K, S)`."""
         return ()
 
-    def place(self, marks: Marks, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+    def insert_prompt(self, meta: Metadata, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
         """Only if `evicts_prompt`: the prompt's page in each slot, `[L, B, K, S]`, -1 for none."""
         raise NotImplementedError
 
-    def select(self, marks: Marks, bounded: Bounded) -> Selection:
+    def select(self, meta: Metadata, bounded: Bounded) -> Selection:
         """Only if `selects`: before the attention of every token, in every layer (no axis `L`)."""
         raise NotImplementedError
 
-    def observe(self, marks: Marks, evidence: Evidence, now: jax.Array) -> Marks:
-        """After every token, in every layer: marks of that layer (`[B, K, S]`), now `[B]`."""
-        return marks
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
+        """After every token, in every layer: @@meta of that layer (`[B, K, S]`), now `[B]`."""
+        return meta
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
         """After `page` was written to `slot [L, B, K]`; now `[B]`."""
-        return marks
+        return meta
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         """Slot to overwrite, int32 `[L, B, K]`: an empty allowed one while there is one."""
         raise NotImplementedError
 
-    def release(self, marks: Marks, boundary: Boundary) -> jax.Array | None:
+    def evict_many(self, meta: Metadata, boundary: Boundary) -> jax.Array | None:
         """Slots to empty, bool `[L, B, K, S]`, after the page was written; None: never any."""
         return None
 
@@ -194,10 +194,10 @@ def lowest(score: jax.Array, boundary: Boundary) -> jax.Array:
     return jnp.argmin(score, axis=-1).astype(jnp.int32)
 
 
-def put(marks: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+def set_slot(meta: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
     """Sets `marks[l, b, k, slot[l, b, k]]` to `value`, which broadcasts to `[L, B, K]`."""
-    chosen = jnp.arange(marks.shape[-1]) == slot[..., None]
-    return jnp.where(chosen, jnp.broadcast_to(value, slot.shape)[..., None], marks)
+    chosen = jnp.arange(meta.shape[-1]) == slot[..., None]
+    return jnp.where(chosen, jnp.broadcast_to(value, slot.shape)[..., None], meta)
 
 
 _INT_RANGE = (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max)

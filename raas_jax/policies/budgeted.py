@@ -16,12 +16,12 @@ import jax.numpy as jnp
 from raas_jax.policies.base import (
     Boundary,
     Evidence,
-    Marks,
+    Metadata,
     Page,
     Policy,
     PromptPages,
     pages_for,
-    put,
+    set_slot,
 )
 from raas_jax.policies.dense import Dense, bucket
 
@@ -33,24 +33,26 @@ class Budgeted(Policy):
     Attributes:
       budget: tokens per sequence, layer and key/value head; a multiple of `page_size`, at least
         two pages, and more than what the policy never evicts. The page being written comes on top.
-      share: decide for each key/value head ("kv_head"), or once per layer ("layer").
-      prompt: "beside": the prompt is kept, on top of the budget; "within": it is kept, and takes
-        its pages from the budget; "evict", where a policy offers it: prompt pages are pages like
-        any other, and may go.
+      granularity: decide for each key/value head ("kv_head"), or once per layer ("layer").
+      prompt: "excluded": the prompt is kept, on top of the budget; "included": it is kept, and
+        takes its pages from the budget; "evict", where a policy offers it: prompt pages are pages
+        like any other, and may go.
       dense_layers: this many first layers keep everything, at O(N) memory.
     """
 
     budget: int = 1024
-    share: Literal["kv_head", "layer"] = dataclasses.field(default="kv_head", kw_only=True)
-    prompt: Literal["beside", "within", "evict"] = dataclasses.field(default="beside", kw_only=True)
+    granularity: Literal["kv_head", "layer"] = dataclasses.field(default="kv_head", kw_only=True)
+    prompt: Literal["excluded", "included", "evict"] = dataclasses.field(
+        default="excluded", kw_only=True
+    )
     dense_layers: int = dataclasses.field(default=0, kw_only=True)
 
-    prompts: ClassVar[tuple[str, ...]] = ("beside", "within")
+    prompts: ClassVar[tuple[str, ...]] = ("excluded", "included")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self.budget, self.page_size)
-        check_choice("share", self.share, ("kv_head", "layer"))
+        check_choice("granularity", self.granularity, ("kv_head", "layer"))
         check_choice("prompt", self.prompt, self.prompts)
         check_count("dense_layers", self.dense_layers, 0)
         if self.dense_layers and self.evicts_prompt:
@@ -86,7 +88,7 @@ class Budgeted(Policy):
         slots, new = self.budget // self.page_size, pages_for(max_new_tokens, self.page_size)
         if self.prompt == "evict":
             new += pages_for(max(prompt_tokens), self.page_size)
-        if self.prompt == "within":
+        if self.prompt == "included":
             # Rounded to eighths of the budget, so that few prompt lengths compile anew.
             step = max(1, slots // 8)
             left = slots - pages_for(min(prompt_tokens), self.page_size)
@@ -100,12 +102,12 @@ class Budgeted(Policy):
     def budget_pages(self, prompt_lengths: jax.Array) -> jax.Array:
         """Pages that each row keeps in the long run, without the buffer: int32 `[B]`."""
         pages = jnp.full(prompt_lengths.shape, self.budget // self.page_size, jnp.int32)
-        if self.prompt == "within":
+        if self.prompt == "included":
             pages = pages - -(-prompt_lengths // self.page_size)
         return pages
 
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
-        if self.prompt != "within":
+        if self.prompt != "included":
             return
         P, least = self.page_size, max(2, self.reserve()[0] + 1)
         pages = pages_for(max(prompt_tokens), P)
@@ -114,7 +116,7 @@ class Budgeted(Policy):
                 f"prompt takes {max(prompt_tokens)} tokens ({pages} pages of {P}), which leaves "
                 f"less than the {least} pages that {type(self).__name__} needs of "
                 f"budget={self.budget}. Use a budget of at least {(pages + least) * P}, or "
-                "prompt='beside'."
+                "prompt='excluded'."
             )
 
     def newest(self, written: jax.Array, now: jax.Array, pages: int) -> jax.Array:
@@ -133,24 +135,24 @@ class Budgeted(Policy):
     def pool(self, x: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
         """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like; over the layer if shared."""
         x = how(x, axis=2)
-        if self.share == "layer":
+        if self.granularity == "layer":
             x = jnp.broadcast_to(how(x, axis=1, keepdims=True), x.shape)
         return x
 
     def pool_masses(
         self, evidence: Evidence, how: Callable[..., jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        """`pool` of the kept pages' mass, `[B, K, S]`, and of the open page's, `[B, K]`."""
-        assert evidence.open_mass is not None
-        return self.pool(evidence.mass, how), self.pool(evidence.open_mass, how)
+        """`pool` of the kept pages' mass, `[B, K, S]`, and of the current page's, `[B, K]`."""
+        assert evidence.current_mass is not None
+        return self.pool(evidence.mass, how), self.pool(evidence.current_mass, how)
 
-    def place_best(
-        self, worth: jax.Array, prompt: PromptPages, shape: tuple[int, ...]
+    def insert_best(
+        self, score: jax.Array, prompt: PromptPages, shape: tuple[int, ...]
     ) -> tuple[jax.Array, jax.Array]:
-        """`place`: keeps the prompt pages of the largest worth, in the order of the text.
+        """`insert_prompt`: keeps the prompt pages of the largest score, in the order of the text.
 
         Args:
-          worth: float32, broadcasts to `[L, B, K, Sp]`; of equal ones the later page stays.
+          score: float32, broadcasts to `[L, B, K, Sp]`; of equal ones the later page stays.
           prompt: the pages.
           shape: `(L, B, K, S)`.
 
@@ -159,9 +161,9 @@ class Budgeted(Policy):
           generated: 1 for the last page. Both int32 `[L, B, K, S]`.
         """
         filled = prompt.fill > 0
-        worth = jnp.where(filled[:, None], worth, -jnp.inf)
-        worth = jnp.broadcast_to(worth, (*shape[:3], worth.shape[-1]))
-        keep = best(worth, jnp.full(shape[1], shape[3])) & filled[:, None]
+        score = jnp.where(filled[:, None], score, -jnp.inf)
+        score = jnp.broadcast_to(score, (*shape[:3], score.shape[-1]))
+        keep = best(score, jnp.full(shape[1], shape[3])) & filled[:, None]
         order = jnp.argsort(~keep, axis=-1, stable=True).astype(jnp.int32)[..., : shape[3]]
         order = jnp.pad(order, ((0, 0),) * 3 + ((0, shape[3] - order.shape[-1]),))
         count = jnp.sum(keep, axis=-1, keepdims=True)
@@ -197,45 +199,45 @@ class Batched(Budgeted):
     def buffer_pages(self) -> int:
         return pages_for(self.every, self.page_size)
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        """What each page is worth, float32 `[L, B, K, S]`; the lowest candidates (a mask) go."""
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        """What each page is score, float32 `[L, B, K, S]`; the lowest candidates (a mask) go."""
         raise NotImplementedError
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32), ()
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        written, rest = marks
-        return put(written, slot, now[:, None]), rest
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        written, rest = meta
+        return set_slot(written, slot, now[:, None]), rest
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         # A slot is always empty, except in a row that is done and computes on unseen.
         free = (boundary.fill == 0) & boundary.allowed[:, None]
         return jnp.argmax(free, axis=-1).astype(jnp.int32)
 
-    def release(self, marks: Marks, boundary: Boundary) -> jax.Array:
-        written, _ = marks
+    def evict_many(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+        written, _ = meta
         filled = boundary.fill > 0
         keep = self.budget_pages(boundary.prompt_lengths)
         full = jnp.sum(filled, axis=-1) >= (keep + self.buffer_pages)[:, None]
 
         def choose() -> jax.Array:
             recent = self.newest(written, boundary.now, self.reserve()[0])
-            worth = self.worth(marks, boundary, filled & ~recent)
-            if self.share == "layer":
-                worth = jnp.broadcast_to(jnp.mean(worth, axis=2, keepdims=True), worth.shape)
-            worth = jnp.where(recent, jnp.inf, worth)
-            return ~best(jnp.where(filled, worth, -jnp.inf), keep)
+            score = self.score(meta, boundary, filled & ~recent)
+            if self.granularity == "layer":
+                score = jnp.broadcast_to(jnp.mean(score, axis=2, keepdims=True), score.shape)
+            score = jnp.where(recent, jnp.inf, score)
+            return ~best(jnp.where(filled, score, -jnp.inf), keep)
 
         # Most boundaries evict nothing, and then nothing is ranked.
         chosen = jax.lax.cond(jnp.any(full), choose, lambda: jnp.zeros_like(filled))
         return chosen & filled & full[..., None]
 
 
-def best(worth: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count [B]` largest of each `worth [L, B, K, S]`; of equal ones the lowest slot goes."""
-    rank = jnp.argsort(jnp.argsort(worth, axis=-1, stable=True), axis=-1)
-    return rank >= worth.shape[-1] - count[:, None, None]
+def best(score: jax.Array, count: jax.Array) -> jax.Array:
+    """The `count [B]` largest of each `score [L, B, K, S]`; of equal ones the lowest slot goes."""
+    rank = jnp.argsort(jnp.argsort(score, axis=-1, stable=True), axis=-1)
+    return rank >= score.shape[-1] - count[:, None, None]
 
 
 def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Policy], ...]:

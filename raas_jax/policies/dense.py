@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import jax
 
-from raas_jax.policies.base import Boundary, Marks, Policy, lowest, pages_for
+from raas_jax.policies.base import Boundary, Metadata, Policy, lowest, pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Dense(Policy):
     def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
         return bucket(pages_for(max_new_tokens, self.page_size))
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         return lowest(boundary.fill, boundary)
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, PromptPages, lowest, put
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, PromptPages, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -17,12 +17,12 @@ class Heavy(NamedTuple):
 
     Attributes:
       mass: float32 `[L, B, K, S]`, attention that each page ever received.
-      open_mass: float32 `[L, B, K]`, the same of the page being written.
+      current_mass: float32 `[L, B, K]`, the same of the page being written.
       written: int32 `[L, B, K, S]`, the clock when each page was full.
     """
 
     mass: jax.Array
-    open_mass: jax.Array
+    current_mass: jax.Array
     written: jax.Array
 
 
@@ -41,7 +41,7 @@ class H2O(Budgeted):
     """
 
     recent_fraction: float = 0.5
-    prompts = ("beside", "within", "evict")
+    prompts = ("excluded", "included", "evict")
 
     def __post_init__(self) -> None:
         if not 0 <= self.recent_fraction < 1:
@@ -59,32 +59,32 @@ class H2O(Budgeted):
             jnp.zeros(shape, jnp.int32),
         )
 
-    def place(self, marks: Heavy, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+    def insert_prompt(self, meta: Heavy, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
         assert prompt.mass is not None
         mass = jax.vmap(lambda x: self.pool(x, jnp.sum))(prompt.mass)
         last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None]
-        recent = self._recent_pages(jnp.full(last.shape[0], marks.mass.shape[-1]))
+        recent = self._recent_pages(jnp.full(last.shape[0], meta.mass.shape[-1]))
         late = jnp.arange(mass.shape[-1]) >= last - recent[:, None, None]
-        pages, written = self.place_best(jnp.where(late, jnp.inf, mass), prompt, marks.mass.shape)
+        pages, written = self.insert_best(jnp.where(late, jnp.inf, mass), prompt, meta.mass.shape)
         placed = jnp.take_along_axis(mass, jnp.maximum(pages, 0), axis=-1)
-        return pages, Heavy(jnp.where(pages < 0, 0.0, placed), marks.open_mass, written)
+        return pages, Heavy(jnp.where(pages < 0, 0.0, placed), meta.current_mass, written)
 
-    def observe(self, marks: Heavy, evidence: Evidence, now: jax.Array) -> Heavy:
-        mass, open_mass = self.pool_masses(evidence, jnp.sum)
-        return Heavy(marks.mass + mass, marks.open_mass + open_mass, marks.written)
+    def observe(self, meta: Heavy, evidence: Evidence, now: jax.Array) -> Heavy:
+        mass, current_mass = self.pool_masses(evidence, jnp.sum)
+        return Heavy(meta.mass + mass, meta.current_mass + current_mass, meta.written)
 
-    def commit(self, marks: Heavy, slot: jax.Array, page: Page, now: jax.Array) -> Heavy:
+    def commit(self, meta: Heavy, slot: jax.Array, page: Page, now: jax.Array) -> Heavy:
         return Heavy(
-            put(marks.mass, slot, marks.open_mass),
-            jnp.zeros_like(marks.open_mass),
-            put(marks.written, slot, now[:, None]),
+            set_slot(meta.mass, slot, meta.current_mass),
+            jnp.zeros_like(meta.current_mass),
+            set_slot(meta.written, slot, now[:, None]),
         )
 
-    def victim(self, marks: Heavy, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Heavy, boundary: Boundary) -> jax.Array:
         pages = jnp.sum(boundary.allowed, axis=-1)
-        age = boundary.now[:, None, None] - marks.written
+        age = boundary.now[:, None, None] - meta.written
         recent = age <= (self._recent_pages(pages)[:, None, None] - 1) * self.page_size
-        return lowest(jnp.where(recent, jnp.inf, marks.mass), boundary)
+        return lowest(jnp.where(recent, jnp.inf, meta.mass), boundary)
 
     def _recent_pages(self, pages: jax.Array) -> jax.Array:
         """How many of this many pages are recent ones, the one being written included: `[B]`."""

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, put
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, set_slot
 from raas_jax.policies.budgeted import Batched
 
 
@@ -25,12 +25,12 @@ class LazyEviction(Batched):
 
     A page is in use when its attention exceeds `alpha` (the largest of the query heads counts). Its
     interval is the longest time that ever lay between two of its uses, the first of which is its
-    writing. With s(x) = 2 / (1 + exp(x)), a page is worth `s(time since its last use / interval)`,
+    writing. With s(x) = 2 / (1 + exp(x)), a page is score `s(time since its last use / interval)`,
     how likely it is to come back, plus `s(interval - 1)`, how often it does. A page that was never
-    used again is worth less than all that were; of several such ones the longest unused goes. The
+    used again is score less than all that were; of several such ones the longest unused goes. The
     `recent` newest tokens stay, as many as `every` in the paper.
 
-    The second term follows the paper's words, by which shorter intervals are worth more; the
+    The second term follows the paper's words, by which shorter intervals are score more; the
     authors' code was not compared. Departs from the paper: the prompt is kept.
 
     Attributes:
@@ -48,27 +48,27 @@ class LazyEviction(Batched):
             raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
         super().__post_init__()
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         # An array each: the state is donated, and no buffer can be given away twice.
         written, stamp, interval = (jnp.zeros(shape, jnp.int32) for _ in range(3))
         return written, Recurrence(stamp, interval)
 
-    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
-        written, (stamp, interval) = marks
+    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+        written, (stamp, interval) = meta
         used = (self.pool(evidence.mass, jnp.max) > self.alpha) & (evidence.fill > 0)
         now = now[:, None, None]
         longest = jnp.maximum(interval, now - stamp)
         return written, Recurrence(jnp.where(used, now, stamp), jnp.where(used, longest, interval))
 
-    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        written, (stamp, interval) = marks
+    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        written, (stamp, interval) = meta
         written, _ = super().commit((written, ()), slot, page, now)
         # The page's last token was read one tick ago.
-        stamp = put(stamp, slot, now[:, None] - 1)
-        return written, Recurrence(stamp, put(interval, slot, jnp.zeros_like(now)[:, None]))
+        stamp = set_slot(stamp, slot, now[:, None] - 1)
+        return written, Recurrence(stamp, set_slot(interval, slot, jnp.zeros_like(now)[:, None]))
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        _, (stamp, interval) = marks
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        _, (stamp, interval) = meta
         waited = (boundary.now[:, None, None] - 1 - stamp).astype(jnp.float32)
         longest = interval.astype(jnp.float32)
         back = 2 * jax.nn.sigmoid(-waited / jnp.maximum(longest, 1.0))

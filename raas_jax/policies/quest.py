@@ -9,7 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Bounded, Marks, Policy, Selection, lowest, pages_for
+from raas_jax.policies.base import Boundary, Bounded, Metadata, Policy, Selection, lowest, pages_for
 from raas_jax.policies.budgeted import check_budget, check_choice, check_count, dense_first
 from raas_jax.policies.dense import bucket
 
@@ -33,13 +33,13 @@ class Quest(Policy):
     """
 
     budget: int = 1024
-    share: Literal["kv_head", "layer"] = dataclasses.field(default="kv_head", kw_only=True)
+    granularity: Literal["kv_head", "layer"] = dataclasses.field(default="kv_head", kw_only=True)
     dense_layers: int = dataclasses.field(default=0, kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self.budget, self.page_size)
-        check_choice("share", self.share, ("kv_head", "layer"))
+        check_choice("granularity", self.granularity, ("kv_head", "layer"))
         check_count("dense_layers", self.dense_layers, 0)
 
     @property
@@ -56,17 +56,17 @@ class Quest(Policy):
     def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
         return bucket(pages_for(max_new_tokens, self.page_size))
 
-    def select(self, marks: Marks, bounded: Bounded) -> Selection:
+    def select(self, meta: Metadata, bounded: Bounded) -> Selection:
         assert bounded.prompt is not None and bounded.kept is not None
         Sp = bounded.prompt.shape[-1]
         bound = jnp.concatenate([bounded.prompt, bounded.kept], axis=-1)
-        pages = top_pages(bound, self.budget // self.page_size, self.share)
+        pages = top_pages(bound, self.budget // self.page_size, self.granularity)
         # Each segment is read by a list of its own, in which the other's pages count as none.
         return Selection(
             prompt=jnp.where(pages < Sp, pages, -1), kept=jnp.where(pages >= Sp, pages - Sp, -1)
         )
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         return lowest(boundary.fill, boundary)
 
 

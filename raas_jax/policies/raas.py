@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Page, lowest, pages_for, put
+from raas_jax.policies.base import Boundary, Evidence, Page, lowest, pages_for, set_slot
 from raas_jax.policies.budgeted import Budgeted, check_choice, check_count
 
 DEFAULT_TOP_FRACTION = 0.25
@@ -96,7 +96,7 @@ class RaaS(Budgeted):
     @classmethod
     def paper(cls, budget: int = 1024, *, page_size: int = 16) -> RaaS:
         """The paper's setting: prompt within the budget, representative keys, alpha 1e-4."""
-        return cls(budget, 1e-4, prompt="within", score="bound", page_size=page_size)
+        return cls(budget, 1e-4, prompt="included", score="bound", page_size=page_size)
 
     def reserve(self) -> tuple[int, str]:
         return max(1, pages_for(self.recent, self.page_size)), f"with recent={self.recent}"
@@ -110,7 +110,7 @@ class RaaS(Budgeted):
         kind = jnp.int32 if self.half_life is None else jnp.float32
         return Stamps(jnp.full(shape, -1, kind), jnp.full(shape, -1, jnp.int32))
 
-    def observe(self, marks: Stamps, evidence: Evidence, now: jax.Array) -> Stamps:
+    def observe(self, meta: Stamps, evidence: Evidence, now: jax.Array) -> Stamps:
         score = evidence.bound if self.score == "bound" else evidence.mass
         assert score is not None
         score = self.pool(score, jnp.max)
@@ -118,29 +118,29 @@ class RaaS(Budgeted):
         now = now[:, None, None]
         if self.half_life is not None:
             now = now.astype(jnp.float32)
-            left = jnp.exp2((marks.stamp - now) / self.half_life) + score
+            left = jnp.exp2((meta.stamp - now) / self.half_life) + score
             # The logarithm of nothing is no time at all; such a page has been the oldest for long.
             soft = now + self.half_life * jnp.log2(jnp.maximum(left, jnp.finfo(left.dtype).tiny))
-            return marks._replace(stamp=jnp.where(occupied, soft, marks.stamp))
+            return meta._replace(stamp=jnp.where(occupied, soft, meta.stamp))
         if self.alpha is not None:
             attended = score > self.alpha
         else:
             fraction = DEFAULT_TOP_FRACTION if self.top_fraction is None else self.top_fraction
             attended = _among_top(score, occupied, fraction)
-        return marks._replace(stamp=jnp.where(attended & occupied, now, marks.stamp))
+        return meta._replace(stamp=jnp.where(attended & occupied, now, meta.stamp))
 
-    def commit(self, marks: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
-        return Stamps(*(put(mark, slot, now[:, None].astype(mark.dtype)) for mark in marks))
+    def commit(self, meta: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
+        return Stamps(*(set_slot(mark, slot, now[:, None].astype(mark.dtype)) for mark in meta))
 
-    def victim(self, marks: Stamps, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Stamps, boundary: Boundary) -> jax.Array:
         newest = jnp.iinfo(jnp.int32).max
         held = boundary.allowed[:, None] & (boundary.fill > 0)
         if self.recent:
-            held &= ~self.newest(marks.written, boundary.now, self.reserve()[0])
+            held &= ~self.newest(meta.written, boundary.now, self.reserve()[0])
         last = jnp.inf if self.half_life is not None else newest
-        stamp = jnp.where(held, marks.stamp, last)
+        stamp = jnp.where(held, meta.stamp, last)
         oldest = stamp == jnp.min(stamp, axis=-1, keepdims=True)
-        return lowest(jnp.where(oldest, marks.written, newest), boundary)
+        return lowest(jnp.where(oldest, meta.written, newest), boundary)
 
 
 def _among_top(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from raas_jax.policies.base import Bounded, Marks, Selection
+from raas_jax.policies.base import Bounded, Metadata, Selection
 from raas_jax.policies.budgeted import check_budget
 from raas_jax.policies.quest import top_pages
 from raas_jax.policies.raas import RaaS
@@ -23,7 +23,7 @@ class RaaSQuest(RaaS):
         `page_size`, at least two pages.
     """
 
-    prompts = ("beside",)
+    prompts = ("excluded",)
 
     prompt_budget: int = dataclasses.field(default=1024, kw_only=True)
 
@@ -42,7 +42,7 @@ class RaaSQuest(RaaS):
     def selects(self) -> bool:
         return True
 
-    def select(self, marks: Marks, bounded: Bounded) -> Selection:
+    def select(self, meta: Metadata, bounded: Bounded) -> Selection:
         assert bounded.prompt is not None
         pages = self.prompt_budget // self.page_size
-        return Selection(prompt=top_pages(bounded.prompt, pages, self.share))
+        return Selection(prompt=top_pages(bounded.prompt, pages, self.granularity))

@@ -16,13 +16,13 @@ from raas_jax.policies.draws import by_slot
 class RandomEviction(Batched):
     """Every `every` tokens, keeps pages drawn uniformly and the `recent` newest tokens.
 
-    The draws are independent for every layer, key/value head (unless `share="layer"`) and eviction,
-    and the same for a row whatever else is in the batch.
+    The draws are independent for every layer, key/value head (unless `granularity="layer"`) and
+    eviction, and the same for a row whatever else is in the batch.
     """
 
     every: int = 64
     recent: int = 64
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, S = candidates.shape
         return by_slot(jax.random.uniform, boundary.keys, (L, K, S))

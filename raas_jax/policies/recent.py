@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Marks, Page, lowest, put
+from raas_jax.policies.base import Boundary, Metadata, Page, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -20,11 +20,11 @@ class Recent(Budgeted):
     when each page was written, int32 `[L, B, K, S]`.
     """
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32)
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        return put(marks, slot, now[:, None])
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        return set_slot(meta, slot, now[:, None])
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
-        return lowest(marks, boundary)
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+        return lowest(meta, boundary)

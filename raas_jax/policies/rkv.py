@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page
 from raas_jax.policies.budgeted import Batched, check_count
 from raas_jax.policies.window import Window
 
@@ -48,20 +48,20 @@ class RKV(Batched):
             raise ValueError(f"similar is {self.similar!r}; it must be a cosine, in [-1, 1].")
         super().__post_init__()
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32), Window.empty(shape, self.window, self.page_size)
 
-    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
-        written, window = marks
-        mass, open_mass = self.pool_masses(evidence, jnp.max)
-        return written, window.observe(mass, open_mass, now, self.window, self.page_size)
+    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+        written, window = meta
+        mass, current_mass = self.pool_masses(evidence, jnp.max)
+        return written, window.observe(mass, current_mass, now, self.window, self.page_size)
 
-    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        written, window = super().commit(marks, slot, page, now)
+    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        written, window = super().commit(meta, slot, page, now)
         return written, window.commit(slot)
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        written, window = marks
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        written, window = meta
         mass = jnp.where(candidates, window.total(), 0.0)
         total = jnp.sum(mass, axis=-1, keepdims=True)
         importance = mass / jnp.where(total > 0, total, 1.0)

@@ -7,7 +7,15 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Marks, Page, PromptPages, lowest, pages_for, put
+from raas_jax.policies.base import (
+    Boundary,
+    Metadata,
+    Page,
+    PromptPages,
+    lowest,
+    pages_for,
+    set_slot,
+)
 from raas_jax.policies.budgeted import Budgeted, check_count
 
 
@@ -28,7 +36,7 @@ class Sink(Budgeted):
     """
 
     sinks: int = 4
-    prompts = ("beside", "within", "evict")
+    prompts = ("excluded", "included", "evict")
 
     def __post_init__(self) -> None:
         check_count("sinks", self.sinks, 0)
@@ -40,18 +48,18 @@ class Sink(Budgeted):
         pages = pages_for(self.sinks, self.page_size) + spare
         return pages + 1, f"with sinks={self.sinks}"
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32)
 
-    def place(self, marks: Marks, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+    def insert_prompt(self, meta: Metadata, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
         index = jnp.arange(prompt.fill.shape[-1])
-        worth = jnp.where(index * self.page_size < self.sinks, jnp.inf, index.astype(jnp.float32))
-        return self.place_best(worth, prompt, marks.shape)
+        score = jnp.where(index * self.page_size < self.sinks, jnp.inf, index.astype(jnp.float32))
+        return self.insert_best(score, prompt, meta.shape)
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        return put(marks, slot, now[:, None])
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        return set_slot(meta, slot, now[:, None])
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         # A page that was full at clock t ends with the token number prompt + t - 2 of the text.
-        first = boundary.prompt_lengths[:, None, None] + marks - 1 - boundary.fill
-        return lowest(jnp.where(first < self.sinks, jnp.iinfo(jnp.int32).max, marks), boundary)
+        first = boundary.prompt_lengths[:, None, None] + meta - 1 - boundary.fill
+        return lowest(jnp.where(first < self.sinks, jnp.iinfo(jnp.int32).max, meta), boundary)

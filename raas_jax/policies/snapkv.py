@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, lowest, pages_for, put
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, lowest, pages_for, set_slot
 from raas_jax.policies.budgeted import Budgeted, check_count
 from raas_jax.policies.window import Window
 
@@ -39,19 +39,19 @@ class SnapKV(Budgeted):
     def reserve(self) -> tuple[int, str]:
         return pages_for(self.window, self.page_size), f"with window={self.window}"
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return Window.empty(shape, self.window, self.page_size), jnp.zeros(shape, jnp.int32)
 
-    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
-        window, written = marks
-        mass, open_mass = self.pool_masses(evidence, jnp.mean)
-        return window.observe(mass, open_mass, now, self.window, self.page_size), written
+    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+        window, written = meta
+        mass, current_mass = self.pool_masses(evidence, jnp.mean)
+        return window.observe(mass, current_mass, now, self.window, self.page_size), written
 
-    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        window, written = marks
-        return window.commit(slot), put(written, slot, now[:, None])
+    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        window, written = meta
+        return window.commit(slot), set_slot(written, slot, now[:, None])
 
-    def victim(self, marks: Any, boundary: Boundary) -> jax.Array:
-        window, written = marks
+    def victim(self, meta: Any, boundary: Boundary) -> jax.Array:
+        window, written = meta
         recent = self.newest(written, boundary.now, self.reserve()[0])
         return lowest(jnp.where(recent, jnp.inf, window.total()), boundary)

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, PromptPages, lowest, put
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, PromptPages, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -16,38 +16,38 @@ from raas_jax.policies.budgeted import Budgeted
 class TOVA(Budgeted):
     """Evicts the page of the least attention from the last query.
 
-    As in the paper, the mean over all heads decides once per layer; `share="kv_head"` takes the
-    mean over the query heads of each key/value head instead. With `prompt="evict"` it is the
+    As in the paper, the mean over all heads decides once per layer; `granularity="kv_head"` takes
+    the mean over the query heads of each key/value head instead. With `prompt="evict"` it is the
     published method, and a prompt longer than the budget is cut by the attention of its last token.
 
     Departs from the paper: the page just written stays, however little its last token attends to
     it. Metadata: the last query's attention, float32 `[L, B, K, S]`.
     """
 
-    share: Literal["kv_head", "layer"] = dataclasses.field(default="layer", kw_only=True)
-    prompts = ("beside", "within", "evict")
+    granularity: Literal["kv_head", "layer"] = dataclasses.field(default="layer", kw_only=True)
+    prompts = ("excluded", "included", "evict")
 
     @property
     def prompt_queries(self) -> int:
         return 1 if self.evicts_prompt else 0
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.float32)
 
-    def place(self, marks: Marks, prompt: PromptPages) -> tuple[jax.Array, Marks]:
+    def insert_prompt(self, meta: Metadata, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
         assert prompt.mass is not None
         mass = jax.vmap(lambda x: self.pool(x, jnp.mean))(prompt.mass)
         last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None] - 1
         newest = jnp.arange(mass.shape[-1]) == last
-        pages, _ = self.place_best(jnp.where(newest, jnp.inf, mass), prompt, marks.shape)
+        pages, _ = self.insert_best(jnp.where(newest, jnp.inf, mass), prompt, meta.shape)
         # The next query overwrites the attention before anything is evicted by it.
-        return pages, marks
+        return pages, meta
 
-    def observe(self, marks: Marks, evidence: Evidence, now: jax.Array) -> Marks:
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
         return self.pool(evidence.mass, jnp.mean)
 
-    def commit(self, marks: Marks, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        return put(marks, slot, jnp.zeros(slot.shape, marks.dtype))
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        return set_slot(meta, slot, jnp.zeros(slot.shape, meta.dtype))
 
-    def victim(self, marks: Marks, boundary: Boundary) -> jax.Array:
-        return lowest(marks, boundary)
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+        return lowest(meta, boundary)

@@ -60,7 +60,7 @@ class TriAttention(Batched):
     The other part takes each pair of the key's components as often as queries stray from the
     centre: the pair's length times the mean length of queries there less that of the centre.
     Scores are standardised for each query head over the generated tokens that are kept, the largest
-    head of a key/value head counts, and layers are averaged. A page is worth its best token.
+    head of a key/value head counts, and layers are averaged. A page is score its best token.
 
     Keys are taken as they lie in the cache, rotated: turning the centre by the positions to come
     and not by the distances gives the same products, with nothing to turn back.
@@ -101,7 +101,7 @@ class TriAttention(Batched):
         object.__setattr__(self, "digest", digest)
         super().__post_init__()
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, _, P, H = boundary.k.shape
         valid = jnp.arange(P) < boundary.fill[..., None]
         position = boundary.prompt_lengths + boundary.now - 1

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Marks, Page, put
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, set_slot
 from raas_jax.policies.budgeted import Batched, best, check_count
 from raas_jax.policies.draws import by_slot
 from raas_jax.policies.window import Window
@@ -55,28 +55,28 @@ class VaSE(Batched):
                 "reserve less."
             )
 
-    def init(self, shape: tuple[int, int, int, int]) -> Marks:
+    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         window = Window.empty(shape, self.window, self.page_size)
         return jnp.zeros(shape, jnp.int32), (window, jnp.zeros(shape, jnp.float32))
 
-    def observe(self, marks: Any, evidence: Evidence, now: jax.Array) -> Marks:
-        written, (window, spread) = marks
-        mass, open_mass = self.pool_masses(evidence, jnp.mean)
-        window = window.observe(mass, open_mass, now, self.window, self.page_size)
+    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+        written, (window, spread) = meta
+        mass, current_mass = self.pool_masses(evidence, jnp.mean)
+        window = window.observe(mass, current_mass, now, self.window, self.page_size)
         return written, (window, spread)
 
-    def commit(self, marks: Any, slot: jax.Array, page: Page, now: jax.Array) -> Marks:
-        written, (window, spread) = super().commit(marks, slot, page, now)
+    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+        written, (window, spread) = super().commit(meta, slot, page, now)
         v = page.v.astype(jnp.float32)
         of_page = jnp.max(jnp.max(v, axis=-1) - jnp.min(v, axis=-1), axis=-1)
-        if self.share == "layer":
+        if self.granularity == "layer":
             of_page = jnp.broadcast_to(jnp.max(of_page, axis=2, keepdims=True), of_page.shape)
-        return written, (window.commit(slot), put(spread, slot, of_page))
+        return written, (window.commit(slot), set_slot(spread, slot, of_page))
 
-    def worth(self, marks: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        _, (window, spread) = marks
+    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        _, (window, spread) = meta
         L, _, K, S = spread.shape
-        heads = 1 if self.share == "layer" else K
+        heads = 1 if self.granularity == "layer" else K
         noise = by_slot(jax.random.gumbel, boundary.keys, (L, heads, S))
         pages = self.budget_pages(boundary.prompt_lengths)
         count = jnp.floor(pages.astype(jnp.float32) * self.protected).astype(jnp.int32)

@@ -19,11 +19,11 @@ class Window(NamedTuple):
 
     Attributes:
       kept: float32 `[L, B, K, W, S]` (without `L` in the layer loop).
-      opened: float32 `[L, B, K, W]`, to the page being written.
+      current: float32 `[L, B, K, W]`, to the page being written.
     """
 
     kept: jax.Array
-    opened: jax.Array
+    current: jax.Array
 
     @classmethod
     def empty(cls, shape: tuple[int, int, int, int], queries: int, page_size: int) -> Window:
@@ -35,12 +35,12 @@ class Window(NamedTuple):
     def observe(
         self,
         mass: jax.Array,
-        open_mass: jax.Array,
+        current_mass: jax.Array,
         now: jax.Array,
         queries: int,
         page_size: int,
     ) -> Window:
-        """Adds a query; mass `[B, K, S]`, open_mass `[B, K]`, now `[B]`.
+        """Adds a query; mass `[B, K, S]`, current_mass `[B, K]`, now `[B]`.
 
         Of less than a page of `queries` only the last ones of each page count; more are rounded up
         to whole pages.
@@ -57,15 +57,15 @@ class Window(NamedTuple):
         )
         return Window(
             add(self.kept, mass[:, :, None], stays[..., None], adds[..., None]),
-            add(self.opened, open_mass[..., None], stays, adds),
+            add(self.current, current_mass[..., None], stays, adds),
         )
 
     def commit(self, slot: jax.Array) -> Window:
-        """The open page moves to `slot [L, B, K]`."""
+        """The current page moves to `slot [L, B, K]`."""
         chosen = jnp.arange(self.kept.shape[-1]) == slot[..., None]
         return Window(
-            jnp.where(chosen[..., None, :], self.opened[..., None], self.kept),
-            jnp.zeros_like(self.opened),
+            jnp.where(chosen[..., None, :], self.current[..., None], self.kept),
+            jnp.zeros_like(self.current),
         )
 
     def total(self) -> jax.Array:

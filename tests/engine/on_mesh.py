@@ -19,7 +19,7 @@ from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
 OPTIONS = {"rows": 8, "max_new_tokens": 40, "max_prompt_tokens": 12, "prefill_rows": 1}
 POLICIES = {
     "raas": RaaS(16, alpha=0.12, page_size=4),
-    "h2o": policies.create("h2o", budget=16, prompt="evict", share="layer", page_size=4),
+    "h2o": policies.create("h2o", budget=16, prompt="evict", granularity="layer", page_size=4),
 }
 
 

@@ -13,8 +13,8 @@ from tiny import VOCAB, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, ModelConfig, RaaS, Request, Sampling, policies
-from raas_jax.engine.rows import nobody
-from raas_jax.engine.saving import Saver
+from raas_jax.engine.checkpoint import Saver
+from raas_jax.engine.rows import empty_admissions
 
 POLICY = RaaS(16, alpha=0.12, page_size=4)
 OPTIONS = {"policy": POLICY, "rows": 4, "max_new_tokens": 44, "max_prompt_tokens": 12}
@@ -69,7 +69,7 @@ def test_nothing_compiles_during_a_run(params, undisturbed):
 
 def test_neither_order_nor_rows_nor_looks_matter(params, undisturbed):
     backwards = requests_of()[::-1]
-    late = Engine(params, **{**OPTIONS, "rows": 3}, look_every=8, look_late=True)
+    late = Engine(params, **{**OPTIONS, "rows": 3}, sync_every=8, overlap=True)
     assert answers(late, iter(backwards)) == undisturbed
     assert late.usage.useful_row_steps == sum(len(tokens) - 1 for tokens in undisturbed.values())
 
@@ -124,7 +124,7 @@ def test_a_bad_request_fails_alone(params, undisturbed):
 
 def test_within_a_budget_long_prompts_fail_alone(params):
     """The plan is that of the engine; what a row may use follows from its own prompt."""
-    policy = policies.create("raas", budget=24, prompt="within", page_size=4)
+    policy = policies.create("raas", budget=24, prompt="included", page_size=4)
     engine = Engine(params, policy=policy, rows=2, max_new_tokens=30, max_prompt_tokens=24)
     assert engine.plan.slots == (5,)
     requests = [Request(len(ids), ids, max_new_tokens=30) for ids in prompts_of([17, 16, 3])]
@@ -239,8 +239,8 @@ def test_a_row_joins_without_a_copy_of_the_cache(name):
     cache = engine.programs.shape.cache
     # The smaller of the segments, all rows of it.
     size = min(x.size * 4 for x in (cache.kept[0].k, cache.prompt.k) if x.size)
-    newcomers = nobody(1, 256, 1)
-    admit = engine.programs.admit.lower(engine.params, engine.programs.shape, newcomers).compile()
+    admissions = empty_admissions(1, 256, 1)
+    admit = engine.programs.admit.lower(engine.params, engine.programs.shape, admissions).compile()
     advance = engine.programs.advance.lower(engine.params, engine.programs.shape).compile()
     # To attend, a layer's pages may be copied; the cache has four layers.
     for program, large in ((admit, size), (advance, 4 * cache.kept[0].k.size // 2)):

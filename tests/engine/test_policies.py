@@ -16,7 +16,8 @@ P, NEW = 2, 45
 TIGHT = {"budget": 24, "every": 4, "recent": 4, "window": 4, "alpha": 0.12, "prompt_budget": 4}
 # Where the prompt lies, for those that can do otherwise than beside the budget.
 PROMPTS = {
-    "raas": ("beside", "within"), "random": ("within",), "vase": ("within",), "rkv": ("within",),
+    "raas": ("excluded", "included"), "random": ("included",),
+    "vase": ("included",), "rkv": ("included",),
     "h2o": ("evict",), "sink": ("evict",), "tova": ("evict",),
 }  # fmt: skip
 EVERY = [(name, prompt) for name in policies.available() for prompt in PROMPTS.get(name, ("",))]

@@ -11,7 +11,7 @@ from tiny import VOCAB
 from raas_jax import Dense, Sampling
 from raas_jax.cache import page_bounds
 from raas_jax.config import ModelConfig
-from raas_jax.decode import Plan, empty_cache, init_marks, prefill, request
+from raas_jax.decode import Plan, empty_cache, init_metadata, prefill, request
 from raas_jax.sampling import Sampler, row_keys
 
 CONFIG = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 8, qk_norm=True, model_type="qwen3")
@@ -39,5 +39,5 @@ def start(params, plan, prompts, *, seed, setting=None):
         fill = jnp.broadcast_to(prompt.fill()[None], prompt.k.shape[:4])
         prompt = dataclasses.replace(prompt, bounds=page_bounds(prompt.k, fill))
     cache = dataclasses.replace(empty, prompt=prompt)
-    marks = init_marks(params.config, plan, rows)
-    return dataclasses.replace(state, cache=cache, marks=marks), first
+    meta = init_metadata(params.config, plan, rows)
+    return dataclasses.replace(state, cache=cache, meta=meta), first

@@ -119,10 +119,10 @@ class Library:
                 goes = [p for p in pages if p.number not in wanted]
                 rest = [p for p in pages if p not in safe]
                 assert not [p for p in goes if p in safe]
-                worth = row.method.worth(heads, head, rest, None)
-                worth = dict(zip(rest, worth, strict=True))
-                left = [worth[p] for p in rest if p not in goes]
-                assert not (goes and left) or max(worth[p] for p in goes) <= min(left) + 1e-6
+                score = row.method.score(heads, head, rest, None)
+                score = dict(zip(rest, score, strict=True))
+                left = [score[p] for p in rest if p not in goes]
+                assert not (goes and left) or max(score[p] for p in goes) <= min(left) + 1e-6
         for layer, heads in enumerate(row.kept):
             for head, pages in enumerate(heads):
                 wanted = self.slots[index, layer, head]

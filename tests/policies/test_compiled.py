@@ -81,8 +81,8 @@ def poisoned(state):
         v=poison(kept.v, kept.fill),
         bounds=bounds(kept.bounds, kept.fill),
     )
-    opened = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.open)
-    cache = dataclasses.replace(cache, prompt=prompt, kept=(kept,), open=opened)
+    current = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.current)
+    cache = dataclasses.replace(cache, prompt=prompt, kept=(kept,), current=current)
     return dataclasses.replace(state, cache=cache)
 
 

@@ -14,10 +14,11 @@ from tiny import calibration, prompts_of, random_params
 from tiny_lemma import save_tiny
 
 import raas_jax
-from raas_jax import Dense, evaluate, policies
+from raas_jax import Dense, policies
 from raas_jax.decode import Plan, cache_bytes, decode_pages
-from raas_jax.evaluate.recording import record
-from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, put
+from raas_jax.lab import runs as evaluate
+from raas_jax.lab.inspect.recording import record
+from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, set_slot
 
 P, PAGES, LENGTHS = 2, 14, [9, 3, 1]
 NEW = PAGES * P + 1
@@ -29,13 +30,13 @@ OPTIONS = {
     "raas": [{"alpha": 0.12}],
     "raas_quest": [{"alpha": 0.12}],
     "random": [{"every": 4, "recent": 4}],
-    "rkv": [{"every": 4, "recent": 2, "window": 2, "prompt": "within"}],
+    "rkv": [{"every": 4, "recent": 2, "window": 2, "prompt": "included"}],
     "lazy_eviction": [{"every": 4, "recent": 4, "alpha": 0.12}],
-    "snapkv": [{"window": 4, "share": "layer"}],
+    "snapkv": [{"window": 4, "granularity": "layer"}],
     "vase": [{"every": 4, "recent": 4, "window": 4}],
     "triattention": [{"every": 4, "dense_layers": 1}],
-    "sink": [{"prompt": "within", "dense_layers": 1}, {"prompt": "evict"}],
-    "h2o": [{"share": "layer"}, {"prompt": "evict"}],
+    "sink": [{"prompt": "included", "dense_layers": 1}, {"prompt": "evict"}],
+    "h2o": [{"granularity": "layer"}, {"prompt": "evict"}],
     "tova": [{}, {"prompt": "evict"}],
 }
 EVERY = [
@@ -56,7 +57,7 @@ def tight(name, options):
         options = {**options, "prompt_budget": 2 * P}
     if name == "triattention":
         options = {**options, "calibration": calibration(CONFIG)}
-    spare = 5 if options.get("prompt") == "within" else 0
+    spare = 5 if options.get("prompt") == "included" else 0
     return policies.create(name, budget=(6 + spare) * P, page_size=P, **options)
 
 
@@ -81,7 +82,7 @@ def run(policy, prompts, seeds):
     plan = Plan.create(CONFIG, policy, lengths, NEW)
     state, first = start(params(), plan, prompts, seed=seeds)
     reported = cache_bytes(state)
-    rest = dataclasses.replace(state, cache=None, marks=None)
+    rest = dataclasses.replace(state, cache=None, meta=None)
     others = sum(leaf.nbytes for leaf in jax.tree.leaves((params().weights, rest)))
     compiled = decode_pages.lower(params(), state, plan=plan, pages=PAGES).compile()
     allocated = compiled.memory_analysis().argument_size_in_bytes - others
@@ -138,17 +139,17 @@ class LongestKeys(Budgeted):
     def init(self, shape):
         return jnp.zeros(shape), jnp.zeros(shape)
 
-    def observe(self, marks, evidence: Evidence, now):
-        length, best = marks
+    def observe(self, meta, evidence: Evidence, now):
+        length, best = meta
         return length, jnp.maximum(best, self.pool(evidence.mass, jnp.max))
 
-    def commit(self, marks, slot, page: Page, now):
-        length, best = marks
+    def commit(self, meta, slot, page: Page, now):
+        length, best = meta
         norm = jnp.mean(jnp.linalg.norm(page.k, axis=-1), axis=-1)
-        return put(length, slot, norm), put(best, slot, jnp.zeros_like(norm))
+        return set_slot(length, slot, norm), set_slot(best, slot, jnp.zeros_like(norm))
 
-    def victim(self, marks, boundary: Boundary):
-        length, best = marks
+    def victim(self, meta, boundary: Boundary):
+        length, best = meta
         return lowest(length**self.power * best, boundary)
 
 
@@ -190,13 +191,13 @@ def test_a_policy_of_ones_own_is_evaluated(tmp_path):
         ("vase", {"budget": 80}, "budget is 80, of which recent=64 and protected=0.25 leave"),
         ("h2o", {"recent_fraction": 1.0}, "recent_fraction is 1.0"),
         ("h2o", {"prompt": "evict", "dense_layers": 2}, "dense_layers is 2, but prompt='evict'"),
-        ("recent", {"prompt": "evict"}, "prompt is 'evict'; choose one of 'beside', 'within'"),
+        ("recent", {"prompt": "evict"}, "prompt is 'evict'; choose one of 'excluded', 'included'"),
         ("triattention", {}, "calibration is not given.*raas-jax calibrate"),
         ("triattention", {"calibration": __file__}, "which `raas-jax calibrate` did not write"),
         ("triattention", {"horizon": 0}, "horizon is 0"),
         ("quest", {"budget": 20}, "budget is 20, not a multiple of page_size=16"),
         ("raas_quest", {"prompt_budget": 20}, "prompt_budget is 20, not a multiple"),
-        ("raas_quest", {"prompt": "within"}, "prompt is 'within'"),
+        ("raas_quest", {"prompt": "included"}, "prompt is 'included'"),
     ],
     ids=str,
 )
@@ -206,7 +207,7 @@ def test_options_that_cannot_work_are_refused(name, options, named):
 
 
 def test_a_prompt_that_leaves_too_little_is_refused():
-    policy = policies.create("snapkv", budget=96, prompt="within")
+    policy = policies.create("snapkv", budget=96, prompt="included")
     policy.check_prompts([48])
     with pytest.raises(ValueError, match=r"49 tokens \(4 pages of 16\).*3 pages.*at least 112"):
         policy.check_prompts([49, 3])

@@ -32,7 +32,7 @@ from raas_jax.policies.dense import bucket
         ({"alpha": 0.1, "top_fraction": 0.5}, "alpha=0.1 and top_fraction=0.5", "Give one"),
         ({"score": "max"}, "score is 'max'", "'mass', 'bound'"),
         ({"share": "head"}, "share is 'head'", "'kv_head', 'layer'"),
-        ({"prompt": "inside"}, "prompt is 'inside'", "'beside', 'within'"),
+        ({"prompt": "inside"}, "prompt is 'inside'", "'excluded', 'included'"),
         ({"dense_layers": -1}, "dense_layers is -1", "int >= 0"),
         ({"page_size": 0}, "page_size is 0", "at least 1"),
         ({"page_size": 1.5}, "page_size is 1.5", "at least 1"),
@@ -65,7 +65,7 @@ def test_a_prompt_that_leaves_no_room():
     # The remedies that it gives.
     policy.check_prompts([32])
     RaaS.paper(80).check_prompts([33])
-    dataclasses.replace(policy, prompt="beside").check_prompts([1000])
+    dataclasses.replace(policy, prompt="excluded").check_prompts([1000])
 
 
 def test_names():
@@ -85,7 +85,7 @@ def test_names():
 
 def test_the_papers_setting():
     paper = RaaS.paper(512)
-    assert (paper.budget, paper.prompt, paper.score) == (512, "within", "bound")
+    assert (paper.budget, paper.prompt, paper.score) == (512, "included", "bound")
     assert (paper.alpha, paper.page_size, paper.top_fraction) == (1e-4, 16, None)
     assert paper.dense_layers == 0
     assert len({paper, RaaS.paper(512), RaaS(512)}) == 2
@@ -98,9 +98,9 @@ def test_slots():
     assert slots(RaaS(128), [20, 300], 33) == (3,)
     assert slots(RaaS(128, dense_layers=1), [20], 4096) == (256, 8)
     assert slots(RaaS(128, dense_layers=9), [20], 4096) == (256,)
-    assert slots(RaaS(128, prompt="within"), [20, 90], 4096) == (6,)
+    assert slots(RaaS(128, prompt="included"), [20, 90], 4096) == (6,)
     assert slots(Dense(), [20], 4096) == (256,)
-    capacity = RaaS(128, prompt="within").capacity(jnp.asarray([1, 16, 17, 90]), 7)
+    capacity = RaaS(128, prompt="included").capacity(jnp.asarray([1, 16, 17, 90]), 7)
     assert capacity.tolist() == [7, 7, 6, 2]
     for size in range(1, 300):
         assert size <= bucket(size) <= 1.5 * size

@@ -46,51 +46,51 @@ class ByTheBook:
 def test_the_page_with_least_left_goes(half_life, recent):
     policy = RaaS(S * P, half_life=half_life, recent=recent, page_size=P)
     rng = np.random.default_rng(int(half_life * 10) + recent)
-    marks = policy.init((L, B, K, S))
+    meta = policy.init((L, B, K, S))
     fill = jnp.zeros((L, B, K, S), jnp.int32)
     books = [[ByTheBook(half_life, recent) for _ in range(K)] for _ in range(B)]
     page = Page(*(jnp.zeros((L, B, K, P, 1)),) * 2)
     for now in range(1, 41):
         mass = rng.dirichlet(np.full(S, 0.3), (B, K, G)).astype(np.float32) * 0.9
         evidence = Evidence(jnp.asarray(mass), None, fill[0])
-        of_layer = policy.observe(jax.tree.map(lambda x: x[0], marks), evidence, jnp.full(B, now))
-        marks = jax.tree.map(lambda x: x[None], of_layer)
+        of_layer = policy.observe(jax.tree.map(lambda x: x[0], meta), evidence, jnp.full(B, now))
+        meta = jax.tree.map(lambda x: x[None], of_layer)
         for b in range(B):
             for k in range(K):
                 books[b][k].see(mass[b, k].max(axis=0), now)
                 for slot in books[b][k].pages:
                     # The stamp is the time at which a score of one would have left as much.
                     wanted = now + half_life * np.log2(books[b][k].left(slot, now))
-                    assert float(marks.stamp[0, b, k, slot]) == pytest.approx(wanted, abs=1e-2)
+                    assert float(meta.stamp[0, b, k, slot]) == pytest.approx(wanted, abs=1e-2)
         if now % P:
             continue
         clock = jnp.full(B, now + 1)
         keys = jax.vmap(jax.random.key)(jnp.arange(B))
         allowed, nothing = jnp.ones((B, S), bool), jnp.zeros((L, B, K, S, P, 1))
         boundary = Boundary(clock, fill, allowed, nothing, nothing, keys, jnp.ones(B, jnp.int32))
-        slot = policy.victim(marks, boundary)
+        slot = policy.victim(meta, boundary)
         wanted = [[books[b][k].boundary(now + 1) for k in range(K)] for b in range(B)]
         np.testing.assert_array_equal(slot[0], wanted)
-        marks = policy.commit(marks, slot, page, clock)
+        meta = policy.commit(meta, slot, page, clock)
         chosen = jnp.arange(S) == slot[..., None]
         fill = jnp.where(chosen, P, fill)
 
 
 def test_a_short_half_life_is_the_last_use():
     """One large score long ago against a small one just now."""
-    marks = RaaS(4, half_life=0.1, page_size=2).init((1, 1, 1, 2))
-    marks = jax.tree.map(lambda x: x[0], marks)
+    meta = RaaS(4, half_life=0.1, page_size=2).init((1, 1, 1, 2))
+    meta = jax.tree.map(lambda x: x[0], meta)
     policy, fill = RaaS(4, half_life=0.1, page_size=2), jnp.full((1, 1, 2), 2)
     for now, mass in ((1, [0.9, 0.0]), (9, [0.0, 0.01])):
         mass = jnp.asarray(mass).reshape(1, 1, 1, 2)
-        marks = policy.observe(marks, Evidence(mass, None, fill), jnp.asarray([now]))
-    assert float(marks.stamp[0, 0, 1]) > float(marks.stamp[0, 0, 0])
+        meta = policy.observe(meta, Evidence(mass, None, fill), jnp.asarray([now]))
+    assert float(meta.stamp[0, 0, 1]) > float(meta.stamp[0, 0, 0])
     long = RaaS(4, half_life=1000.0, page_size=2)
-    marks = jax.tree.map(lambda x: x[0], long.init((1, 1, 1, 2)))
+    meta = jax.tree.map(lambda x: x[0], long.init((1, 1, 1, 2)))
     for now, mass in ((1, [0.9, 0.0]), (9, [0.0, 0.01])):
         mass = jnp.asarray(mass).reshape(1, 1, 1, 2)
-        marks = long.observe(marks, Evidence(mass, None, fill), jnp.asarray([now]))
-    assert float(marks.stamp[0, 0, 1]) < float(marks.stamp[0, 0, 0])
+        meta = long.observe(meta, Evidence(mass, None, fill), jnp.asarray([now]))
+    assert float(meta.stamp[0, 0, 1]) < float(meta.stamp[0, 0, 0])
 
 
 @pytest.mark.parametrize(

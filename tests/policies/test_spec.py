@@ -6,7 +6,7 @@ import pytest
 import tyro
 
 from raas_jax import Dense, RaaS, policies
-from raas_jax.commands.options import PolicyOptions
+from raas_jax.cli.options import PolicyOptions
 
 MINE = """
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Mine(Recent):
         ("dense", Dense()),
         ("raas:budget=64:alpha=1e-2", RaaS(64, 0.01)),
         ("raas: top-fraction = 0.5 ", RaaS(top_fraction=0.5)),
-        ("raas:top_fraction=none:share=layer", RaaS(share="layer")),
+        ("raas:top_fraction=none:granularity=layer", RaaS(granularity="layer")),
         (
             "h2o:recent_fraction=0.25:prompt=evict",
             policies.H2O(recent_fraction=0.25, prompt="evict"),
@@ -99,7 +99,7 @@ def test_flags():
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["--policy", "dense", "--prompt-pages", "within"], "--prompt-pages is not an option"),
+        (["--policy", "dense", "--prompt-pages", "included"], "--prompt-pages is not an option"),
         (["--policy-option", "every"], "--policy-option is 'every'; write OPTION=VALUE"),
         (["--policy-option", "every=64"], "every is not an option of the policy raas"),
         (["--policy", "raas:budget=64", "--budget", "32"], "budget of policy raas is given twice"),

@@ -83,7 +83,7 @@ def test_a_damaged_source_leaves_nothing_behind(checkpoint, tmp_path):
 
 def test_importing_is_light():
     code = (
-        "import sys, raas_jax.weights, raas_jax.text; "
+        "import sys, raas_jax.weights, raas_jax.tokenizer; "
         "print([m for m in ('torch', 'transformers', 'orbax', 'huggingface_hub') "
         "if m in sys.modules])"
     )

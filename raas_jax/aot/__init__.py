@@ -1,0 +1,1 @@
+"""Ahead of time: what compilers say of devices that are not at hand."""

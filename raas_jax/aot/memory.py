@@ -1,0 +1,298 @@
+"""What a run takes in memory, before it is started: nothing is allocated here.
+
+The bytes of weights and cache follow from the shapes. What the compiled decode allocates is asked
+of the compiler itself, for the platform at hand or for one that is not (`raas_jax.aot.targets`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from pallas_kernels import Target
+from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
+from raas_jax.config import ModelConfig
+from raas_jax.decode import Plan, decode_pages, dense_bytes, prefill, request
+from raas_jax.generate import TOKENS_PER_SYNC
+from raas_jax.params import Params
+from raas_jax.policies import Policy
+from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.sharding import make_mesh, state_shardings, weight_shardings
+from raas_jax.weights.hf import flat_shapes, unflatten
+
+
+@dataclasses.dataclass
+class Compiled:
+    """The compiler's own account of one program, in bytes.
+
+    Attributes:
+      arguments: weights and state that it is given.
+      outputs: what it returns, aliased parts included.
+      aliases: outputs that lie in the memory of donated arguments.
+      temporaries: what it allocates besides.
+      peak: arguments + outputs + temporaries - aliases.
+    """
+
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    peak: int
+
+
+@dataclasses.dataclass
+class Memory:
+    """Bytes of a run, on each device.
+
+    Attributes:
+      weights: the parameters.
+      prompt, kept, open: keys and values of the three segments, padding included.
+      metadata: page fills, representative keys and the policy's meta.
+      padding: of `prompt` and `kept`, what no token of this run can fill.
+      kv: prompt + kept + open + metadata.
+      dense: keys and values of all tokens, nothing dropped or padded.
+      decode, prefill: the compiler's account; None where it gives none, or refuses.
+      platform: what was compiled for.
+      devices: how many of them share the run.
+      data, model: into how many parts the rows, and the heads and mlp width, are split.
+      available: what one device has; None where that is not known.
+      fits: whether the compiler finds room for decode and prefill; None where it cannot know.
+      refusal: what it said if not.
+    """
+
+    weights: int
+    prompt: int
+    kept: int
+    open: int
+    metadata: int
+    padding: int
+    kv: int
+    dense: int
+    decode: Compiled | None
+    prefill: Compiled | None
+    platform: str
+    devices: int = 1
+    data: int = 1
+    model: int = 1
+    available: int | None = None
+    fits: bool | None = None
+    refusal: str | None = None
+
+
+def memory(
+    config: ModelConfig,
+    policy: Policy,
+    *,
+    prompt_tokens: int,
+    max_new_tokens: int,
+    batch: int = 1,
+    dtype: Any = None,
+    target: str | None = None,
+    data: int | None = None,
+    model: int | None = None,
+) -> Memory:
+    """Accounts for a run of `batch` rows with prompts of one length.
+
+    Args:
+      config: shape of the model.
+      policy: which pages to keep.
+      prompt_tokens: length of every prompt.
+      max_new_tokens: tokens generated per row.
+      batch: rows.
+      dtype: of weights and cache; the config's by default.
+      target: compile for this, see `raas_jax.aot.targets`; by default for the first device at hand.
+      data, model: with a target, the axes of the mesh. By default all of its devices: `model` as
+        large as divides the key/value heads, `data` the rest.
+
+    Raises:
+      ValueError: a number below 1, a prompt that the policy cannot take, an unknown target, more
+        devices than it has, or a mesh without a target.
+      ModuleNotFoundError: the target's compiler is not installed.
+    """
+    numbers = {"prompt_tokens": prompt_tokens, "max_new_tokens": max_new_tokens, "batch": batch}
+    for name, value in numbers.items():
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    mesh = None if target is None else target_mesh(config, target, data, model)
+    if mesh is None and (data or model):
+        raise ValueError("a mesh is given but no target; name one, for instance 'v5e:2x4'.")
+    programs = Programs.create(
+        config,
+        policy,
+        [prompt_tokens] * batch,
+        max_new_tokens,
+        jnp.dtype(dtype or config.dtype),
+        mesh,
+    )
+    dtype, plan, cache = jnp.dtype(dtype or config.dtype), programs.plan, programs.state.cache
+    prompt, current = (
+        _bytes(cache.prompt.k, cache.prompt.v),
+        _bytes(cache.current.k, cache.current.v),
+    )
+    groups = [_bytes(group.k, group.v) for group in cache.kept]
+    # What lies in the slots when the run ends, or when they are all taken.
+    tokens = [slots * plan.page_size for slots in plan.slots]
+    among_kept = prompt_tokens if policy.evicts_prompt else 0
+    spare = sum(
+        size - size // room * min(room, among_kept + max_new_tokens)
+        for size, room in zip(groups, tokens, strict=True)
+    )
+    kv = _bytes(programs.state.cache, programs.state.meta)
+    # How much of the whole cache a device holds, the same share of its every token.
+    share = _bytes(cache.current.k) / _whole_bytes(cache.current.k)
+    dense = partial(dense_bytes, config, dtype=dtype)
+    decode, refused = _account(programs.decode(max(1, TOKENS_PER_SYNC // plan.page_size)))
+    first, refused_first = _account(programs.prefill())
+    kind = None if mesh is None else mesh.devices.flat[0].device_kind
+    available = DEVICE_MEMORY.get(kind or "")
+    return Memory(
+        weights=_bytes(programs.params.weights),
+        prompt=prompt,
+        kept=sum(groups),
+        current=current,
+        metadata=kv - prompt - sum(groups) - current,
+        padding=prompt - round(share * batch * dense(prompt_tokens - among_kept)) + spare,
+        kv=kv,
+        dense=round(share * batch * dense(prompt_tokens + max_new_tokens)),
+        decode=decode,
+        prefill=first,
+        platform=kind or jax.default_backend(),
+        devices=1 if mesh is None else mesh.size,
+        data=1 if mesh is None else mesh.shape["data"],
+        model=1 if mesh is None else mesh.shape["model"],
+        available=None if available is None else int(available),
+        fits=None if mesh is None else not (refused or refused_first),
+        refusal=refused or refused_first,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The two programs of a run, to be compiled for devices that need not be there.
+
+    Attributes:
+      params, state, arguments: shapes and shardings of what decode and prefill are given.
+      plan: fixed shapes.
+      mesh: None for the default device.
+    """
+
+    params: Params
+    state: Any
+    arguments: Any
+    plan: Plan
+    mesh: Mesh | None
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        prompt_tokens: list[int],
+        max_new_tokens: int,
+        dtype: Any,
+        mesh: Mesh | None,
+    ) -> Programs:
+        """For prompts of these lengths; see `memory`."""
+        target = None if mesh is None else Target.of(mesh)
+        params = Params(unflatten(flat_shapes(config, dtype.name)), config)
+        plan = Plan.create(config, policy, prompt_tokens, max_new_tokens, target=target)
+        arguments = _prefill_arguments(params, plan, len(prompt_tokens), max_new_tokens)
+        state, _ = jax.eval_shape(partial(prefill, plan=plan), *arguments)
+        if mesh is not None:
+            weights = _placed(params.weights, weight_shardings(config, mesh))
+            params = dataclasses.replace(params, weights=weights)
+            rest = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), arguments[1:])
+            arguments = (params, *_placed(arguments[1:], rest))
+            state = _placed(state, state_shardings(state, mesh))
+        return cls(params, state, arguments, plan, mesh)
+
+    def decode(self, pages: int) -> Any:
+        """`decode_pages`, lowered."""
+        program: Any = decode_pages
+        if self.mesh is not None:
+            # What comes out lies where what went in lay, or it could not be the same memory.
+            program = jax.jit(
+                program.__wrapped__,
+                static_argnames=("plan", "pages"),
+                donate_argnames="state",
+                out_shardings=self._outputs(),
+            )
+        return program.lower(self.params, self.state, plan=self.plan, pages=pages)
+
+    def prefill(self) -> Any:
+        """`prefill`, lowered."""
+        program: Any = prefill
+        if self.mesh is not None:
+            program = jax.jit(
+                program.__wrapped__, static_argnames="plan", out_shardings=self._outputs()
+            )
+        return program.lower(*self.arguments, plan=self.plan)
+
+    def _outputs(self) -> Any:
+        assert self.mesh is not None
+        everywhere = NamedSharding(self.mesh, PartitionSpec())
+        return jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere
+
+
+def target_mesh(
+    config: ModelConfig, target: str, data: int | None = None, model: int | None = None
+) -> Mesh:
+    """A mesh of a target's devices; see `memory` for its axes where they are not given."""
+    devices = target_devices(target)
+    if model is None:
+        model = math.gcd(len(devices) // (data or 1), config.num_key_value_heads)
+    if data is None:
+        data = max(1, len(devices) // model)
+    return make_mesh(data, model, devices)
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
+    return jax.tree.map(place, shapes, shardings)
+
+
+def _prefill_arguments(params: Params, plan: Plan, batch: int, max_new_tokens: int) -> Any:
+    """The arguments of `prefill`, with shapes in the place of arrays."""
+    sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
+    asked = request(jnp.full(batch, max_new_tokens), params.config.eos_token_ids, sampler)
+    tokens = jax.ShapeDtypeStruct((batch, plan.prompt_slots * plan.page_size), jnp.int32)
+    return params, tokens, jax.ShapeDtypeStruct((batch,), jnp.int32), asked
+
+
+def _account(lowered: Any) -> tuple[Compiled | None, str | None]:
+    """The compiler's account, or why it refuses."""
+    try:
+        found = lowered.compile().memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return None, str(error).splitlines()[0]
+    return (None, None) if found is None else (compiled(found), None)
+
+
+def compiled(found: Any) -> Compiled:
+    """From what `memory_analysis` of a compiled program gives."""
+    arguments, outputs = found.argument_size_in_bytes, found.output_size_in_bytes
+    aliases, temporaries = found.alias_size_in_bytes, found.temp_size_in_bytes
+    peak = arguments + outputs + temporaries - aliases
+    return Compiled(arguments, outputs, aliases, temporaries, peak)
+
+
+def _bytes(*trees: Any) -> int:
+    """Bytes on one device."""
+    total = 0
+    for leaf in jax.tree.leaves(trees):
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total
+
+
+def _whole_bytes(leaf: Any) -> int:
+    return leaf.size * leaf.dtype.itemsize

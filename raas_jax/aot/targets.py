@@ -1,0 +1,100 @@
+"""Accelerators to compile for, by name, without having one.
+
+A name is a kind of chip and the shape of a slice: `v5e:2x4` is eight chips of TPU v5e. The compiler
+comes with the plugin of the platform, and what its environment needs is set here, before it loads.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+
+import jax
+from jax.experimental import topologies
+
+from raas_jax.aot import hopper
+
+TPU_TARGETS = (
+    *("v4:2x2x1", "v4:2x2x2", "v4:4x4x4"),
+    *("v5e:2x2", "v5e:2x4", "v5e:4x4", "v5e:4x8", "v5e:8x8", "v5e:8x16", "v5e:16x16"),
+    *("v5p:2x2x1", "v5p:2x2x2", "v5p:2x4x4", "v5p:4x4x4", "v5p:8x8x8"),
+    *("v6e:2x2", "v6e:2x4", "v6e:4x4", "v6e:4x8", "v6e:8x8", "v6e:8x16", "v6e:16x16"),
+    *("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x4x4", "tpu7x:4x4x4"),
+)
+"""The usual slices; the compiler knows more."""
+
+GIB = 1 << 30
+DEVICE_MEMORY = {
+    "TPU v4": 15.25 * GIB,  # One of a chip's two cores.
+    "TPU v5 lite": 15.75 * GIB,
+    "TPU v5": 95.74 * GIB,
+    "TPU v6 lite": 31.25 * GIB,
+    "TPU7x": 94.75 * GIB,  # One of a chip's two halves.
+    hopper.DEVICE_KIND: hopper.DEVICE_MEMORY,
+}
+"""Bytes that the compiler has at its disposal, by `device_kind`."""
+
+_LIBTPU_ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",  # There is no cloud machine to ask about itself.
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # Without a chip there is nothing to lock.
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_WORKER_ID": "0",
+}
+
+
+def _tpu(name: str) -> list[jax.Device]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError(
+            f"target is {name!r}, and the compiler for TPUs is not installed: "
+            'pip install "jax[tpu]". It needs no TPU.'
+        )
+    for variable, value in _LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
+
+
+_KINDS: dict[str, tuple[tuple[str, ...], Callable[[str], list[jax.Device]]]] = {
+    "tpu": (TPU_TARGETS, _tpu),
+    "gpu": (("h100",), lambda _: [hopper.hopper_device()]),
+}
+"""Of each platform, the names to suggest, and the devices of a name."""
+
+
+def target_names() -> list[str]:
+    """Names to suggest."""
+    return [name for names, _ in _KINDS.values() for name in names]
+
+
+@functools.cache
+def target_devices(name: str) -> tuple[jax.Device, ...]:
+    """The devices of a target, to compile for; nothing can run on them.
+
+    Asked twice, the devices are the same, so that meshes of them are equal.
+
+    Args:
+      name: for instance `v5e:2x4`.
+
+    Raises:
+      ValueError: there is no such target; the message has the nearest.
+      ModuleNotFoundError: its compiler is not installed; the message says how to.
+    """
+    for names, devices in _KINDS.values():
+        chips = {known.split(":")[0] for known in names}
+        # Of a known chip, also slices that are not listed.
+        if name in names or (name.split(":")[0] in chips and re.search(r":\d+(x\d+)+$", name)):
+            try:
+                return tuple(devices(name))
+            except jax.errors.JaxRuntimeError as error:
+                raise _unknown(name) from error
+    raise _unknown(name)
+
+
+def _unknown(name: str) -> ValueError:
+    known = target_names()
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.3) or known[:3]
+    return ValueError(f"target is {name!r}, which is unknown; near it are {', '.join(near)}.")

@@ -1,0 +1,52 @@
+"""`raas-jax calibrate`: the file that the policy triattention needs, from a model's own text."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+import tyro
+
+from raas_jax.cli.options import Dtype
+from raas_jax.cli.prompts import Prompt, read_prompts
+
+
+@dataclasses.dataclass
+class Calibrate:
+    """Learn where a model's queries lie, for triattention."""
+
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
+    """Where to write, as safetensors."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
+    """Hub id, Hugging Face or Orbax folder, or demo."""
+    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """One prompt per line, as for generate --prompt-file; the demo has its own."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="INT")] = 256
+    """Each prompt is read with the model's greedy answer up to this length; 0 for prompts alone."""
+    dtype: Dtype = None
+    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
+
+    def run(self) -> int:
+        """Writes the file and says what it was made of."""
+        import raas_jax
+        from raas_jax import tokenizer
+        from raas_jax.calibrate import calibrate, with_answers
+
+        if self.max_new_tokens < 0:
+            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 0.")
+        prompts = self._prompts()
+        params = raas_jax.load(self.model, dtype=self.dtype)
+        sequences, _ = tokenizer.encode(params, prompts)
+        sequences = with_answers(params, sequences, self.max_new_tokens)
+        calibrate(params, sequences).write(self.out)
+        print(f"{self.out}: {sum(map(len, sequences))} tokens of {len(sequences)} texts")
+        return 0
+
+    def _prompts(self) -> list[Prompt]:
+        if self.prompts is not None:
+            return read_prompts(self.prompts)
+        if self.model != "demo":
+            raise ValueError("--prompts is not given; only the demo has prompts of its own.")
+        from raas_jax.lab.tasks.lemma import Knobs, draw
+
+        return [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(16)]

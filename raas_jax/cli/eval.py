@@ -1,0 +1,270 @@
+"""`raas-jax eval` and `raas-jax report`: policies side by side on a task, in tables."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from raas_jax.cli.options import Dtype, Int, SamplingOptions, parse_policies
+from raas_jax.policies import Policy
+
+# Options of one kind of task; given for the other, they are refused.
+LEMMA_ONLY = ("problems", "definitions", "late_facts", "split")
+BENCHMARK_ONLY = ("data", "limit", "no_chat")
+
+
+@dataclasses.dataclass
+class Eval:
+    """Measure policies on a task; a stopped run goes on."""
+
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """lemma, gsm8k, math500, aime24, or your own: a JSONL file with "prompt" and "answer", or a
+    Python file."""
+    out: Annotated[
+        str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")
+    ] = None
+    """Folder for the samples and the tables."""
+    config: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """A study, as configs/study_tradeoff.yaml: it says all that the other options say, but for
+    --model and --dtype."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
+    """Hub id, Hugging Face or Orbax folder, or demo."""
+    policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "dense,raas"
+    """Separated by commas, each with options if it has any, as in
+    raas:alpha=0.01:granularity=layer."""
+    budgets: Annotated[str | None, tyro.conf.arg(metavar="INTS", help_behavior_hint="")] = None
+    """Of the policies that have one, separated by commas; 32,64,128,256 for lemma, else 1024."""
+    page_size: Int = None
+    """Tokens per page, for all policies; 16."""
+    data: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
+    """JSONL file with the problems, instead of the hub."""
+    limit: Int = None
+    """Only the first N problems."""
+    samples: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Answers per problem and policy, at a --temperature above 0."""
+    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
+    """Cap of every answer; by default what the model's context leaves, at most 32768, and for lemma
+    half as much again as the right answer takes."""
+    no_chat: bool = False
+    """Ask without the model's chat template."""
+    rows: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="{INT,auto}")] = 16
+    """Answers at once; auto: as many as fit the device's memory."""
+    share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Samples of a problem that share one copy of its prompt; divides --rows."""
+    mesh: Annotated[str | None, tyro.conf.arg(metavar="DATAxMODEL", help_behavior_hint="")] = None
+    """Several devices, as in 4x2: rows over 4, heads and mlp width over 2."""
+    tokens: bool = False
+    """Keep the token ids of every answer too."""
+    graders: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    """Processes that grade."""
+    grading_seconds: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = 10.0
+    """After which an answer counts as wrong."""
+    check_grader: bool = False
+    """Grade the reference answers and near misses instead, and count what is marked rightly."""
+    problems: Annotated[int, tyro.conf.arg(metavar="INT")] = 200
+    """lemma: how many."""
+    definitions: Annotated[str, tyro.conf.arg(metavar="FROM-TO")] = "24-48"
+    """lemma: of each problem."""
+    late_facts: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
+    """lemma: values that are found early and needed only at the end."""
+    split: Annotated[str, tyro.conf.arg(metavar="{test,validation}")] = "test"
+    """lemma: problems that the demo was not trained on."""
+    dtype: Dtype = None
+    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
+
+    def run(self) -> int:
+        """Runs what is missing, then prints the table and saves it beside the samples."""
+        from raas_jax.lab import runs as evaluate
+
+        evaluate.check_task(self.task)
+        if self.check_grader:
+            return self._check_grader()
+        if self.out is None:
+            raise ValueError("--out DIR is missing: the folder for the samples and the tables.")
+        if self.config is not None:
+            return self._run_study(self.out, self.config)
+        self._refuse(BENCHMARK_ONLY if self.task == "lemma" else LEMMA_ONLY)
+        try:
+            with _resumable(self.out):
+                (self._run_lemma if self.task == "lemma" else self._run_benchmark)(self.out)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        return print_report(self.out)
+
+    def _refuse(self, names: tuple[str, ...]) -> None:
+        for field in dataclasses.fields(self):
+            if field.name in names and getattr(self, field.name) != field.default:
+                flag, kind = field.name.replace("_", "-"), "not an option of"
+                raise ValueError(f"--{flag} is {kind} the task {self.task}; leave it out.")
+
+    def _tried(self, budgets: str) -> list[Policy]:
+        return parse_policies(self.policies, self.budgets or budgets, self.page_size)
+
+    def _run_lemma(self, out: str) -> None:
+        """With milestones recorded; sampled answers go through the engine, without."""
+        from raas_jax.lab import runs as evaluate
+
+        smallest, largest = parse_range(self.definitions)
+        task = evaluate.LemmaTask(
+            problems=self.problems,
+            smallest=smallest,
+            largest=largest,
+            late_facts=self.late_facts,
+            seed=self.sampling.seed,
+            split=self.split,
+            max_new_tokens=self.max_new_tokens,
+        )
+        tried = self._tried("32,64,128,256")
+        if self.samples > 1 or self.sampling.temperature > 0:
+            from raas_jax.lab.tasks.benchmarks.lemma import LEMMA, lemma_problems
+
+            self._ask(out, LEMMA, lemma_problems(task), tried)
+            return
+        if self.rows == "auto" or self.mesh is not None:
+            raise ValueError(
+                "--rows auto and --mesh are not for lemma, which records the cache; give a number "
+                "of rows, or --samples and --temperature."
+            )
+        from raas_jax import load
+
+        params = load(self.model, dtype=self.dtype)
+        evaluate.run(params, task, tried, out, model=self.model, rows=self.rows)
+
+    def _run_benchmark(self, out: str) -> None:
+        tried = self._tried("1024")
+        benchmark, problems = self._open()
+        self._ask(out, benchmark, problems, tried)
+
+    def _open(self) -> tuple[Any, Any]:
+        from raas_jax.lab.tasks.benchmarks import open_benchmark
+
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"--limit is {self.limit}; it must be at least 1.")
+        benchmark, problems = open_benchmark(self.task, self.data)
+        return benchmark, problems[: self.limit]
+
+    def _ask(self, out: str, benchmark: Any, problems: Any, tried: list[Policy]) -> None:
+        from raas_jax import load
+        from raas_jax.lab.runs.benchmark import Asking, run_benchmark
+
+        asking = Asking(
+            samples=self.samples,
+            sampling=self.sampling.create(),
+            seed=self.sampling.seed,
+            max_new_tokens=self.max_new_tokens,
+            chat=False if self.no_chat else None,
+            grading_seconds=self.grading_seconds,
+        )
+        mesh = parse_mesh(self.mesh)
+        run_benchmark(
+            load(self.model, dtype=self.dtype, sharding=mesh),
+            benchmark,
+            problems,
+            tried,
+            out,
+            model=self.model,
+            asking=asking,
+            rows=self.rows,
+            share=self.granularity,
+            mesh=mesh,
+            keep_tokens=self.tokens,
+            workers=self.graders,
+        )
+
+    def _check_grader(self) -> int:
+        from raas_jax.lab.tasks.grading import GraderPool
+        from raas_jax.lab.tasks.grading.check import check
+
+        if self.task == "lemma":
+            raise ValueError("lemma grades by plain comparison; --check-grader is for the others.")
+        benchmark, problems = self._open()
+        try:
+            with GraderPool(self.graders, self.grading_seconds, benchmark.grader) as graders:
+                table, bad = check(problems, graders)
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        print(table, end="")
+        for line in bad:
+            print(f"raas-jax: wrong mark: {line}", file=sys.stderr)
+        return 1 if bad else 0
+
+    def _run_study(self, out: str, file: str) -> int:
+        from raas_jax.lab.runs.study import Study, run_study
+
+        meant = {"task", "out", "config", "model", "dtype"}
+        for field in dataclasses.fields(self):
+            if field.name not in meant and getattr(self, field.name) != _default(field):
+                flag = field.name.replace("_", "-")
+                raise ValueError(f"--{flag} is given beside --config; write it into {file}.")
+        study = Study.from_file(file)
+        from raas_jax import load
+
+        params = load(self.model, dtype=self.dtype)
+        with _resumable(out):
+            run_study(params, study, out, model=self.model)
+        return print_report(out)
+
+
+@dataclasses.dataclass
+class Report:
+    """Make the tables of an evaluation again from its samples."""
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The --out of `raas-jax eval`."""
+
+    def run(self) -> int:
+        """Prints the table and saves it as Markdown and CSV."""
+        return print_report(self.folder)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+@contextlib.contextmanager
+def _resumable(folder: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\n{folder} has what is finished; the same command goes on.", file=sys.stderr)
+        raise
+
+
+def print_report(folder: str) -> int:
+    """Tables on stdout, remarks on stderr."""
+    from raas_jax.lab import runs as evaluate
+
+    text, remarks = evaluate.report(folder)
+    print(text, end="")
+    for remark in remarks:
+        print(f"raas-jax: note: {remark}", file=sys.stderr)
+    return 0
+
+
+def parse_mesh(text: str | None) -> Any:
+    """`4x2` → a mesh of eight devices; None stays None. Raises ValueError."""
+    if text is None:
+        return None
+    from raas_jax.sharding import make_mesh
+
+    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    if not found:
+        raise ValueError(f"--mesh is {text!r}; write for example 4x2, or 1x8.")
+    return make_mesh(int(found[1]), int(found[2]))
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`24-48`, or `64` for 64-64. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not found:
+        raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
+    return int(found[1]), int(found[2] or found[1])

@@ -1,0 +1,155 @@
+"""`raas-jax memory`: what a run takes, without running it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from raas_jax.cli.options import Dtype, Int, PolicyOptions, read_config, readable_bytes
+from raas_jax.config import ModelConfig
+
+if TYPE_CHECKING:
+    from raas_jax.aot.memory import Compiled
+    from raas_jax.aot.memory import Memory as Account
+
+File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
+Source = Annotated[
+    str | None, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help_behavior_hint="")
+]
+
+
+@dataclasses.dataclass
+class Memory:
+    """Say what a run takes in memory, without running it."""
+
+    config: File = None
+    """Shape of the model: a config.json, or YAML with the same fields."""
+    model: Source = None
+    """Instead of --config: hub id (only its config.json is fetched), folder, or demo."""
+    batch: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    """Sequences at once."""
+    prompt_tokens: Annotated[int, tyro.conf.arg(metavar="INT")] = 128
+    """Length of every prompt."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="INT")] = 32768
+    """Tokens generated per sequence."""
+    dtype: Dtype = None
+    """Of weights and cache; the model's own."""
+    layers: Int = None
+    """Instead of the model's number of layers."""
+    target: Annotated[str | None, tyro.conf.arg(metavar="KIND:SHAPE", help_behavior_hint="")] = None
+    """Compile for this instead of the device at hand, for instance v5e:2x4; nothing is run."""
+    mesh: Annotated[
+        str | None, tyro.conf.arg(metavar="data=INT,model=INT", help_behavior_hint="")
+    ] = None
+    """How the target's devices share rows (data) and heads (model)."""
+    json: bool = False
+    """Print JSON instead of a table."""
+    policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
+
+    def run(self) -> int:
+        """Prints the table, or the JSON object."""
+        if self.target is not None:
+            # Nothing is run, so no device is looked for.
+            os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        from raas_jax.aot.memory import memory
+
+        account = memory(
+            self._config(),
+            self.policy.create(),
+            prompt_tokens=self.prompt_tokens,
+            max_new_tokens=self.max_new_tokens,
+            batch=self.batch,
+            dtype=self.dtype,
+            target=self.target,
+            **parse_mesh(self.mesh),
+        )
+        print(json.dumps(dataclasses.asdict(account), indent=2) if self.json else table(account))
+        return 0
+
+    def _config(self) -> ModelConfig:
+        if (self.config is None) == (self.model is None):
+            raise ValueError("give one of --config FILE and --model SOURCE.")
+        file = self.config if self.config is not None else config_file(str(self.model))
+        return read_config(file, self.layers)
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """`data=2,model=4` as a dictionary; raises ValueError for anything else."""
+    found = {}
+    for part in text.split(",") if text else ():
+        name, _, size = part.partition("=")
+        if name not in ("data", "model") or not size.isdigit() or not int(size):
+            raise ValueError(f"--mesh is {text!r}; write it like data=2,model=4.")
+        found[name] = int(size)
+    return found
+
+
+def config_file(source: str) -> str:
+    """The config.json of a model; of a hub id nothing else is downloaded.
+
+    Raises FileNotFoundError where it cannot be found.
+    """
+    from raas_jax.weights import locate
+
+    if source == "demo" or Path(source).exists() or source.count("/") != 1:
+        return str(locate(source) / "config.json")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return hf_hub_download(source, "config.json")
+    except Exception as error:  # The hub's client has many, for what is one thing to the user.
+        raise FileNotFoundError(
+            f"--model is {source!r}; there is no such folder, and config.json could not be "
+            f"fetched from the hub ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def table(account: Account) -> str:
+    """The account in lines, largest parts first."""
+    rows = [
+        ("weights", account.weights, ""),
+        ("keys and values", account.kv, ""),
+        ("  prompt", account.prompt, ""),
+        ("  kept", account.kept, ""),
+        ("  open", account.open, ""),
+        ("  metadata", account.metadata, ""),
+        ("  of it padding", account.padding, "no token of this run can fill it"),
+        ("dense cache instead", account.dense, f"{account.dense / account.kv:.1f} x as much"),
+        *_compiled("decode", account.decode, account.platform),
+        *_compiled("prefill", account.prefill, account.platform),
+    ]
+    lines = [
+        f"{name:22}{readable_bytes(size):>10}  {size:>16,} {note}".rstrip()
+        for name, size, note in rows
+    ]
+    if account.devices > 1:
+        shape = f"data={account.data},model={account.model}"
+        lines.insert(0, f"on each of {account.devices} devices of {account.platform} ({shape})")
+    if account.fits is not None:
+        lines.append(_verdict(account))
+    return "\n".join(lines)
+
+
+def _verdict(account: Account) -> str:
+    room = f" of {readable_bytes(account.available)}" if account.available else ""
+    if account.fits:
+        peaks = [part.peak for part in (account.decode, account.prefill) if part is not None]
+        taken = readable_bytes(max(peaks)) if peaks else "all"
+        return f"fits                  {taken:>10}{room} on {account.platform}"
+    return f"does not fit {account.platform}{room}: {account.refusal}"
+
+
+def _compiled(name: str, compiled: Compiled | None, platform: str) -> list[tuple[str, int, str]]:
+    if compiled is None:
+        return []
+    return [
+        (f"{name}, compiled", compiled.peak, f"at its peak, for {platform}"),
+        ("  arguments", compiled.arguments, ""),
+        ("  temporary", compiled.temporaries, ""),
+        ("  aliased", compiled.aliases, "updated in place"),
+    ]

@@ -1,0 +1,154 @@
+"""`raas-jax trace`: pictures of one derivation, and a page to look through it."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from raas_jax.cli.options import Dtype, Int, PolicyOptions, readable_bytes
+
+if TYPE_CHECKING:
+    from raas_jax.lab.trace import Trace as Traced
+
+
+@dataclasses.dataclass
+class Trace:
+    """Draw what one derivation does with its cache."""
+
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
+    """Folder for the pictures and the page."""
+    prompt: Annotated[
+        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
+    ] = None
+    """What to answer, as in "a=4; b=9; c=a+b; ? c"."""
+    definitions: Int = None
+    """Instead of PROMPT: a problem of this many definitions that the demo has not seen."""
+    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
+    """Hugging Face or Orbax folder, or demo."""
+    heads: Annotated[str | None, tyro.conf.arg(metavar="LAYER.HEAD,...", help_behavior_hint="")] = (
+        None
+    )
+    """Key/value heads to show, from 0; by default the one that looks up milestones most and the
+    one that reads the prompt most."""
+    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
+    """Stop after this many; by default half as much again as the right derivation takes."""
+    dtype: Dtype = None
+    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
+    policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
+
+    def run(self) -> int:
+        """Writes the files and says on standard output what is in them."""
+        from raas_jax import load
+        from raas_jax.lab.trace import trace
+        from raas_jax.lab.trace.draw import pyplot
+        from raas_jax.policies import Dense
+
+        try:
+            pyplot()  # Before anything is computed.
+        except ImportError as error:
+            raise ValueError(str(error)) from None
+        prompt, policy, heads = self._prompt(), self.policy.create(), parse_heads(self.heads)
+        folder = Path(self.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        params = load(self.model, dtype=self.dtype)
+        dense = Dense(page_size=policy.page_size)
+        whole = trace(params, prompt, dense, heads=heads, max_new_tokens=self.max_new_tokens)
+        seen = [whole]
+        if not isinstance(policy, Dense):
+            shown = list(whole.attention)
+            seen.append(
+                trace(params, prompt, policy, heads=shown, max_new_tokens=self.max_new_tokens)
+            )
+        for line in write(seen, folder):
+            print(line)
+        return 0
+
+    def _prompt(self) -> str:
+        from raas_jax.lab.tasks.lemma import Knobs, draw, normalise
+
+        if (self.prompt is None) == (self.definitions is None):
+            raise ValueError(
+                'give a prompt, as in `raas-jax trace "a=4; b=9; c=a+b; ? c"`, or --definitions N '
+                "for a drawn problem, and not both."
+            )
+        if self.definitions is not None:
+            return draw("test", 0, 0, Knobs(self.definitions, self.definitions)).prompt
+        assert self.prompt is not None
+        return normalise(self.prompt) if self.model == "demo" else self.prompt
+
+
+def write(traces: list[Traced], folder: Path) -> list[str]:
+    """Draws the pictures and the page of the last trace, beside the others; gives what to say."""
+    from raas_jax.lab.trace import draw_milestones, draw_pages, draw_waterfall, write_page
+
+    last = traces[-1]
+    said = [summary(each) for each in traces]
+    if not last.evicted() and len(traces) > 1:
+        print(
+            "raas-jax: note: nothing was forgotten, since the answer fits the budget; a smaller "
+            f"--budget, such as {max(2, last.pages // 4) * last.recording.page_size}, shows more.",
+            file=sys.stderr,
+        )
+    waterfall, pages, page = (
+        folder / name for name in ("waterfall.png", "pages.png", "index.html")
+    )
+    draw_waterfall(traces, waterfall)
+    draw_pages(last, pages)
+    pictures = [
+        (
+            "Attention over time",
+            "Each row is a token as it is written, each column a token that it may look at. "
+            "Columns that stay bright for a while and then fade are milestones; in the prompt, "
+            "what lights up again after long is a phoenix token.",
+            waterfall,
+        ),
+        (
+            "Pages in the cache",
+            "Each column is a page of the answer, from the step that began it downwards, until "
+            "the policy forgets it.",
+            pages,
+        ),
+    ]
+    if last.milestones is not None and last.milestones.lookups:
+        lost = folder / "milestones.png"
+        draw_milestones(last, lost)
+        pictures.append(
+            (
+                "What was lost while it was still needed",
+                "Each row is a name, from its first value to its last use. Blue: all layers and "
+                "heads can still read a value of it; vermillion: none can.",
+                lost,
+            )
+        )
+    write_page(last, pictures, page)
+    files = ", ".join(str(png) for _, _, png in pictures)
+    return [*said, f"Pictures: {files}", f"To look through: {page}"]
+
+
+def summary(trace: Traced) -> str:
+    """One line on how an answer went."""
+    from raas_jax.lab.trace.draw import error_text, name
+
+    right = ""
+    if trace.problem is not None:
+        right = "; every token right" if trace.first_error is None else f"; {error_text(trace)}"
+    return (
+        f"{name(trace)}: {len(trace.recording.tokens)} tokens, {trace.evicted()} of {trace.pages} "
+        f"pages forgotten, keys and values {readable_bytes(trace.kv_bytes)}{right}"
+    )
+
+
+def parse_heads(text: str | None) -> list[tuple[int, int]] | None:
+    """`1.0,3.1` → layer and key/value head of each. Raises ValueError."""
+    if text is None:
+        return None
+    found = [re.fullmatch(r"\s*(\d+)\.(\d+)\s*", part) for part in text.split(",")]
+    heads = [(int(each[1]), int(each[2])) for each in found if each]
+    if len(heads) < len(found):
+        raise ValueError(f"--heads is {text!r}; write layer.head, as in 1.0,3.1.")
+    return heads

@@ -1,0 +1,31 @@
+"""`raas-jax train`: the demo model, or one like it."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated
+
+import tyro
+
+from raas_jax.cli.options import Int
+
+
+@dataclasses.dataclass
+class Train:
+    """Train a small reasoner; a stopped run goes on."""
+
+    config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
+    """As configs/lemma.yaml."""
+    until: Int = None
+    """Stop after this many steps in all."""
+    fresh: bool = False
+    """Refuse to go on from checkpoints."""
+
+    def run(self) -> int:
+        """Trains; Ctrl-C stops, and the newest checkpoint stays."""
+        from raas_jax.lab.train.train import main
+
+        folder = main(self.config, until=self.until, fresh=self.fresh)
+        print(f"Checkpoints are in {folder}", file=sys.stderr)
+        return 0

@@ -1,0 +1,1 @@
+"""What a cache holds while it decodes, and what it could have held."""

@@ -1,0 +1,101 @@
+"""The attention of a recorded answer, token by token, computed anew in one masked forward pass.
+
+The decode knows the attention of whole pages only. Here every query sees just the tokens that its
+layer and head could read when it was fed, so hidden states and attention are those of the decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from raas_jax.lab.inspect.recording import Recording
+from raas_jax.model import block_graph, merge, rope_rotation
+from raas_jax.params import Params
+
+BUCKET = 128  # Lengths are padded to a multiple, so that few of them compile anew.
+_NEVER = -1e30
+
+
+def visible(recording: Recording, prompt_tokens: int, layer: int) -> np.ndarray:
+    """Which keys each query of a layer could read.
+
+    Returns:
+      bool `[K, T, T]`, query before key; T counts the prompt and all tokens but the last, which was
+      never fed.
+    """
+    G, P = len(recording.tokens), recording.page_size
+    T = prompt_tokens + G - 1
+    K = recording.present.shape[2]
+    seen = np.broadcast_to(np.tri(T, dtype=bool), (K, T, T)).copy()
+    page = np.arange(G - 1) // P
+    of_layer = recording.present[:, layer].transpose(1, 0, 2)  # [K, page now, page]
+    seen[:, prompt_tokens:, prompt_tokens:] &= of_layer[:, page][:, :, page]
+    return seen
+
+
+def replay(
+    params: Params, prompt: list[int], recording: Recording, drawn: list[int] | None = None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Layer by layer, the attention from which each token was drawn.
+
+    Args:
+      params: the model.
+      prompt: token ids.
+      recording: of the answer.
+      drawn: a list that gets the tokens that this pass would draw greedily; they equal the
+        recorded ones but for ties in rounding.
+
+    Yields:
+      The layer, and float32 `[K, G, T]`: `[k, g, t]` is the share of attention that position `t`
+      received as token `g` was drawn, the largest among the query heads of key/value head `k`.
+    """
+    tokens = np.asarray([*prompt, *recording.tokens[:-1]], np.int32)
+    T, first = len(tokens), len(prompt) - 1
+    width = -(-T // BUCKET) * BUCKET
+    padded = jnp.asarray(np.pad(tokens, (0, width - T)))
+    x = _embed(params, padded)
+    for layer in range(params.config.num_hidden_layers):
+        mask = np.zeros((params.config.num_key_value_heads, width, width), bool)
+        if len(recording.tokens) > 1:
+            mask[:, :T, :T] = visible(recording, len(prompt), layer)
+        else:
+            mask[:, :T, :T] = np.tri(T, dtype=bool)
+        x, attention = _layer(params, x, jnp.int32(layer), jnp.asarray(mask))
+        yield layer, np.asarray(attention[:, first:T, :T])
+    if drawn is not None:
+        drawn += np.asarray(_choices(params, x))[first:T].tolist()
+
+
+@jax.jit
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    return merge(params.config, params.weights).embed(tokens)[None]
+
+
+@jax.jit
+def _choices(params: Params, x: jax.Array) -> jax.Array:
+    return merge(params.config, params.weights).logits(x[0]).argmax(-1)
+
+
+@jax.jit
+def _layer(
+    params: Params, x: jax.Array, layer: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """x `[1, T, D]`, mask `[K, T, T]` → x, and the attention `[K, T, T]`."""
+    config, T = params.config, x.shape[1]
+    at_layer = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
+    graph = block_graph(config, params.weights["embedding"].dtype.name)
+    block = nnx.merge(graph, jax.tree.map(at_layer, params.weights["layers"]))
+    positions = jnp.arange(T, dtype=jnp.int32)[None]
+    q, k, v = block.qkv(x, rope_rotation(config.rope, config.head_dim, positions))
+    N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    q = q[0].reshape(T, K, N // K, H).astype(jnp.float32) * H**-0.5
+    scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
+    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _NEVER), axis=-1)
+    out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32)).reshape(1, T, N, H)
+    return block.finish(x, out.astype(x.dtype)), weights.max(1)

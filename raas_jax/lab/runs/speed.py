@@ -1,0 +1,136 @@
+"""Times of a study: at growing lengths of the answer, and of a step under every policy."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from raas_jax.decode import Plan, decode_pages
+from raas_jax.lab.bench.run import seconds_per_step
+from raas_jax.lab.bench.steps import bench
+from raas_jax.lab.inspect.recording import begin
+from raas_jax.lab.runs.results import write
+from raas_jax.lab.tasks.base import Item
+from raas_jax.params import Params
+from raas_jax.policies import Policy, pages_for
+
+SPEED, STEPS = "speed.json", "steps.json"
+LOOK = 64
+"""Tokens that are timed together."""
+TURNS = 7
+"""How often each policy's are."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Speed:
+    """What to measure: these policies, at these lengths of the answer.
+
+    Attributes:
+      policies: labels of policies of the study.
+      lengths: generated tokens.
+      budget: tokens, of those that have one.
+      prompt_tokens: length of the prompt.
+      batch: rows at once.
+      repetitions: timed turns; the median counts.
+      steps_of: label of a task: the step of every policy is timed on a batch of its problems.
+    """
+
+    policies: tuple[str, ...]
+    lengths: tuple[int, ...]
+    budget: int
+    prompt_tokens: int = 128
+    batch: int = 1
+    repetitions: int = 9
+    steps_of: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("policies", "lengths"):  # Lists, where they come from a file.
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+
+def measure_speed(
+    params: Params,
+    speed: Speed,
+    tried: Mapping[str, Policy],
+    folder: Path,
+    progress: bool | None = None,
+) -> None:
+    """Adds to `speed.json`, policy by policy, what is not there yet."""
+    file = folder / SPEED
+    found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
+    missing = [label for label in tried if label not in found]
+    hidden = None if progress is None else not progress
+    for label in tqdm(missing, desc="time per token", unit="policy", disable=hidden):
+        measured = bench(
+            params,
+            tried[label],
+            prompt_tokens=speed.prompt_tokens,
+            lengths=speed.lengths,
+            batch=speed.batch,
+            repetitions=speed.repetitions,
+        )
+        found[label] = [
+            {
+                "tokens": timing.generated,
+                "ms_per_token": round(timing.ms_per_token, 4),
+                "kv_bytes": timing.kv_bytes,
+            }
+            for timing in measured.timings
+        ]
+        write(file, json.dumps(found, indent=1) + "\n")
+
+
+def measure_steps(
+    params: Params,
+    task: str,
+    tried: Mapping[str, Policy],
+    items: Sequence[Item],
+    folder: Path,
+    progress: bool | None = None,
+) -> None:
+    """Adds to `steps.json`, policy by policy: milliseconds of a step of a batch of a task's items.
+
+    The batch is decoded nearly to its longest answer, so that budgets are full; the rest is timed,
+    what compiles left out. Machines are now faster and now slower: each policy takes turns with the
+    first one, and its median ratio to that one's time is what is told.
+    """
+    file = folder / STEPS
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    first = next(iter(tried))
+    if (found.get("task"), found.get("excluded")) != (task, first):
+        found = {"task": task, "excluded": first, "milliseconds": {}}
+    times = found["milliseconds"]
+    missing = [label for label in tried if label not in times]
+    if not missing:
+        return
+    beside = _steps(params, tried[first], items)
+    if first not in times:
+        times[first] = round(1e3 * statistics.median(beside() for _ in range(2 * TURNS)), 4)
+    hidden = None if progress is None else not progress
+    for label in tqdm(missing, desc="time of a step", unit="policy", disable=hidden):
+        if label != first:
+            own = _steps(params, tried[label], items)
+            ratio = statistics.median(own() / beside() for _ in range(TURNS))
+            times[label] = round(ratio * times[first], 4)
+        write(file, json.dumps(found, indent=1) + "\n")
+
+
+def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[], float]:
+    """Times, whenever it is called, the same last steps of a batch: seconds for each."""
+    longest = max(item.limit for item in items)
+    plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
+    # No row ends while it is timed.
+    state, _ = begin(params, [item.prompt for item in items], [longest + LOOK] * len(items), plan)
+    pages = pages_for(LOOK, plan.page_size)
+    chunk = pages * plan.page_size
+    step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
+    for _ in range(max(1, longest // chunk - 1)):
+        state, _ = step(params, state)
+    return partial(seconds_per_step, step, params, state, chunk)

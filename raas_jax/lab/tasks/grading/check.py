@@ -1,0 +1,94 @@
+"""Checks a grader on problems whose answers are known: right ones right, near misses wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from tqdm.auto import tqdm
+
+from raas_jax.lab.tasks.benchmarks import Problem
+from raas_jax.lab.tasks.grading.graders import GraderPool
+from raas_jax.lab.tasks.grading.near_misses import NEAR_MISSES
+
+# How a model may put its answer.
+FORMS = {
+    "in a box": r"So we get $\boxed{%s}$.",
+    "in a displayed box": "Thus\n\\[\n\\boxed{%s}\n\\]\nand we are done.",
+    "in a box after other numbers": r"From 7 and $x = 19$ follows \boxed{%s}, as 3 > 2.",
+    "after a thought": "<think>Perhaps \\boxed{17}? No.</think>\nIt is $\\boxed{%s}$.",
+    "the final answer is $...$": "Therefore, the final answer is $%s$.",
+    "the answer is ...": "The answer is %s",
+    "bold": "**Final Answer:** %s",
+    "alone on the last line": "We add the two and find\n\n$%s$",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """One text to be graded, and what the mark must be."""
+
+    kind: str
+    gold: str
+    text: str
+    right: bool
+
+
+def wrong_numbers(gold: str) -> list[str]:
+    """Numbers near a number: one more, one less, the other sign, ten times as much."""
+    plain = gold.replace(",", "")
+    if not re.fullmatch(r"-?\d+", plain):
+        return []
+    value = int(plain)
+    return [str(wrong) for wrong in (value + 1, value - 1, -value, 10 * value) if wrong != value]
+
+
+def questions(problems: Sequence[Problem]) -> Iterator[Asked]:
+    """Every reference answer in every form and its worked solution, then what is wrong."""
+    for problem in problems:
+        for kind, form in FORMS.items():
+            yield Asked(kind, problem.answer, form % problem.answer, True)
+        if problem.solution:
+            yield Asked("the reference solution", problem.answer, problem.solution, True)
+        for wrong in wrong_numbers(problem.answer):
+            yield Asked("a number near it", problem.answer, rf"\boxed{{{wrong}}}", False)
+    for gold, misses in NEAR_MISSES.items():
+        yield Asked("right beside the near misses", gold, rf"\boxed{{{gold}}}", True)
+        for wrong in misses:
+            yield Asked("a near miss", gold, rf"\boxed{{{wrong}}}", False)
+
+
+def check(
+    problems: Sequence[Problem], graders: GraderPool, progress: bool | None = None
+) -> tuple[str, list[str]]:
+    """Grades every question whose mark is known.
+
+    Returns:
+      A table in Markdown, and a line for every wrong mark.
+    """
+    asked = list(questions(problems))
+    marks = [graders.submit(each.gold, each.text) for each in asked]
+    graded, good, bad = Counter[str](), Counter[str](), []
+    disable = None if progress is None else not progress
+    for each, mark in tqdm(
+        zip(asked, marks, strict=True), total=len(asked), unit="answer", disable=disable
+    ):
+        found = mark.result()
+        graded[each.kind] += 1
+        if found.correct is each.right and not found.error:
+            good[each.kind] += 1
+        else:
+            wanted = "right" if each.right else "wrong"
+            why = found.error or f"read as {found.answer!r}"
+            bad.append(
+                f"{each.kind}: {each.gold!r} should be {wanted} ({why}): {each.text[-200:]!r}"
+            )
+    rights = {each.kind: each.right for each in asked}
+    lines = ["| answers | must be | graded so |", "|---|---|---:|"]
+    lines += [
+        f"| {kind} | {'right' if rights[kind] else 'wrong'} | {good[kind]} of {graded[kind]} |"
+        for kind in graded
+    ]
+    return "\n".join(lines) + "\n", bad

@@ -1,0 +1,161 @@
+"""GraderPool in processes of their own: one that hangs or dies costs one answer its mark."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import tempfile
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from queue import SimpleQueue
+from types import TracebackType
+
+from raas_jax.lab.tasks.grading import mathematics
+from raas_jax.lab.tasks.grading.mathematics import Verdict
+
+START_SECONDS = 120.0  # Importing sympy on a busy machine.
+
+
+class GraderPool:
+    """Marks answers beside the decoding, each in a process with a time limit.
+
+    A process that runs out of time or dies is replaced; its answer counts as wrong and
+    `Verdict.error` says why. Use it in a `with`, or `close` it.
+    """
+
+    def __init__(self, workers: int = 2, time_limit: float = 10.0, file: Path | None = None):
+        """Starts the first process, the others when they are needed.
+
+        Args:
+          workers: processes at most.
+          time_limit: seconds for each answer.
+          file: a task of one's own, whose `grade(gold, text)` is used if it has one.
+
+        Raises:
+          ValueError: a wrong argument, or a file that fails. ImportError: math-verify is missing.
+        """
+        if workers < 1 or not time_limit > 0:
+            raise ValueError(
+                f"workers={workers}, time_limit={time_limit}: give at least 1 worker, and a limit "
+                "above 0 seconds."
+            )
+        if file is None and importlib.util.find_spec("math_verify") is None:
+            raise ImportError("grading needs math-verify: pip install 'raas-jax[eval]'.")
+        self.time_limit = time_limit
+        self._command = [
+            *(sys.executable, "-P", mathematics.__file__, str(time_limit)),
+            *([] if file is None else [str(file)]),
+        ]
+        # One for each worker: its process, or None where it must first be started.
+        self._idle: SimpleQueue[_Process | None] = SimpleQueue()
+        for process in (_Process(self._command), *[None] * (workers - 1)):
+            self._idle.put(process)
+        self._threads = ThreadPoolExecutor(workers, "grader")
+
+    def submit(self, gold: str, text: str) -> Future[Verdict]:
+        """The mark of a text against the reference answer, once it is there."""
+        return self._threads.submit(self._grade, gold, text)
+
+    def close(self) -> None:
+        """Waits for what was submitted, then ends the processes."""
+        self._threads.shutdown()
+        while not self._idle.empty():
+            if (process := self._idle.get()) is not None:
+                process.kill()
+
+    def __enter__(self) -> GraderPool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _grade(self, gold: str, text: str) -> Verdict:
+        process = self._idle.get()
+        try:
+            process = process or _Process(self._command)
+            return process.ask({"gold": gold, "text": text}, self.time_limit)
+        except (_LostError, ValueError, OSError) as lost:
+            if process is not None:
+                process.kill()
+                process = None
+            return Verdict(False, None, str(lost))
+        finally:
+            self._idle.put(process)
+
+
+class _LostError(Exception):
+    """The process is gone, with the reason."""
+
+
+class _Process:
+    """One process of `mathematics.main`."""
+
+    def __init__(self, command: list[str]):
+        # A file, since nobody reads a pipe while the process runs.
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            start_new_session=True,  # Ctrl-C ends the decoding; what is decoded is still graded.
+        )
+        try:
+            self._read(START_SECONDS)
+        except _LostError as lost:
+            self._errors.seek(0)
+            lines = self._errors.read().decode(errors="replace").strip().splitlines()
+            self.kill()
+            raise ValueError(f"the grader does not start: {(lines or [str(lost)])[-1]}") from None
+
+    def ask(self, request: dict[str, str], seconds: float) -> Verdict:
+        """The answer to a request. Raises _LostError."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise self._lost() from None
+        return Verdict(**json.loads(self._read(seconds)))
+
+    def kill(self) -> None:
+        """Ends the process; more than once does no harm."""
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            try:
+                if stream is not None:
+                    stream.close()
+            except OSError:
+                pass  # What was still to be written has no reader any more.
+
+    def _read(self, seconds: float) -> bytes:
+        assert self._process.stdout is not None
+        late = threading.Event()
+
+        def stop() -> None:
+            late.set()
+            self._process.kill()
+
+        timer = threading.Timer(seconds, stop)
+        timer.start()
+        try:
+            line = self._process.stdout.readline()
+        finally:
+            timer.cancel()
+        if not line.endswith(b"\n"):
+            raise _LostError(f"no mark within {seconds:g} s") if late.is_set() else self._lost()
+        return line
+
+    def _lost(self) -> _LostError:
+        code = self._process.wait()
+        how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
+        return _LostError(f"the grading process {how}")

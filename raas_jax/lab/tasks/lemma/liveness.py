@@ -1,0 +1,97 @@
+"""Which tokens of a derivation are live milestones, and what an ideal cache would keep.
+
+A *statement* is a name with its value right after it, such as `c 3`. Writing the value of a name
+again (`c 3` as an operand, or in the answer) is a *look-up*: it needs one earlier statement of
+that name. The newest one serves it, so each statement is live until the look-up that follows it,
+and dead afterwards, because that look-up states the value anew. The ideal cache therefore holds,
+beside the prompt and the line being written, one statement for each name that is still needed.
+
+Positions count the tokens of `<bos>` + prompt + derivation, from 0, as the model sees them.
+"""
+
+import bisect
+import dataclasses
+
+from raas_jax.lab.tasks.lemma.problems import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Lookup:
+    """One value that is copied from an earlier line."""
+
+    position: int  # of the value that is written; the cache is read one step before
+    name: str
+    sources: tuple[int, ...]  # positions of the name's earlier values, newest last; any one serves
+
+
+@dataclasses.dataclass(frozen=True)
+class Liveness:
+    """Marks for every token of one problem and its right derivation."""
+
+    prompt_tokens: int  # `<bos>` and the prompt: positions below this are the prompt
+    line_starts: tuple[int, ...]  # first position of every derivation line
+    needed_until: tuple[int, ...]  # by position: of the look-up it serves last; -1 if of none
+    lookups: tuple[Lookup, ...]  # in the order they are written
+
+    @property
+    def tokens(self) -> int:
+        return len(self.needed_until)
+
+    def mark(self, position: int, now: int) -> str:
+        """`prompt`, `line` (of the line being written), `live` or `dead` as token `now` is due.
+
+        Needs position < now: a token that is not written yet has no mark.
+        """
+        if not 0 <= position < now:
+            raise ValueError(
+                f"position={position}: wanted 0 <= position < now={now}; "
+                "ask about a token that is already written"
+            )
+        if position < self.prompt_tokens:
+            return "prompt"
+        if position >= self._line_start(now):
+            return "line"
+        return "live" if self.needed_until[position] >= now else "dead"
+
+    def ideal(self, now: int) -> frozenset[int]:
+        """Positions that an ideal cache holds, beside the prompt, as token `now` is written."""
+        return frozenset(
+            position
+            for position in range(self.prompt_tokens, now)
+            if self.mark(position, now) != "dead"
+        )
+
+    def _line_start(self, now: int) -> int:
+        index = bisect.bisect_right(self.line_starts, now) - 1
+        return self.line_starts[index] if index >= 0 else self.prompt_tokens
+
+
+def liveness(problem: Problem) -> Liveness:
+    """Marks for `problem`, from its text alone."""
+    prompt_tokens = 1 + len(problem.prompt_words)
+    needed_until = [-1] * prompt_tokens
+    starts: list[int] = []
+    lookups: list[Lookup] = []
+    stated: dict[str, list[int]] = {}
+    for line in problem.lines():
+        start = len(needed_until)
+        starts.append(start)
+        needed_until += [-1] * len(line)
+        # In each line the computed statement is the last one; those before it are looked up.
+        spots = [
+            index
+            for index in range(1, len(line))
+            if line[index].isdigit() and line[index - 1] not in ("=", ",")
+        ]
+        for index in spots:
+            name, position = line[index - 1], start + index
+            is_result = index == spots[-1] and line[-1] == ";"
+            if not is_result:
+                sources = stated[name]
+                lookups.append(Lookup(position, name, tuple(sources)))
+                # Both tokens of the statement: the name is what the look-up finds, the value
+                # what it reads.
+                for served in (sources[-1] - 1, sources[-1]):
+                    needed_until[served] = position
+            stated.setdefault(name, []).append(position)
+    return Liveness(prompt_tokens, tuple(starts), tuple(needed_until), tuple(lookups))

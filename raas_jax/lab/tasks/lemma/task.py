@@ -1,0 +1,123 @@
+"""The synthetic reasoning task as something to evaluate on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+from raas_jax import tokenizer
+from raas_jax.lab.inspect.recording import Recording
+from raas_jax.lab.runs.tables import Column
+from raas_jax.lab.tasks.base import Item
+from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
+from raas_jax.lab.tasks.lemma.language import UNKNOWN, WORDS
+from raas_jax.lab.tasks.lemma.milestones import recall
+from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, encode
+from raas_jax.params import Params
+
+SLACK = 16  # Tokens that even the shortest answer may run over.
+
+
+@dataclasses.dataclass(frozen=True)
+class LemmaTask:
+    """Held-out problems of `raas_jax.lab.tasks.lemma`.
+
+    Attributes:
+      problems: how many.
+      smallest, largest: definitions of each.
+      late_facts: values found early that are needed only at the end.
+      seed: another seed draws other problems, from the same split.
+      split: "test", or "validation" for choosing.
+      max_new_tokens: cap of every answer; None allows half as much again as the right one takes.
+    """
+
+    problems: int = 200
+    smallest: int = 24
+    largest: int = 48
+    late_facts: int = 0
+    seed: int = 0
+    split: str = "test"
+    max_new_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("problems", "max_new_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        if self.split not in ("test", "validation"):
+            raise ValueError(
+                f"split is {self.split!r}; choose test or validation (the model has seen train)."
+            )
+        Knobs(self.smallest, self.largest, late_facts=self.late_facts)
+
+    @property
+    def name(self) -> str:
+        return "lemma"
+
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return (
+            Column("derivation", "Whole derivations", "share"),
+            Column("tokens", "Tokens", "mean"),
+            Column("capped", "Ran to the cap", "share"),
+            Column("served", "Recall to the first error", "ratio", per="lookups"),
+            Column("written_served", "Milestone recall", "ratio", per="written_lookups"),
+        )
+
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+    def items(self, params: Params) -> Sequence[Item]:
+        return [self._item(params, index) for index in range(self.problems)]
+
+    def grade(self, item: Item, recording: Recording, text: str) -> dict[str, Any]:
+        problem = self.problem(item.name)
+        marked = grade(problem, text)
+        return {
+            "correct": marked.answer and recording.finish_reason == "stop",
+            "derivation": marked.derivation and recording.finish_reason == "stop",
+            "first_wrong_line": marked.first_wrong_line,
+            "definitions": len(problem.definitions),
+            **recall(problem, recording, words_of(recording.tokens))._asdict(),
+        }
+
+    def problem(self, name: str) -> Problem:
+        """The problem of an item."""
+        return _draw(self, int(name))
+
+    def _item(self, params: Params, index: int) -> Item:
+        problem = _draw(self, index)
+        ids = (BOS_ID, *encode(problem.prompt_words))
+        if index == 0 and not reads_lemma(params, problem):
+            raise ValueError(
+                "the model does not read lemma problems word by word, as its milestones need; "
+                "use --model demo, or one that `raas-jax train` made."
+            )
+        return Item(str(index), ids, self.max_new_tokens or answer_limit(problem))
+
+
+@functools.lru_cache(maxsize=4096)
+def _draw(task: LemmaTask, index: int) -> Problem:
+    knobs = Knobs(task.smallest, task.largest, late_facts=task.late_facts)
+    return draw(task.split, task.seed, index, knobs)
+
+
+def answer_limit(problem: Problem) -> int:
+    """Half as many tokens again as the right answer takes, and a few more."""
+    right = len(problem.derivation_words) + 1
+    return right + right // 2 + SLACK
+
+
+def reads_lemma(params: Params, problem: Problem) -> bool:
+    """Whether the model's tokenizer is that of the task."""
+    if not tokenizer.has_tokenizer(params):
+        return False
+    ids, _ = tokenizer.encode(params, problem.prompt)
+    return ids == [[BOS_ID, *encode(problem.prompt_words)]]
+
+
+def words_of(tokens: Sequence[int]) -> list[str]:
+    """The word of each token, `<unk>` for ids that are none."""
+    return [WORDS[token] if token < len(WORDS) else UNKNOWN for token in tokens]

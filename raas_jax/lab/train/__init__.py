@@ -1,0 +1,1 @@
+"""Training the small reasoner of `raas_jax.lab.tasks.lemma`."""

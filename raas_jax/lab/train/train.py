@@ -1,0 +1,297 @@
+"""The trainer: a curriculum of problems, Muon and AdamW, checkpoints that resume exactly.
+
+`raas-jax train configs/lemma.yaml` calls `main`. Every batch is a function of the seed and the
+step, and the state holds everything else, so a run that was killed goes on to the same weights.
+"""
+
+import dataclasses
+import functools
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import orbax.checkpoint as ocp
+import yaml
+from optax.contrib import MuonDimensionNumbers, muon
+from tqdm import tqdm
+
+from raas_jax.config import ModelConfig
+from raas_jax.lab.train.batches import Batch, Bucket, batch
+from raas_jax.lab.train.export import export
+from raas_jax.lab.train.forward import forward
+from raas_jax.model import init_weights
+
+State = dict[str, Any]
+"""`weights`, `average` (of the weights over steps), `optimizer`, `step` (int32, steps done)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """From step `start` on, each step draws one of the buckets with these weights."""
+
+    start: int
+    weights: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """A training run, as `configs/lemma.yaml` writes it."""
+
+    seed: int
+    steps: int
+    model: ModelConfig
+    buckets: tuple[Bucket, ...]
+    stages: tuple[Stage, ...]
+    validation: tuple[Bucket, ...]
+    matrix_learning_rate: float  # Muon
+    other_learning_rate: float  # AdamW: embedding and norms
+    warmup_steps: int
+    decay_from: int  # the step at which the learning rates begin to fall, linearly to 0 at `steps`
+    clip_norm: float
+    average_decay: float
+    attention_scale: float  # initial value of the q and k norm weights
+    validate_every: int
+    checkpoint_every: int
+    checkpoints: str
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "TrainConfig":
+        """Read a YAML file; a field that is unknown or missing is an error that names it."""
+        fields = yaml.safe_load(Path(path).read_text())
+        known = {field.name for field in dataclasses.fields(cls)}
+        if set(fields) != known:
+            raise ValueError(
+                f"{path}: unknown fields {sorted(set(fields) - known)}, missing fields "
+                f"{sorted(known - set(fields))}; see configs/lemma.yaml"
+            )
+        fields["model"] = ModelConfig.from_hf(fields["model"])
+        fields["buckets"] = tuple(Bucket(**each) for each in fields["buckets"])
+        fields["validation"] = tuple(Bucket(**each) for each in fields["validation"])
+        fields["stages"] = tuple(
+            Stage(each["start"], tuple(map(float, each["weights"]))) for each in fields["stages"]
+        )
+        for stage in fields["stages"]:
+            if len(stage.weights) != len(fields["buckets"]):
+                raise ValueError(
+                    f"{path}: the stage that starts at {stage.start} has {len(stage.weights)} "
+                    f"weights for {len(fields['buckets'])} buckets; give one to each"
+                )
+        return cls(**fields)
+
+    def bucket(self, step: int) -> Bucket:
+        """The bucket of this step: a draw of its own, so it does not depend on the past."""
+        stage = [stage for stage in self.stages if stage.start <= step][-1]
+        source = random.Random(f"bucket/{self.seed}/{step}")
+        return source.choices(self.buckets, stage.weights)[0]
+
+
+def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
+    """Linear warm-up, constant, linear decay to zero."""
+
+    def rate(step: jax.Array) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = (step + 1) / config.warmup_steps
+        fall = (config.steps - step) / max(1, config.steps - config.decay_from)
+        return peak * jnp.clip(jnp.minimum(rise, fall), 0.0, 1.0)
+
+    return rate
+
+
+# Stacked matrices: which axes of [L, ...] a vector goes in by, and which it comes out by.
+_MATRICES = {
+    "q": MuonDimensionNumbers((3,), (1, 2)),
+    "k": MuonDimensionNumbers((3,), (1, 2)),
+    "v": MuonDimensionNumbers((3,), (1, 2)),
+    "o": MuonDimensionNumbers((2,), (1,)),
+    "gate": MuonDimensionNumbers((2,), (1,)),
+    "up": MuonDimensionNumbers((2,), (1,)),
+    "down": MuonDimensionNumbers((2,), (1,)),
+}
+
+
+def optimizer(config: TrainConfig) -> optax.GradientTransformation:
+    """Muon (Jordan et al. 2024) for the layers' matrices, AdamW for embedding and norms."""
+
+    def dimensions(weights: Any) -> Any:
+        named = dict.fromkeys(weights)
+        return {**named, "layers": {name: _MATRICES.get(name) for name in weights["layers"]}}
+
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        muon(
+            learning_rate(config, config.matrix_learning_rate),
+            adam_b2=0.95,
+            adam_learning_rate=learning_rate(config, config.other_learning_rate),
+            muon_weight_dimension_numbers=dimensions,
+        ),
+    )
+
+
+def loss_and_scores(
+    config: ModelConfig, weights: Any, arrays: dict[str, jax.Array]
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Mean cross-entropy over derivation tokens, and how many of them are right.
+
+    `exact` is the share of problems with every token right given the right ones before it, which
+    is the share whose greedy derivation is exactly right.
+    """
+    tokens, scored, segments = arrays["tokens"], arrays["scored"], arrays["segments"]
+    logits = forward(config, weights, tokens[:, :-1], arrays["positions"], segments)
+    targets = tokens[:, 1:]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    wrong = scored & (logits.argmax(-1) != targets)
+    scored_float, count = scored.astype(jnp.float32), scored.sum().astype(jnp.float32)
+    # A problem is told by its row and segment; the scored first token after a prompt counts it.
+    most = 64
+    rows = jnp.arange(tokens.shape[0])[:, None] * most + jnp.minimum(segments, most - 1)
+    size = tokens.shape[0] * most
+    problem_wrong = jnp.zeros(size, bool).at[rows].max(wrong)
+    problem_there = jnp.zeros(size, bool).at[rows].max(scored)
+    scores = {
+        "loss": (losses * scored_float).sum() / count,
+        "token_accuracy": 1 - wrong.sum().astype(jnp.float32) / count,
+        "exact": 1 - problem_wrong.sum() / problem_there.sum(),
+    }
+    return scores["loss"], scores
+
+
+def arrays_of(item: Batch) -> dict[str, Any]:
+    return {
+        "tokens": item.tokens,
+        "positions": item.positions,
+        "segments": item.segments,
+        "scored": item.scored,
+    }
+
+
+def initial_state(config: TrainConfig) -> State:
+    weights = init_weights(config.model, jax.random.key(config.seed))
+    # Sharper attention from the start: the look-ups come sooner.
+    for name in ("q_norm", "k_norm"):
+        weights["layers"][name] *= config.attention_scale
+    return {
+        "weights": weights,
+        "average": jax.tree.map(jnp.copy, weights),
+        "optimizer": optimizer(config).init(weights),
+        "step": jnp.zeros((), jnp.int32),
+    }
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def train_step(
+    config: TrainConfig, state: State, arrays: dict[str, jax.Array]
+) -> tuple[State, dict[str, jax.Array]]:
+    """One step of the optimiser. The old state is donated: its buffers become the new one's."""
+    gradient = jax.grad(functools.partial(loss_and_scores, config.model), has_aux=True)
+    gradients, scores = gradient(state["weights"], arrays)
+    # optax multiplies integer counts and broadcasts ranks, which strict callers forbid.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        updates, moments = optimizer(config).update(gradients, state["optimizer"], state["weights"])
+    weights = optax.apply_updates(state["weights"], updates)
+    # Early on the average follows quickly, so that the random beginning is forgotten.
+    done = state["step"].astype(jnp.float32)
+    decay = jnp.minimum(config.average_decay, (done + 1) / (done + 10))
+    average = jax.tree.map(
+        lambda old, new: decay * old + (1 - decay) * new, state["average"], weights
+    )
+    return {
+        "weights": weights,
+        "average": average,
+        "optimizer": moments,
+        "step": state["step"] + 1,
+    }, scores
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def score(config: ModelConfig, weights: Any, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return loss_and_scores(config, weights, arrays)[1]
+
+
+def validate(config: TrainConfig, weights: Any) -> dict[str, float]:
+    """`exact` and `token_accuracy` on fixed problems of the validation split, by size."""
+    result: dict[str, float] = {}
+    for bucket in config.validation:
+        item = batch(bucket, "validation", config.seed, 0)
+        scores = score(config.model, weights, arrays_of(item))
+        size = f"{bucket.smallest}-{bucket.largest}"
+        result[f"exact_{size}"] = round(float(scores["exact"]), 4)
+        result[f"token_accuracy_{size}"] = round(float(scores["token_accuracy"]), 6)
+    return result
+
+
+def train_steps(config: TrainConfig, state: State, until: int) -> Iterator[tuple[State, dict]]:
+    """Runs steps up to `until`, giving the state and the scores after each."""
+    for step in range(int(state["step"]), until):
+        bucket = config.bucket(step)
+        item = batch(bucket, "train", config.seed, step)
+        state, scores = train_step(config, state, arrays_of(item))
+        yield state, {"step": step + 1, "size": bucket.largest, **scores}
+
+
+def main(
+    config_path: str,
+    *,
+    checkpoints: str | None = None,
+    until: int | None = None,
+    fresh: bool = False,
+) -> Path:
+    """Train as the YAML file says, going on from its newest checkpoint.
+
+    Args:
+      config_path: as `configs/lemma.yaml`.
+      checkpoints: folder to use in place of the config's.
+      until: stop after this many steps in all; the config's `steps` by default.
+      fresh: refuse to resume, so that a folder with checkpoints is an error.
+
+    Returns:
+      The folder of checkpoints, with `metrics.jsonl` in it. Once the last step is done, the model
+      lies beside it as a Hugging Face folder of the same name and `-model`.
+    """
+    config = TrainConfig.from_file(config_path)
+    folder = Path(checkpoints or config.checkpoints).expanduser().absolute()
+    last = min(until or config.steps, config.steps)
+    options = ocp.CheckpointManagerOptions(max_to_keep=2)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        state = initial_state(config)
+        if manager.latest_step() is not None:
+            if fresh:
+                raise ValueError(f"checkpoints={folder}: holds checkpoints; move it, or resume")
+            state = restore(manager, state)
+        begin = time.time()
+        with (
+            open(folder / "metrics.jsonl", "a") as metrics,
+            tqdm(total=last, initial=int(state["step"]), unit="step", mininterval=5) as bar,
+        ):
+            recent: list[dict] = []
+            for now, scores in train_steps(config, state, last):
+                step = scores["step"]
+                recent = [*recent[-24:], scores]
+                bar.update()
+                if step % 25 == 0 or step == last:
+                    line = {"step": step, "seconds": round(time.time() - begin, 1)}
+                    for name in ("loss", "token_accuracy", "exact", "size"):
+                        values = [float(each[name]) for each in recent]
+                        line[name] = round(sum(values) / len(values), 5)
+                    bar.set_postfix(loss=line["loss"], exact=line["exact"])
+                    if step % config.validate_every == 0 or step == last:
+                        line |= validate(config, now["average"])
+                    print(json.dumps(line), file=metrics, flush=True)
+                if step % config.checkpoint_every == 0 or step == last:
+                    manager.save(step, args=ocp.args.StandardSave(now))
+                if step == config.steps:
+                    export(config.model, now["average"], folder.with_name(f"{folder.name}-model"))
+            manager.wait_until_finished()
+    return folder
+
+
+def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None) -> State:
+    """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`."""
+    target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    step = manager.latest_step() if step is None else step
+    return manager.restore(step, args=ocp.args.StandardRestore(target))

@@ -1,0 +1,180 @@
+"""The Hopper kernels, and a whole decode loop, through the compiler for compute capability 9.0.
+
+No GPU is needed, but JAX's CUDA plugin of the same version:
+`pip install --no-deps jax-cuda13-plugin jax-cuda13-pjrt`, and `ptxas` of CUDA 13 on PATH.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from hlo import written_in_loops
+
+from pallas_kernels import (
+    Target,
+    decode_attention,
+    page_bound,
+    page_commit,
+    selected_decode_attention,
+)
+from raas_jax import ModelConfig, RaaS
+from raas_jax.aot.memory import Programs, compiled, target_mesh
+from raas_jax.aot.targets import target_devices
+from raas_jax.decode import cache_bytes
+
+MEMORY = 80e9
+CLEAN = "0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
+I32, BF16, F32 = jnp.int32, jnp.bfloat16, jnp.float32
+
+
+@pytest.fixture(scope="module")
+def device():
+    try:
+        return target_devices("h100")[0]
+    except ModuleNotFoundError as error:
+        pytest.skip(str(error))
+
+
+def at(device, tree):
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def size(tree):
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def shape(*sizes, dtype=BF16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+@pytest.fixture
+def compile_kernel(device, monkeypatch, capfd):
+    """Compiles one call that must be served by the kernel; returns it and ptxas's report."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+
+    def compiled(operation, *arrays):
+        call = partial(operation, implementation="gpu", target=Target.of(device))
+        found = jax.jit(call).lower(*at(device, arrays)).compile()
+        report = capfd.readouterr()
+        return found, report.out + report.err
+
+    return compiled
+
+
+# Qwen2.5-7B with pages of several sizes, Llama-3.1-8B, other head dims, the widest groups, float32.
+SIZES = [
+    (BF16, 4, 7, 128, 1), (BF16, 4, 7, 128, 16), (BF16, 4, 7, 128, 128), (BF16, 8, 4, 128, 16),
+    (BF16, 2, 64, 64, 16), (BF16, 1, 16, 256, 16), (BF16, 1, 16, 96, 16), (BF16, 2, 4, 80, 64),
+    (F32, 4, 7, 128, 16), (F32, 2, 16, 80, 16),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, K, G, H, page", SIZES)
+def test_decode_attention_compiles_without_spills(compile_kernel, dtype, K, G, H, page):
+    S = 4096 // page
+    pages = shape(28, 8, K, S, page, H, dtype=dtype)
+    arrays = (shape(8, K * G, H, dtype=dtype), pages, pages, shape(8, K, S, dtype=I32))
+    found, report = compile_kernel(decode_attention, *arrays)
+    assert "sm_90a" in report and CLEAN in report
+    # Nothing as large as one layer of keys: no layer is sliced out, nothing is transposed.
+    assert found.memory_analysis().temp_size_in_bytes < size(pages) / 28
+
+
+@pytest.mark.parametrize("page", [16, 128])
+def test_selected_decode_attention_compiles_without_spills(compile_kernel, page):
+    S = 4096 // page
+    arrays = (
+        shape(8, 28, 128),
+        *[shape(28, 4, 4, S, page, 128)] * 2,
+        shape(4, 4, S, dtype=I32),
+        shape(8, 4, S // 4, dtype=I32),
+    )
+    found, report = compile_kernel(selected_decode_attention, *arrays)
+    assert "sm_90a" in report and CLEAN in report
+    assert found.memory_analysis().temp_size_in_bytes < 4 * 4 * S * page * 128 * 2
+
+
+def test_page_bound_compiles_without_spills(compile_kernel):
+    _, report = compile_kernel(page_bound, shape(8, 28, 128), *[shape(28, 8, 4, 264, 128)] * 2)
+    assert "sm_90a" in report and CLEAN in report
+
+
+def test_page_commit_is_one_scatter_in_place(device):
+    """Why XLA serves it on GPUs: it allocates nothing, and all of the buffer is aliased."""
+    pages = shape(28, 8, 4, 64, 16, 128)
+    arrays = at(device, (pages, shape(28, 8, 4, 16, 128), shape(28, 8, 4, dtype=I32)))
+    call = partial(page_commit, target=Target.of(device))
+    found = jax.jit(call, donate_argnums=0).lower(*arrays).compile()
+    analysis = found.memory_analysis()
+    assert analysis.temp_size_in_bytes == 0
+    assert analysis.alias_size_in_bytes == pages.size * 2
+    assert len(re.findall(r"= \S+ scatter\(", found.as_text())) == 1
+    assert " copy(" not in found.as_text()
+
+
+# The whole decode of a real model.
+
+
+def compiled_loop(config: ModelConfig, rows, pages, budget=1024, new=32_768):
+    policy, dtype = RaaS(budget, prompt="excluded"), jnp.dtype("bfloat16")
+    # The tests' strict promotion is for float32; `jax.nn` mixes dtypes where weights are bfloat16.
+    with jax.numpy_dtype_promotion("standard"):
+        mesh = target_mesh(config, "h100")
+        programs = Programs.create(config, policy, [512] * rows, new, dtype, mesh)
+        return programs, programs.decode(pages).compile()
+
+
+MODELS = ["Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"]
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def loop(device, shared, request):
+    config = ModelConfig.from_file(shared / f"configs/{request.param}/config.json")
+    return compiled_loop(config, rows=32, pages=4)
+
+
+def test_real_models_decode_through_the_kernel_and_fit(loop):
+    programs, program = loop
+    account = compiled(program.memory_analysis())
+    assert "mosaic_gpu" in program.as_text()
+    assert account.peak < MEMORY
+    said = cache_bytes(programs.state)
+    weights = size(programs.params.weights)
+    assert abs(account.arguments - weights - said) <= 0.03 * said
+    assert account.aliases >= said
+    # Besides, a step takes less than a fiftieth of the cache and one layer of weights.
+    layer = weights / programs.params.config.num_hidden_layers
+    assert account.temporaries < said / 50 + layer
+
+
+def test_real_models_copy_no_cache_in_their_loop(loop):
+    programs, program = loop
+    cache = programs.state.cache
+    assert (
+        written_in_loops(program.as_text(), min(size(cache.prompt.k), size(cache.kept[0].k))) == []
+    )
+
+
+@pytest.mark.parametrize(("model", "rows"), [(MODELS[0], 1), (MODELS[0], 8), (MODELS[1], 1)])
+def test_few_rows_copy_no_weights(device, shared, model, rows):
+    """Where few rows share them, a step is bound by reading the weights: once, into no copy."""
+    config = ModelConfig.from_file(shared / f"configs/{model}/config.json")
+    programs, program = compiled_loop(config, rows, pages=4)
+    layers = programs.params.weights["layers"]
+    of_layer = lambda tree: size(tree) // config.num_hidden_layers  # noqa: E731
+    assert compiled(program.memory_analysis()).temporaries < of_layer(layers) / 20
+    assert written_in_loops(program.as_text(), of_layer(layers["o"])) == []
+
+
+def test_the_allocation_does_not_grow_with_the_length(device):
+    """A small model, since it is compiled twice: 64 and 2,048 tokens in one program."""
+    config = ModelConfig(512, 256, 512, 2, 4, 2, 64, dtype="bfloat16")
+    programs = [compiled_loop(config, 4, pages)[1] for pages in (4, 128)]
+    short, long = (compiled(program.memory_analysis()) for program in programs)
+    assert long.temporaries == short.temporaries
+    assert long.arguments == short.arguments

@@ -1,0 +1,155 @@
+"""Studies: equal bytes, going on after a kill, tables, differences and pictures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+import raas_jax
+from raas_jax.cli.main import main
+from raas_jax.lab.runs import Results, report
+from raas_jax.lab.runs.speed import measure_steps
+from raas_jax.lab.runs.study import CEILING, TOLERANCE, Study, plan_study, run_study
+from raas_jax.lab.runs.study_report import StudyReport
+from raas_jax.lab.runs.tables import paired
+
+FIELDS = {
+    "page_size": 4,
+    "rows": 4,
+    "reference": "RaaS",
+    "controls": ["Recent"],
+    "tasks": {
+        "tiny": {"smallest": 3, "largest": 3, "problems": 3, "max_new_tokens": 24, "budgets": [8]}
+    },
+    "policies": [
+        {"label": "Dense", "policy": "dense"},
+        {"label": "RaaS", "policy": "raas"},
+        {"label": "Recent", "policy": "recent"},
+        {"label": "SnapKV", "policy": "snapkv", "window": 16},
+    ],
+    "ceiling": 0.1,
+    "ablations": {
+        "alpha": {
+            "budget": {"tiny": 8},
+            "policies": [{"label": "alpha 0.2", "policy": "raas", "alpha": 0.2}],
+        }
+    },
+}
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+
+
+@pytest.fixture(scope="module")
+def whole(params, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("study") / "out"
+    run_study(params, Study.create(FIELDS), folder, model="tiny", progress=False)
+    return folder
+
+
+def test_everybody_gets_the_bytes_of_the_reference():
+    """Also those with windows and buffers, which therefore keep fewer tokens."""
+    study = Study.from_file(CONFIGS / "study_smoke.yaml")
+    planned, impossible = plan_study(study, raas_jax.load("demo"))
+    assert not impossible
+    by_name = {(each.entry, each.budget): each for each in planned}
+    assert by_name["RaaS", 16].own_budget == 16
+    assert by_name["R-KV", 32].own_budget < 32
+    page = by_name["RaaS", 32].bytes - by_name["RaaS", 16].bytes
+    for each in planned:
+        if each.budget:
+            target = by_name["RaaS", each.budget].bytes
+            assert each.bytes <= target * (1 + TOLERANCE)
+            # And one page more would be too much.
+            assert each.bytes + page / 4 > target or each.entry == "R-KV"
+    assert by_name["Dense", 0].bytes > by_name["RaaS", 32].bytes
+    # Options that are a share of the policy's own budget.
+    rkv = by_name["R-KV", 32].cell.policy
+    assert rkv.every == rkv.budget // 2
+
+
+def test_a_study_and_its_report(whole):
+    made = StudyReport(Results.read(whole))
+    assert {point.entry for point in made.points} == {
+        "Dense",
+        "RaaS",
+        "Recent",
+        CEILING,
+        "alpha 0.2",
+    }
+    assert all(len(point.samples) == 3 for point in made.points)
+    text, _ = report(whole)
+    assert "difference from Recent" in text and "Ablation: alpha" in text
+    # A policy whose window is larger than the budget is named with the reason, and not run.
+    assert "SnapKV 8: the least budget that it can work with, 20, takes" in text
+    for name in ("accuracy_bytes", "recall", "lengths", "ceiling", "ablations"):
+        assert (whole / f"{name}.png").stat().st_size > 5_000
+    lines = (whole / "table.csv").read_text().splitlines()
+    assert len(lines) == 1 + 5 and "minus Belady (oracle) low" in lines[0]
+
+
+def test_times_are_measured_once(params, tmp_path):
+    task = Study.create(FIELDS).tested[0].task
+    tried = {"RaaS 8": raas_jax.RaaS(8, page_size=4)}
+    measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
+    first = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
+    assert 0 < first["RaaS 8"] < 1000
+    tried["Dense"] = raas_jax.Dense(page_size=4)  # Takes turns with the first.
+    measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
+    both = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
+    assert list(both) == ["RaaS 8", "Dense"] and both["RaaS 8"] == first["RaaS 8"]
+
+
+def test_a_killed_study_goes_on(params, whole, tmp_path, killed):
+    study = Study.create(FIELDS)
+    with killed(7):
+        run_study(params, study, tmp_path / "out", model="tiny", progress=False)
+    assert len(Results.read(tmp_path / "out").samples) == 7
+    run_study(params, study, tmp_path / "out", model="tiny", progress=False)
+    there, here = Results.read(whole).samples, Results.read(tmp_path / "out").samples
+    assert there.keys() == here.keys() and len(here) == 15
+    assert all(there[key]["text"] == here[key]["text"] for key in here)
+    other = Study.create({**FIELDS, "ceiling": 0.2})
+    with pytest.raises(ValueError, match=r"study\.ceiling: 0\.1 → 0\.2"):
+        run_study(params, other, tmp_path / "out", model="tiny", progress=False)
+
+
+def test_paired_differences_by_hand():
+    found = paired([True, True, False, True], [False, True, False, True])
+    assert found.value == 0.25
+    # Differences 1, 0, 0, 0: variance 0.25, standard error 0.25.
+    assert found.low == pytest.approx(0.25 - 1.959964 * 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"reference": "RAAS"}, "'RAAS' is not the label"),
+        ({"pages": 4}, "pages is not a field of a study"),
+        ({"policies": [{"label": "a", "policy": "raas", "alhpa": 1}]}, "'alhpa' is not an option"),
+        ({"policies": [{"label": "a", "policy": "rass"}]}, "Did you mean raas"),
+        ({"rows": None}, "rows"),
+    ],
+    ids=str,
+)
+def test_a_study_that_makes_no_sense_is_refused(change, named, tmp_path, capsys):
+    fields = {key: value for key, value in {**FIELDS, **change}.items() if value is not None}
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(fields))
+    args = ["eval", "lemma", "--config", str(tmp_path / "study.yaml")]
+    assert main([*args, "-o", str(tmp_path / "out")]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_beside_a_file_are_refused(tmp_path, capsys):
+    args = ["eval", "lemma", "--config", str(CONFIGS / "study_smoke.yaml"), "--problems", "3"]
+    assert main([*args, "-o", str(tmp_path / "out")]) == 2
+    assert "--problems is given beside --config" in capsys.readouterr().err
+    assert main(["eval", "lemma", "--config", "nowhere.yaml", "-o", str(tmp_path / "out")]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+
+
+def test_the_committed_studies_can_be_planned():
+    for file in CONFIGS.glob("study*.yaml"):
+        study = Study.from_file(file)
+        assert json.dumps(study.source)
+        assert study.entry(study.reference).policy == "raas"

@@ -1,0 +1,119 @@
+"""The trainer: exact resume, the curriculum, and a forward pass that is the model's own."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import yaml
+
+import raas_jax
+from raas_jax.lab.tasks.lemma.draws import split_of
+from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, decode
+from raas_jax.lab.train.batches import Bucket, batch
+from raas_jax.lab.train.forward import forward
+from raas_jax.lab.train.train import TrainConfig, arrays_of, initial_state, main, train_steps
+from raas_jax.model import merge
+
+TINY = {
+    "seed": 3,
+    "steps": 4,
+    "checkpoint_every": 2,
+    "validate_every": 4,
+    "model": {
+        "model_type": "qwen3",
+        "vocab_size": 128,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 8,
+        "tie_word_embeddings": True,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "matrix_learning_rate": 0.02,
+    "other_learning_rate": 0.003,
+    "warmup_steps": 2,
+    "decay_from": 3,
+    "clip_norm": 1.0,
+    "average_decay": 0.9,
+    "attention_scale": 1.5,
+    "buckets": [
+        {"smallest": 4, "largest": 5, "tokens": 128, "rows": 2},
+        {"smallest": 4, "largest": 6, "tokens": 128, "rows": 2},
+    ],
+    "stages": [{"start": 0, "weights": [1, 0]}, {"start": 1, "weights": [1, 1]}],
+    "validation": [{"smallest": 4, "largest": 5, "tokens": 128, "rows": 2}],
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    def write(name):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(TINY | {"checkpoints": str(tmp_path / name)}))
+        return path
+
+    return write
+
+
+def test_two_steps_and_resume_are_four_in_a_row(config_file):
+    path = config_file("resumed")
+    config = TrainConfig.from_file(path)
+    *_, (straight, _) = train_steps(config, initial_state(config), 4)
+    straight = jax.tree.map(np.asarray, straight)
+
+    import orbax.checkpoint as ocp
+
+    from raas_jax.lab.train.train import restore
+
+    main(str(path), until=2)
+    folder = main(str(path))
+    with ocp.CheckpointManager(folder) as manager:
+        assert manager.latest_step() == 4
+        resumed = restore(manager, initial_state(config))
+    jax.tree.map(np.testing.assert_array_equal, straight, jax.tree.map(np.asarray, resumed))
+    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
+    exported = raas_jax.load(folder.with_name("resumed-model")).weights["embedding"]
+    np.testing.assert_allclose(exported, straight["average"]["embedding"], rtol=0.01)
+    with pytest.raises(ValueError, match="holds checkpoints"):
+        main(str(path), fresh=True)
+
+
+def test_forward_is_the_models_own(config_file):
+    config = TrainConfig.from_file(config_file("forward"))
+    weights = initial_state(config)["weights"]
+    arrays = arrays_of(batch(config.buckets[1], "train", 0, 0))
+    tokens, there = arrays["tokens"][:, :-1], arrays["segments"] > 0
+    ours = forward(config.model, weights, tokens, arrays["positions"], arrays["segments"])
+    model = merge(config.model, weights)
+    own = model(tokens, arrays["positions"], arrays["segments"])
+    assert jnp.abs(jnp.where(there[..., None], ours - own, 0)).max() < 1e-5
+
+
+def test_batches_hold_whole_problems_of_their_split():
+    item = batch(Bucket(4, 6, 320, 3), "validation", 5, 7)
+    again = batch(Bucket(4, 6, 320, 3), "validation", 5, 7)
+    np.testing.assert_array_equal(item.tokens, again.tokens)
+    found = 0
+    for row in range(3):
+        starts = np.flatnonzero(item.tokens[row] == BOS_ID)
+        for segment, start in enumerate(starts, 1):
+            inside = np.flatnonzero(item.segments[row] == segment)
+            assert inside[0] == start
+            np.testing.assert_array_equal(item.positions[row, inside], np.arange(len(inside)))
+            prompt = inside[~item.scored[row, inside]][0], inside[item.scored[row, inside]][0]
+            text = decode(item.tokens[row, prompt[0] : prompt[1] + 1])
+            assert text.endswith(":") and split_of(text) == "validation"
+            found += 1
+    assert found == item.problems
+
+
+def test_config_names_what_is_wrong(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"lerning_rate": 1}))
+    with pytest.raises(ValueError, match="lerning_rate.*checkpoints"):
+        TrainConfig.from_file(path)
+    with pytest.raises(ValueError, match="wanted at least 1224"):
+        Bucket(4, 64, 1024, 1)
