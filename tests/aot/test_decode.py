@@ -9,7 +9,7 @@ import math
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled.conftest import TPUS
+from aot.conftest import TPUS
 from hlo import collectives, computations, written_in_loops
 
 from raas_jax import ModelConfig, RaaS

@@ -7,7 +7,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from compiled.conftest import TPUS
+from aot.conftest import TPUS
 from jax.sharding import SingleDeviceSharding
 
 from pallas_kernels import Target
