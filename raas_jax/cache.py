@@ -59,7 +59,7 @@ class Kept:
 
     Attributes:
       k, v: `[L, B, K, S, P, H]`.
-      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 @@meta an empty one.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
       bounds: of the pages, for a policy that asks for them.
     """
 

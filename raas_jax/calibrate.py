@@ -9,12 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from tqdm.auto import tqdm
 
 from raas_jax.attention import causal_attention
 from raas_jax.generate import generate
-from raas_jax.model import block_graph, merge, rope_frequencies, rope_rotation
+from raas_jax.model import Layer, ends, rope_frequencies, rope_rotation, run_layers
 from raas_jax.params import Params
 from raas_jax.policies.dense import Dense, bucket
 from raas_jax.policies.triattention import Centres
@@ -67,21 +66,20 @@ def _sum_queries(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums of the queries `[L, N, H]` and of the lengths of their pairs `[L, N, H / 2]`."""
     config = params.config
-    model = merge(config, params.weights)
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
     rotation = rope_rotation(config.rope, config.head_dim, position)
     still = rope_rotation(config.rope, config.head_dim, jnp.zeros_like(position))
-    graph = block_graph(config, params.weights["embedding"].dtype.name)
     counts = (position < length)[0, :, None, None]
 
-    def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        block = nnx.merge(graph, weights)
-        q, k, v = block.qkv(x, rotation)
-        plain, _, _ = block.qkv(x, still)
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        q, k, v = layer.block.qkv(x, rotation)
+        plain, _, _ = layer.block.qkv(x, still)
         plain = jnp.where(counts, plain[0].astype(jnp.float32), 0.0)
         real, imaginary = jnp.split(plain, 2, axis=-1)
         lengths = jnp.sqrt(real * real + imaginary * imaginary)
         sums = jnp.sum(plain, axis=0), jnp.sum(lengths, axis=0)
-        return block.finish(x, causal_attention(q, k, v)), sums
+        return layer.block.finish(x, causal_attention(q, k, v)), sums
 
-    return jax.lax.scan(layer, model.embed(tokens), params.weights["layers"])[1]
+    x = ends(config, params.weights).embed(tokens)
+    sums: tuple[jax.Array, jax.Array] = run_layers(config, params.weights, body, x)[1]
+    return sums

@@ -146,6 +146,11 @@ class ModelConfig:
         """`G`: query heads per key/value head."""
         return self.num_attention_heads // self.num_key_value_heads
 
+    @property
+    def layer_pattern(self) -> tuple[str, ...]:
+        """Kinds of layers, in turn, as often as there are layers; today all are of one kind."""
+        return ("full",)
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
         """Builds from the dictionary of a Hugging Face config.json.

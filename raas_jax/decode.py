@@ -4,100 +4,76 @@
                                  outer scan over pages: inner scan over P tokens, one commit
 
 The prompt and the kept pages are read-only within a page, so they are loop invariants of the inner
-scan; what changes per token is one offset of the current page and the policy's small meta.
+scan; what changes per token is one offset of the current page and the policy's small metadata.
+`raas_jax.session.Session` drives these functions.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from pallas_kernels import Target
 from raas_jax.attention import Reader, causal_attention, prompt_mass
 from raas_jax.cache import (
     Bounds,
     Cache,
-    Kept,
     CurrentPage,
+    Kept,
     Prompt,
     commit,
     page_bounds,
     write_token,
 )
 from raas_jax.config import ModelConfig
-from raas_jax.model import block_graph, merge, rope_rotation
+from raas_jax.model import Body, Layer, ends, rope_rotation, run_layers
 from raas_jax.params import Params
+from raas_jax.plan import Plan
+from raas_jax.policies import pages_for
 from raas_jax.policies.base import (
     Boundary,
     Bounded,
     Evidence,
     Metadata,
     Page,
-    Policy,
     PromptPages,
     Selection,
-    pages_for,
 )
-from raas_jax.policies.dense import bucket
-from raas_jax.sampling import Sampler
+from raas_jax.sampling import Sampler, Sampling, row_keys
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Plan:
-    """All that is fixed before a decode is compiled.
+class Rows:
+    """What each row is about; every array begins with the axis `B`.
 
     Attributes:
-      policy: which pages to keep.
-      prompt_slots: `Sp`, pages of the longest prompt's bucket.
-      slots: `S`, slots of kept pages, for each of the policy's groups of layers.
-      samples: rows that share one prompt, `B / B'`; rows of one prompt are neighbours.
-      target: what the decode is compiled for; None is the default backend, without a mesh.
+      token: int32 `[B]`, the last token sampled, not yet fed to the model.
+      generated: int32 `[B]`, tokens sampled so far, `token` included; frozen once done.
+      limit: int32 `[B]`, how many may be sampled.
+      done: bool `[B]`, a stop token was sampled or the limit reached. A done row computes on,
+        unseen.
+      committed: int32 `[B]`, pages that left the current page while the row was running.
+      evicted: int32 `[B]`, pages that were overwritten or emptied while the row was running; the
+        most of any layer and head.
+      sampler: how each row samples.
     """
 
-    policy: Policy
-    prompt_slots: int
-    slots: tuple[int, ...]
-    samples: int = 1
-    target: Target | None = None
-
-    @classmethod
-    def create(
-        cls,
-        config: ModelConfig,
-        policy: Policy,
-        prompt_tokens: Sequence[int],
-        max_new_tokens: int,
-        samples: int = 1,
-        target: Target | None = None,
-    ) -> Plan:
-        """For prompts of these lengths; raises ValueError if the policy cannot take one."""
-        policy.check_prompts(prompt_tokens)
-        groups = policy.groups(config.num_hidden_layers)
-        if any(part.evicts_prompt != policy.evicts_prompt for _, part in groups):
-            raise ValueError(
-                f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
-            )
-        return cls(
-            policy,
-            bucket(pages_for(max(prompt_tokens), policy.page_size)),
-            tuple(part.slots(prompt_tokens, max_new_tokens) for _, part in groups),
-            samples,
-            target,
-        )
-
-    @property
-    def page_size(self) -> int:
-        """`P`."""
-        return self.policy.page_size
+    token: jax.Array
+    generated: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    committed: jax.Array
+    evicted: jax.Array
+    sampler: Sampler
 
 
 @jax.tree_util.register_dataclass
@@ -108,34 +84,21 @@ class DecodeState:
     Attributes:
       cache: keys and values.
       meta: the policy's metadata, one entry per group of layers.
-      token: int32 `[B]`, the last token drawn, not yet fed to the model.
-      generated: int32 `[B]`, tokens drawn so far, `token` included; frozen once done.
-      limit: int32 `[B]`, how many may be drawn.
-      done: bool `[B]`, a stop token was drawn or the limit reached. A done row computes on, unseen.
-      committed: int32 `[B]`, pages that left the current page while the row was running.
-      evicted: int32 `[B]`, pages that were overwritten or released while the row was running; the
-        most of any layer and head.
+      rows: what each row is about.
       stop_tokens: int32 `[any]`, padded with -1.
-      sampler: how each row draws.
     """
 
     cache: Cache
     meta: tuple[Metadata, ...]
-    token: jax.Array
-    generated: jax.Array
-    limit: jax.Array
-    done: jax.Array
-    committed: jax.Array
-    evicted: jax.Array
+    rows: Rows
     stop_tokens: jax.Array
-    sampler: Sampler
 
 
 class Sampled(NamedTuple):
-    """What one step drew, or several.
+    """Tokens that were sampled.
 
     Attributes:
-      tokens: int32 `[B]` or `[T, B]`; -1 for a row that was done.
+      tokens: int32 `[B]`, or with further axes; -1 for a row that was done.
       logprobs: float32, their log-probabilities.
     """
 
@@ -143,18 +106,70 @@ class Sampled(NamedTuple):
     logprobs: jax.Array
 
 
-class _Request(NamedTuple):
-    """What the caller asks of each row, see `DecodeState`."""
+class Progress(NamedTuple):
+    """What `T` steps gave out, and where the rows then were: all that a host needs to see.
+
+    Attributes:
+      tokens: int32 `[T, B]`, sampled or forced; -1 for a row that was done.
+      logprobs: float32 `[T, B]`, under the model at temperature 1, before any filter.
+      committed, evicted, done: `[B]`, see `Rows`.
+      greedy: bool `[T, B]`, whether the token is the likeliest; None unless tokens were forced.
+      probed: what a `Probe` saw; None without one.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    committed: jax.Array
+    evicted: jax.Array
+    done: jax.Array
+    greedy: jax.Array | None = None
+    probed: Any = None
+
+
+class Probe(NamedTuple):
+    """Functions of the state whose results are given out, for recordings. Static: name functions.
+
+    Attributes:
+      page: called before each page; its results are stacked to `[pages, ...]`.
+      step: called after each token; its results are stacked to `[pages, P, ...]`.
+    """
+
+    page: Callable[[DecodeState], Any] | None = None
+    step: Callable[[DecodeState], Any] | None = None
+
+
+class RowRequest(NamedTuple):
+    """What is asked of each row, see `Rows`."""
 
     limit: jax.Array
     stop_tokens: jax.Array
     sampler: Sampler
 
+    @classmethod
+    def create(
+        cls,
+        limits: Sequence[int] | jax.Array,
+        stop_tokens: Sequence[int] = (),
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        seed: int | jax.Array | Sequence[int] = 0,
+    ) -> RowRequest:
+        """Requests of rows.
 
-def request(limit: jax.Array, stop_tokens: Sequence[int], sampler: Sampler) -> _Request:
-    """Bundles limits int32 `[B]`, stop tokens and the sampler; pads the stop tokens to a bucket."""
-    padded = list(stop_tokens) + [-1] * (-len(stop_tokens) % 8 or 8 * (not stop_tokens))
-    return _Request(jnp.asarray(limit, jnp.int32), jnp.asarray(padded, jnp.int32), sampler)
+        Args:
+          limits: tokens that each row may have, int32 `[B]`.
+          stop_tokens: ids that end a row; padded to a bucket.
+          sampling: greedy by default; one for all rows, or one for each.
+          seed: as for `raas_jax.sampling.row_keys`.
+        """
+        rows = len(limits)
+        one_for_all = sampling is None or isinstance(sampling, Sampling)
+        settings = [sampling or Sampling()] * rows if one_for_all else list(sampling)
+        padded = [*stop_tokens, *[-1] * (-len(stop_tokens) % 8 or 8 * (not stop_tokens))]
+        return cls(
+            jnp.asarray(limits, jnp.int32),
+            jnp.asarray(padded, jnp.int32),
+            Sampler.create(settings, row_keys(seed, rows)),
+        )
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], plan: Plan) -> tuple[jax.Array, jax.Array]:
@@ -168,20 +183,18 @@ def pad_prompts(prompts: Sequence[Sequence[int]], plan: Plan) -> tuple[jax.Array
 def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache:
     """A cache of zeros: `rows` is `B`, of which every `plan.samples` share a prompt."""
     K, H, P = config.num_key_value_heads, config.head_dim, plan.page_size
-    groups = plan.policy.groups(config.num_hidden_layers)
-    bounded = any(policy.needs_prompt_bounds for _, policy in groups)
 
     def pages(*shape: int) -> jax.Array:
         return jnp.zeros((*shape, P, H), dtype)
 
     def bounds(wanted: bool, *shape: int) -> Bounds | None:
-        zeros = lambda: jnp.zeros((*shape, H), dtype)  # noqa: E731
-        return Bounds(zeros(), zeros()) if wanted else None
+        shape = (*shape, H)
+        return Bounds(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) if wanted else None
 
     L = config.num_hidden_layers
-    prompt_slots = 0 if plan.policy.evicts_prompt else plan.prompt_slots
-    prompt = (L, rows // plan.samples, K, prompt_slots)
-    kept = [(n, rows, K, S) for (n, _), S in zip(groups, plan.slots, strict=True)]
+    prompt = (L, rows // plan.samples, K, 0 if plan.policy.evicts_prompt else plan.prompt_slots)
+    bounded = any(group.policy.needs_prompt_bounds for group in plan.groups)
+    kept = [(group.policy, (group.layers, rows, K, group.slots)) for group in plan.groups]
     return Cache(
         prompt=Prompt(
             pages(*prompt),
@@ -196,7 +209,7 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
                 jnp.zeros(shape, jnp.int32),
                 bounds(policy.needs_bounds, *shape),
             )
-            for shape, (_, policy) in zip(kept, groups, strict=True)
+            for policy, shape in kept
         ),
         current=CurrentPage(pages(L, rows, K), pages(L, rows, K)),
     )
@@ -204,81 +217,104 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
 
 def init_metadata(config: ModelConfig, plan: Plan, rows: int) -> tuple[Metadata, ...]:
     """The policy's metadata of an empty cache, one entry per group of layers."""
-    groups = plan.policy.groups(config.num_hidden_layers)
-    return tuple(
-        policy.init((layers, rows, config.num_key_value_heads, S))
-        for (layers, policy), S in zip(groups, plan.slots, strict=True)
+    K = config.num_key_value_heads
+    return tuple(group.policy.init((group.layers, rows, K, group.slots)) for group in plan.groups)
+
+
+def empty_state(
+    config: ModelConfig, plan: Plan, rows: int, dtype: Any, stop_tokens: Sequence[int] = ()
+) -> DecodeState:
+    """A state in which no row runs."""
+    cache = empty_cache(config, plan, rows, dtype)
+    # Of one token, since no prompt is empty; it is never seen.
+    prompt = dataclasses.replace(cache.prompt, lengths=jnp.ones_like(cache.prompt.lengths))
+    asked = RowRequest.create([1] * rows, stop_tokens)
+    return DecodeState(
+        cache=dataclasses.replace(cache, prompt=prompt),
+        meta=init_metadata(config, plan, rows),
+        rows=Rows(
+            token=jnp.ones(rows, jnp.int32),
+            generated=jnp.ones(rows, jnp.int32),
+            limit=asked.limit,
+            done=jnp.ones(rows, jnp.bool_),
+            committed=jnp.zeros(rows, jnp.int32),
+            evicted=jnp.zeros(rows, jnp.int32),
+            sampler=asked.sampler,
+        ),
+        stop_tokens=asked.stop_tokens,
     )
 
 
 @partial(jax.jit, static_argnames="plan")
 def prefill(
-    params: Params, tokens: jax.Array, lengths: jax.Array, asked: _Request, *, plan: Plan
-) -> tuple[DecodeState, Sampled]:
-    """Reads the prompts and draws the first token of every row.
+    params: Params,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    request: RowRequest,
+    *,
+    plan: Plan,
+    force: jax.Array | None = None,
+) -> tuple[DecodeState, Progress]:
+    """Reads the prompts and samples the first token of every row.
 
     Args:
       params: the model.
       tokens: int32 `[B', T]` with `T <= Sp * P`, prompts at the left, padded at the right.
       lengths: int32 `[B']`, true lengths.
-      asked: limits, stop tokens and sampler of the `B = B' * samples` rows.
+      request: limits, stop tokens and sampler of the `B = B' * samples` rows.
       plan: fixed shapes.
+      force: int32 `[B]`, first tokens to take instead of sampling; -1 samples.
 
     Returns:
-      The state at the start of the first page, and the first tokens, `[B]`.
+      The state at the start of the first page, and the first tokens, `T = 1`.
     """
-    config = params.config
-    model = merge(config, params.weights)
+    config, P = params.config, plan.page_size
     dtype = params.weights["embedding"].dtype
     rows = tokens.shape[0] * plan.samples
-    padded = jnp.pad(tokens, ((0, 0), (0, plan.prompt_slots * plan.page_size - tokens.shape[1])))
-    T = padded.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), padded.shape)
+    padded = jnp.pad(tokens, ((0, 0), (0, plan.prompt_slots * P - tokens.shape[1])))
+    positions = jnp.broadcast_to(jnp.arange(padded.shape[1], dtype=jnp.int32), padded.shape)
     rotation = rope_rotation(config.rope, config.head_dim, positions)
-    graph = block_graph(config, dtype.name)
     queries = plan.policy.prompt_queries
 
-    def layer(
-        x: jax.Array, weights: Any
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array | None]]:
-        block = nnx.merge(graph, weights)
-        q, k, v = block.qkv(x, rotation)
-        x = block.finish(x, causal_attention(q, k, v, target=plan.target))
-        mass = prompt_mass(q, k, lengths, plan.page_size, queries) if queries else None
-        return x, (_as_pages(k, plan.page_size), _as_pages(v, plan.page_size), mass)
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+        q, k, v = layer.block.qkv(x, rotation)
+        x = layer.block.finish(x, causal_attention(q, k, v, target=plan.target))
+        mass = prompt_mass(q, k, lengths, P, queries) if queries else None
+        return x, (_as_pages(k, P), _as_pages(v, P), mass)
 
-    x, (k, v, mass) = jax.lax.scan(layer, model.embed(padded), params.weights["layers"])
+    model = ends(config, params.weights)
+    x, (k, v, mass) = run_layers(config, params.weights, body, model.embed(padded))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
-    empty = empty_cache(config, plan, rows, dtype)
+    cache = empty_cache(config, plan, rows, dtype)
     meta, evicted = init_metadata(config, plan, rows), jnp.zeros(rows, jnp.int32)
     prompt = Prompt(k, v, lengths.astype(jnp.int32), None)
     if plan.policy.evicts_prompt:
-        empty, meta, evicted = _place_prompt(config, empty, meta, prompt, mass, plan)
-        prompt = dataclasses.replace(empty.prompt, lengths=prompt.lengths)
-    elif empty.prompt.bounds is not None:
+        cache, meta, evicted = _insert_prompt(cache, meta, prompt, mass, plan)
+        prompt = dataclasses.replace(cache.prompt, lengths=prompt.lengths)
+    elif cache.prompt.bounds is not None:
         fill = jnp.broadcast_to(prompt.fill()[None], k.shape[:4])
         prompt = dataclasses.replace(prompt, bounds=page_bounds(k, fill))
-    index = jnp.zeros(rows, jnp.int32)
-    token, logprob = asked.sampler(logits, index)
-    generated = index + 1
+    token, logprob, greedy = _choose(request.sampler, logits, jnp.zeros(rows, jnp.int32), force)
+    generated = jnp.ones(rows, jnp.int32)
     state = DecodeState(
-        cache=dataclasses.replace(empty, prompt=prompt),
+        cache=dataclasses.replace(cache, prompt=prompt),
         meta=meta,
-        token=token,
-        generated=generated,
-        limit=asked.limit,
-        done=_is_done(token, generated, asked.limit, asked.stop_tokens),
-        committed=jnp.zeros(rows, jnp.int32),
-        evicted=evicted,
-        stop_tokens=asked.stop_tokens,
-        sampler=asked.sampler,
+        rows=Rows(
+            token=token,
+            generated=generated,
+            limit=request.limit,
+            done=_is_done(token, generated, request.limit, request.stop_tokens),
+            committed=jnp.zeros(rows, jnp.int32),
+            evicted=evicted,
+            sampler=request.sampler,
+        ),
+        stop_tokens=request.stop_tokens,
     )
-    return state, Sampled(token, logprob)
+    return state, _progress(state, jax.tree.map(lambda x: x[None], (token, logprob, greedy)))
 
 
-def _place_prompt(
-    config: ModelConfig,
+def _insert_prompt(
     cache: Cache,
     meta: tuple[Metadata, ...],
     prompt: Prompt,
@@ -286,242 +322,280 @@ def _place_prompt(
     plan: Plan,
 ) -> tuple[Cache, tuple[Metadata, ...], jax.Array]:
     """Puts the prompt's pages among the kept ones; also, how many had no place, int32 `[B]`."""
-    by_row = lambda x, axis: jnp.repeat(x, plan.samples, axis=axis)  # noqa: E731
-    fill = by_row(prompt.fill()[:, 0], 0)
-    lengths = by_row(prompt.lengths, 0)
-    kept, placed_meta, first = [], [], 0
+
+    def by_row(x: jax.Array, axis: int) -> jax.Array:
+        return jnp.repeat(x, plan.samples, axis=axis)
+
+    def gather_pages(x: jax.Array, pages: jax.Array) -> jax.Array:
+        return jnp.take_along_axis(by_row(x, 1), pages[..., None, None], axis=3)
+
+    fill, lengths = by_row(prompt.fill()[:, 0], 0), by_row(prompt.lengths, 0)
+    kept, placed = [], []
     evicted = jnp.zeros(lengths.shape, jnp.int32)
-    for group, of_group, (layers, policy) in zip(
-        cache.kept, meta, plan.policy.groups(config.num_hidden_layers), strict=True
-    ):
-        part = slice(first, first + layers)
-        of_layers = None if mass is None else by_row(mass[part], 1)
-        pages, of_group = policy.insert_prompt(of_group, PromptPages(lengths, fill, of_layers))
+    for group, old, of_group in zip(plan.groups, cache.kept, meta, strict=True):
+        of_layers = None if mass is None else by_row(mass[group.part], 1)
+        pages, of_group = group.policy.insert_prompt(
+            of_group, PromptPages(lengths, fill, of_layers)
+        )
         wanted = jnp.maximum(pages, 0)
-        of_page = lambda x, wanted=wanted: jnp.take_along_axis(  # noqa: E731
-            by_row(x, 1), wanted[..., None, None], axis=3
-        )
-        filled = jnp.take_along_axis(
-            jnp.broadcast_to(fill[:, None], (*wanted.shape[:3], fill.shape[-1])), wanted, axis=-1
-        )
-        filled = jnp.where(pages < 0, 0, filled)
-        k = of_page(prompt.k[part])
-        bounds = None if group.bounds is None else page_bounds(k, filled)
-        kept.append(Kept(k, of_page(prompt.v[part]), filled, bounds))
-        placed_meta.append(of_group)
+        filled = jnp.broadcast_to(fill[:, None], (*wanted.shape[:3], fill.shape[-1]))
+        filled = jnp.where(pages < 0, 0, jnp.take_along_axis(filled, wanted, axis=-1))
+        k, v = (gather_pages(x[group.part], wanted) for x in (prompt.k, prompt.v))
+        kept.append(Kept(k, v, filled, None if old.bounds is None else page_bounds(k, filled)))
+        placed.append(of_group)
         lost = jnp.sum(fill > 0, axis=-1)[:, None] - jnp.sum(filled > 0, axis=-1)
         evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)).astype(jnp.int32))
-        first += layers
-    return dataclasses.replace(cache, kept=tuple(kept)), tuple(placed_meta), evicted
+    return dataclasses.replace(cache, kept=tuple(kept)), tuple(placed), evicted
 
 
-@partial(jax.jit, static_argnames=("plan", "pages"), donate_argnames="state")
+@partial(jax.jit, static_argnames=("plan", "pages", "probe"), donate_argnames="state")
 def decode_pages(
-    params: Params, state: DecodeState, *, plan: Plan, pages: int
-) -> tuple[DecodeState, Sampled]:
+    params: Params,
+    state: DecodeState,
+    *,
+    plan: Plan,
+    pages: int,
+    force: jax.Array | None = None,
+    probe: Probe | None = None,
+) -> tuple[DecodeState, Progress]:
     """Generates `pages * P` tokens. The state is donated: it is the memory, and must not be copied.
 
+    Args:
+      params: the model.
+      state: at a page boundary.
+      plan: fixed shapes.
+      pages: how many.
+      force: int32 `[pages * P, B]`, tokens to take instead of sampling; -1 samples.
+      probe: functions of the state whose results are given out.
+
     Returns:
-      The state at the next page boundary, and what was drawn: `[pages * P, B]`.
+      The state at the next page boundary, and what the steps gave.
     """
+    if force is not None:
+        force = force.reshape(pages, plan.page_size, -1)
 
-    def page(state: DecodeState, _: None) -> tuple[DecodeState, Sampled]:
-        return decode_page(params, state, plan)
+    def page(state: DecodeState, force: jax.Array | None) -> tuple[DecodeState, Any]:
+        before = probe.page(state) if probe and probe.page else None
+        state, (sampled, after) = decode_page(params, state, plan, force, probe)
+        return state, (sampled, (before, after))
 
-    state, drawn = jax.lax.scan(page, state, None, length=pages)
-    return state, jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), drawn)
+    state, (sampled, probed) = jax.lax.scan(page, state, force, length=pages)
+    sampled = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sampled)
+    return state, _progress(state, sampled, None if probe is None else probed)
 
 
 def decode_until_done(
-    params: Params, state: DecodeState, first: Sampled, plan: Plan, max_new_tokens: int
+    params: Params, state: DecodeState, first: Progress, plan: Plan, max_new_tokens: int
 ) -> tuple[DecodeState, Sampled]:
     """The whole answer in one compiled loop, for use inside a `jax.jit`; stops when all rows have.
 
     Args:
       params: the model.
       state: as `prefill` left it.
-      first: the tokens that `prefill` drew, `[B]`.
+      first: the tokens that `prefill` sampled.
       plan: fixed shapes.
       max_new_tokens: no row's limit may be larger.
 
     Returns:
-      The last state, and what was drawn: `[max_new_tokens, B]`, -1 after the end of a row.
+      The last state, and what was sampled: `[max_new_tokens, B]`, -1 after the end of a row.
     """
-    pages = pages_for(max_new_tokens - 1, plan.page_size)
-    rows = first.tokens.shape[0]
-    blank = Sampled(
-        jnp.full((1 + pages * plan.page_size, rows), -1, jnp.int32),
-        jnp.zeros((1 + pages * plan.page_size, rows), jnp.float32),
-    )
+    P, rows = plan.page_size, first.tokens.shape[1]
+    pages = pages_for(max_new_tokens - 1, P)
+    shape = (1 + pages * P, rows)
+    blank = Sampled(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
 
-    def write(buffers: Sampled, drawn: Sampled, start: jax.Array) -> Sampled:
-        at = lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (start, 0))  # noqa: E731
-        return jax.tree.map(at, buffers, drawn)
+    def write(buffers: Sampled, sampled: Sampled, start: jax.Array) -> Sampled:
+        return jax.tree.map(
+            lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (start, 0)),
+            buffers,
+            sampled,
+        )
 
     def going(carry: tuple[DecodeState, Sampled, jax.Array]) -> jax.Array:
         state, _, page = carry
-        return (page < pages) & ~jnp.all(state.done)
+        return (page < pages) & ~jnp.all(state.rows.done)
 
     def body(
         carry: tuple[DecodeState, Sampled, jax.Array],
     ) -> tuple[DecodeState, Sampled, jax.Array]:
         state, buffers, page = carry
-        state, drawn = decode_page(params, state, plan)
-        return state, write(buffers, drawn, 1 + page * plan.page_size), page + 1
+        state, ((tokens, logprobs, _), _) = decode_page(params, state, plan)
+        return state, write(buffers, Sampled(tokens, logprobs), 1 + page * P), page + 1
 
-    buffers = write(blank, Sampled(first.tokens[None], first.logprobs[None]), jnp.int32(0))
+    buffers = write(blank, Sampled(first.tokens, first.logprobs), jnp.int32(0))
     state, buffers, _ = jax.lax.while_loop(going, body, (state, buffers, jnp.int32(0)))
     return state, jax.tree.map(lambda buffer: buffer[:max_new_tokens], buffers)
 
 
-def decode_page(params: Params, state: DecodeState, plan: Plan) -> tuple[DecodeState, Sampled]:
-    """One page: P token steps with the big buffers read-only, then one commit. Sampled: `[P, B]`."""
+def decode_page(
+    params: Params,
+    state: DecodeState,
+    plan: Plan,
+    force: jax.Array | None = None,
+    probe: Probe | None = None,
+) -> tuple[DecodeState, Any]:
+    """One page: P token steps with the big buffers read-only, then one commit.
+
+    Returns:
+      The state, and `(tokens, logprobs, greedy)` `[P, B]` with what `probe.step` saw.
+    """
+
+    def step(state: DecodeState, scanned: Any) -> tuple[DecodeState, Any]:
+        state, sampled = token_step(params, state, scanned[0], plan, scanned[1])
+        return state, (sampled, probe.step(state) if probe and probe.step else None)
+
     offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
-    step = lambda state, offset: token_step(params, state, offset, plan)  # noqa: E731
-    state, drawn = jax.lax.scan(step, state, offsets)
-    return commit_page(params.config, state, plan), drawn
+    state, given = jax.lax.scan(step, state, (offsets, force))
+    return commit_page(state, plan), given
 
 
 def token_step(
-    params: Params, state: DecodeState, offset: jax.Array, plan: Plan
-) -> tuple[DecodeState, Sampled]:
-    """Feeds `state.token`, writes it at `offset` of the current page, draws the next. Sampled: `[B]`."""
-    config = params.config
-    model = merge(config, params.weights)
-    position = prompt_lengths(state, plan) + state.generated - 1
-    rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
-    x, meta, first = model.embed(state.token)[:, None], [], 0
-    stepped = state
-    for group, (layers, _) in enumerate(plan.policy.groups(config.num_hidden_layers)):
-        x, current, group_meta = _run_group(
-            params, stepped, _Group(group, first, layers), x, rotation, offset, plan
-        )
-        stepped = dataclasses.replace(
-            stepped, cache=dataclasses.replace(stepped.cache, current=current)
-        )
-        meta.append(group_meta)
-        first += layers
-    token, logprob = state.sampler(model.logits(x[:, 0]), state.generated)
-    token = jnp.where(state.done, state.token, token)
-    generated = jnp.where(state.done, state.generated, state.generated + 1)
-    stepped = dataclasses.replace(
-        stepped,
-        meta=tuple(meta),
-        token=token,
-        generated=generated,
-        done=state.done | _is_done(token, generated, state.limit, state.stop_tokens),
-    )
-    drawn = Sampled(jnp.where(state.done, -1, token), jnp.where(state.done, 0.0, logprob))
-    return stepped, drawn
-
-
-class _Group(NamedTuple):
-    """Consecutive layers with one policy: its place in the plan, first layer, number of layers."""
-
-    number: int
-    first: int
-    layers: int
-
-
-def _run_group(
     params: Params,
     state: DecodeState,
-    group: _Group,
-    x: jax.Array,
-    rotation: tuple[jax.Array, jax.Array],
     offset: jax.Array,
     plan: Plan,
-) -> tuple[jax.Array, CurrentPage, Metadata]:
-    """Runs x `[B, 1, D]` through the layers of a group, which write the current page and the meta."""
-    config, cache = params.config, state.cache
-    policy = plan.policy.groups(config.num_hidden_layers)[group.number][1]
-    graph = block_graph(config, params.weights["embedding"].dtype.name)
+    force: jax.Array | None = None,
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array | None]]:
+    """Feeds each row's token, writes it at `offset` of the current page, and samples the next.
+
+    Returns:
+      The state, and the tokens, log-probabilities and, where forced, whether they are the
+      likeliest; `[B]` each.
+    """
+    config, rows = params.config, state.rows
+    model = ends(config, params.weights)
+    position = prompt_lengths(state, plan) + rows.generated - 1
+    rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
+    x, current, meta = model.embed(rows.token)[:, None], state.cache.current, []
+    for number, group in enumerate(plan.groups):
+        body = _step_body(state, plan, number, rotation, offset)
+        xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
+        (x, current), of_group = run_layers(
+            config, params.weights, body, (x, current), xs, first=group.first, count=group.layers
+        )
+        meta.append(of_group)
+    token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
+    token = jnp.where(rows.done, rows.token, token)
+    generated = jnp.where(rows.done, rows.generated, rows.generated + 1)
+    done = rows.done | _is_done(token, generated, rows.limit, state.stop_tokens)
+    stepped = dataclasses.replace(
+        state,
+        cache=dataclasses.replace(state.cache, current=current),
+        meta=tuple(meta),
+        rows=dataclasses.replace(rows, token=token, generated=generated, done=done),
+    )
+    sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
+    return stepped, sampled
+
+
+def _step_body(
+    state: DecodeState,
+    plan: Plan,
+    number: int,
+    rotation: tuple[jax.Array, jax.Array],
+    offset: jax.Array,
+) -> Body:
+    """What a layer of group `number` does with x `[B, 1, D]`, the current page and its metadata."""
+    cache, policy = state.cache, plan.groups[number].policy
     prompt_fill = cache.prompt.fill()
 
-    def layer(
-        carry: tuple[jax.Array, CurrentPage], scanned: Any
+    def body(
+        layer: Layer,
+        carry: tuple[jax.Array, CurrentPage],
+        own: tuple[jax.Array, jax.Array, Metadata],
     ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
-        x, current = carry
-        layer_in_group, fill, meta = scanned
-        index = layer_in_group + group.first
-        at_layer = partial(jax.lax.dynamic_index_in_dim, index=index, axis=0, keepdims=False)
-        block = nnx.merge(graph, jax.tree.map(at_layer, params.weights["layers"]))
-        q, k, v = block.qkv(x, rotation)
-        current = write_token(current, k[:, 0], v[:, 0], index, offset)
+        (x, current), (layer_in_group, fill, meta) = carry, own
+        q, k, v = layer.block.qkv(x, rotation)
+        current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
         reader = Reader(
-            dataclasses.replace(cache, current=current),
-            group.number,
-            index,
-            layer_in_group,
-            fill,
-            prompt_fill,
-            offset,
-            plan.samples,
-            plan.target,
+            cache=dataclasses.replace(cache, current=current),
+            group=number,
+            layer=layer.number,
+            layer_in_group=layer_in_group,
+            fill=fill,
+            prompt_fill=prompt_fill,
+            offset=offset,
+            samples=plan.samples,
+            target=plan.target,
         )
-        grouped = partial(_by_head, heads=config.num_key_value_heads)
+        by_head = partial(_by_head, heads=k.shape[2])
         selection = Selection()
         if policy.selects:
-            bounded: Bounded = jax.tree.map(grouped, reader.bounded(q[:, 0]))
+            bounded: Bounded = jax.tree.map(by_head, reader.bounded(q[:, 0]))
             selection = policy.select(meta, bounded)
         out, mass, current_mass = reader.attend(q[:, 0], selection)
         if jax.tree.leaves(meta):
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
-            mass, bound, current_mass = jax.tree.map(grouped, (mass, bound, current_mass))
+            mass, bound, current_mass = jax.tree.map(by_head, (mass, bound, current_mass))
             evidence = Evidence(mass, bound, fill, current_mass)
-            meta = policy.observe(meta, evidence, state.generated)
-        return (block.finish(x, out[:, None].astype(x.dtype)), current), meta
+            meta = policy.observe(meta, evidence, state.rows.generated)
+        return (layer.block.finish(x, out[:, None].astype(x.dtype)), current), meta
 
-    scanned = (
-        jnp.arange(group.layers, dtype=jnp.int32),
-        cache.kept[group.number].fill,
-        state.meta[group.number],
-    )
-    (x, current), meta = jax.lax.scan(layer, (x, cache.current), scanned)
-    return x, current, meta
+    return body
 
 
-def commit_page(config: ModelConfig, state: DecodeState, plan: Plan) -> DecodeState:
+def _choose(
+    sampler: Sampler, logits: jax.Array, index: jax.Array, force: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """The next token of every row, its log-probability and, where forced, whether it is greedy."""
+    token, logprob = sampler(logits, index)
+    if force is None:
+        return token, logprob, None
+    token = jnp.where(force < 0, token, force)
+    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
+    greedy = token == jnp.argmax(logits, axis=-1)
+    return token, chosen - jax.nn.logsumexp(logits, axis=-1), greedy
+
+
+def _progress(
+    state: DecodeState,
+    sampled: tuple[jax.Array, jax.Array, jax.Array | None],
+    probed: Any = None,
+) -> Progress:
+    tokens, logprobs, greedy = sampled
+    rows = state.rows
+    return Progress(tokens, logprobs, rows.committed, rows.evicted, rows.done, greedy, probed)
+
+
+def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
     """The page boundary: each (layer, row, head) writes its current page over its victim's slot."""
-    now, lengths = state.generated, prompt_lengths(state, plan)
-    kept, meta, first = [], [], 0
+    now, lengths = state.rows.generated, prompt_lengths(state, plan)
+    kept, meta = [], []
     evicted = jnp.zeros(now.shape, jnp.int32)
-    for index, (layers, policy) in enumerate(plan.policy.groups(config.num_hidden_layers)):
-        group, S = state.cache.kept[index], plan.slots[index]
+    for number, group in enumerate(plan.groups):
+        policy, old = group.policy, state.cache.kept[number]
         boundary = Boundary(
             now=now,
-            fill=group.fill,
-            allowed=jnp.arange(S) < policy.capacity(lengths, S)[:, None],
-            k=group.k,
-            v=group.v,
-            keys=_boundary_keys(state.sampler.keys, now, index),
+            fill=old.fill,
+            allowed=jnp.arange(group.slots) < policy.capacity(lengths, group.slots)[:, None],
+            k=old.k,
+            v=old.v,
+            keys=_boundary_keys(state.rows.sampler.keys, now, number),
             prompt_lengths=lengths,
         )
-        slot = policy.victim(state.meta[index], boundary)
-        page = Page(
-            *(x[first : first + layers] for x in (state.cache.current.k, state.cache.current.v))
-        )
-        filled = jnp.take_along_axis(group.fill, slot[..., None], axis=-1)[..., 0] > 0
+        slot = policy.victim(state.meta[number], boundary)
+        page = Page(state.cache.current.k[group.part], state.cache.current.v[group.part])
+        filled = jnp.take_along_axis(old.fill, slot[..., None], axis=-1)[..., 0] > 0
         lost = filled.astype(jnp.int32)
-        group = commit(group, page.k, page.v, slot, plan.target)
-        group_meta = policy.commit(state.meta[index], slot, page, now)
-        released = policy.evict_many(
-            group_meta, boundary._replace(fill=group.fill, k=group.k, v=group.v)
-        )
-        if released is not None:
-            lost = lost + jnp.sum(released & (group.fill > 0), axis=-1)
-            group = dataclasses.replace(group, fill=jnp.where(released, 0, group.fill))
+        new = commit(old, page.k, page.v, slot, plan.target)
+        of_group = policy.commit(state.meta[number], slot, page, now)
+        emptied = policy.evict_many(of_group, boundary._replace(fill=new.fill, k=new.k, v=new.v))
+        if emptied is not None:
+            lost = lost + jnp.sum(emptied & (new.fill > 0), axis=-1)
+            new = dataclasses.replace(new, fill=jnp.where(emptied, 0, new.fill))
         evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)))
-        kept.append(group)
-        meta.append(group_meta)
-        first += layers
-    running = ~state.done
+        kept.append(new)
+        meta.append(of_group)
+    rows, running = state.rows, ~state.rows.done
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, kept=tuple(kept)),
         meta=tuple(meta),
-        committed=jnp.where(running, state.committed + 1, state.committed),
-        evicted=jnp.where(running, state.evicted + evicted, state.evicted),
+        rows=dataclasses.replace(
+            rows,
+            committed=jnp.where(running, rows.committed + 1, rows.committed),
+            evicted=jnp.where(running, rows.evicted + evicted, rows.evicted),
+        ),
     )
 
 
@@ -555,9 +629,9 @@ def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
 
 
 def cache_bytes(state: DecodeState) -> int:
-    """Bytes of all that the decode keeps for attention: the three segments and the meta."""
+    """Bytes of all that the decode keeps for attention: the three segments and the metadata."""
     leaves = jax.tree.leaves((state.cache, state.meta))
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -14,23 +14,28 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax import tokenizer
-from raas_jax.decode import (
-    DecodeState,
-    Plan,
-    Sampled,
-    cache_bytes,
-    decode_pages,
-    decode_until_done,
-    pad_prompts,
-    prefill,
-    request,
-)
+from raas_jax.decode import Progress, RowRequest, Sampled, decode_until_done, prefill
 from raas_jax.outputs import Answer, Output, answer_limit, default_limit
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import Policy, RaaS
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.sampling import Sampling
+from raas_jax.session import Session
+from raas_jax.tokenizer import Prompt, Prompts
 
 TOKENS_PER_SYNC = 32  # How often the host looks: often enough to stream, too rarely to matter.
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of `generate`, for type checkers."""
+
+    policy: Policy | None
+    sampling: Sampling | Sequence[Sampling] | None
+    max_new_tokens: int | None
+    stop: str | Iterable[str]
+    stop_token_ids: Iterable[int]
+    seed: int | jax.Array | Sequence[int]
+    progress: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +62,13 @@ class Piece:
         return self.text
 
 
+@overload
+def generate(params: Params, prompt: Prompt, **options: Unpack[Options]) -> Output: ...
+@overload
+def generate(params: Params, prompt: Prompts, **options: Unpack[Options]) -> list[Output]: ...
 def generate(
     params: Params,
-    prompt: Any,
+    prompt: Prompt | Prompts,
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -68,7 +77,7 @@ def generate(
     stop_token_ids: Iterable[int] = (),
     seed: int | jax.Array | Sequence[int] = 0,
     progress: bool | None = None,
-) -> Any:
+) -> Output | list[Output]:
     """Answers one prompt, or a list of them.
 
     Args:
@@ -104,7 +113,7 @@ def generate(
         total=total,
         unit="tok",
         delay=3,
-        desc=type(run.plan.policy).__name__,
+        desc=type(run.session.plan.policy).__name__,
         disable=None if progress is None else not progress,
     ) as bar:
         try:
@@ -123,7 +132,7 @@ def generate(
 
 def stream(
     params: Params,
-    prompt: Any,
+    prompt: Prompt | Prompts,
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -198,15 +207,11 @@ def generate_ids(
     prompts, T = tokens.shape
     rows = prompts * samples
     plan = Plan.create(params.config, policy, [T], max_new_tokens, samples)
-    keys = row_keys(jax.random.key(seed) if _is_integer(seed) else seed, rows)
-    asked = request(
-        jnp.full(rows, max_new_tokens),
-        stop_token_ids,
-        Sampler.create([sampling or Sampling()] * rows, keys),
-    )
+    key = jax.random.key(seed) if _is_integer(seed) else seed
+    request = RowRequest.create([max_new_tokens] * rows, stop_token_ids, sampling, key)
     if lengths is None:
         lengths = jnp.full(prompts, T, jnp.int32)
-    state, first = prefill(params, tokens.astype(jnp.int32), lengths, asked, plan=plan)
+    state, first = prefill(params, tokens.astype(jnp.int32), lengths, request, plan=plan)
     _, drawn = decode_until_done(params, state, first, plan, max_new_tokens)
     return jax.tree.map(jnp.transpose, drawn)
 
@@ -258,12 +263,12 @@ def checked(params: Any, policy: Any) -> Policy:
 
 
 class _Run:
-    """One call: checks the arguments, drives the compiled functions, looks every few pages."""
+    """One call: checks the arguments, drives a session, and looks every few pages."""
 
     def __init__(
         self,
         params: Params,
-        prompt: Any,
+        prompt: Prompt | Prompts,
         policy: Policy | None,
         sampling: Sampling | Sequence[Sampling] | None,
         max_new_tokens: int | None,
@@ -280,11 +285,8 @@ class _Run:
         if stop_strings and not readable:
             raise ValueError(f"stop is {stop!r}, but params has no tokenizer; use stop_token_ids.")
         settings = _per_row("sampling", sampling, len(ids))
-        self.params = params
-        self.dtype = params.weights["embedding"].dtype
-        self.plan = Plan.create(params.config, policy, [len(row) for row in ids], max(limits))
-        self._sampler = Sampler.create(settings, row_keys(seed, len(ids)))
-        self._stops = stops
+        self.session = Session.create(params, policy, [len(row) for row in ids], max(limits))
+        self._request = RowRequest.create(limits, stops, settings, seed)
         self.rows = [
             Answer(
                 row,
@@ -295,29 +297,25 @@ class _Run:
             for row, limit in zip(ids, limits, strict=True)
         ]
         self._given = [(0, 0)] * len(ids)  # Tokens and characters given out as pieces.
-        self.row_bytes = 0
 
     def syncs(self) -> Iterator[None]:
         """Generates, and yields whenever the host has looked."""
-        began = time.perf_counter()
-        limits = jnp.asarray([row.limit for row in self.rows])
-        state, first = prefill(
-            self.params,
-            *pad_prompts([row.prompt for row in self.rows], self.plan),
-            request(limits, self._stops, self._sampler),
-            plan=self.plan,
-        )
-        self._sync(Sampled(first.tokens[None], first.logprobs[None]))
+        session, began = self.session, time.perf_counter()
+        state, progress = session.start([row.prompt for row in self.rows], self._request)
+        self._take(session.read(progress))
         for row in self.rows:
             row.prefill_seconds = time.perf_counter() - began
-        self.row_bytes = cache_bytes(state) // len(self.rows)
         yield
-        pages = max(1, TOKENS_PER_SYNC // self.plan.page_size)
+        pages = max(1, TOKENS_PER_SYNC // session.plan.page_size)
         began = time.perf_counter()
         while not all(row.finish_reason for row in self.rows):
-            state, drawn = decode_pages(self.params, state, plan=self.plan, pages=pages)
-            self._sync(drawn, state, time.perf_counter() - began)
-            state = self._stop_early(state)
+            state, progress = session.advance(state, pages)
+            seen = session.read(progress)
+            self._take(seen, time.perf_counter() - began)
+            # The device does not know of rows that a stop string has ended.
+            finished = np.asarray([row.finish_reason is not None for row in self.rows])
+            if np.any(finished & ~seen.done):
+                state = session.stop(state, finished)
             yield
 
     def interrupt(self) -> None:
@@ -327,8 +325,8 @@ class _Run:
 
     def output(self, index: int) -> Output:
         """The answer of a row so far."""
-        row = self.rows[index]
-        return row.output(row.stats(self.params.config, self.dtype, self.row_bytes))
+        row, params = self.rows[index], self.session.params
+        return row.output(row.stats(params.config, params.dtype, self.session.row_bytes))
 
     def piece(self, index: int) -> Piece:
         """What a row has had since its last piece."""
@@ -344,24 +342,11 @@ class _Run:
             output=self.output(index) if row.finish_reason else None,
         )
 
-    def _sync(self, drawn: Sampled, state: DecodeState | None = None, seconds: float = 0.0) -> None:
-        tokens, logprobs = np.asarray(drawn.tokens), np.asarray(drawn.logprobs)
-        if state is not None:
-            committed, evicted = np.asarray(state.committed), np.asarray(state.evicted)
+    def _take(self, seen: Progress, seconds: float = 0.0) -> None:
         for index, row in enumerate(self.rows):
-            if row.finish_reason:
-                continue
-            row.take(tokens[:, index], logprobs[:, index])
-            row.decode_seconds = seconds
-            if state is not None:
-                row.count_pages(int(committed[index]), int(evicted[index]), self.plan)
-
-    def _stop_early(self, state: DecodeState) -> DecodeState:
-        """Tells the device of rows that a stop string has ended, which only the host can see."""
-        finished = np.asarray([row.finish_reason is not None for row in self.rows])
-        if np.array_equal(finished, np.asarray(state.done)):
-            return state
-        return dataclasses.replace(state, done=state.done | jnp.asarray(finished))
+            if not row.finish_reason:
+                row.decode_seconds = seconds
+                row.take(seen, index, self.session.plan)
 
 
 def _per_row(

@@ -1,17 +1,17 @@
 """The transformer: one decoder-only network for Llama, Mistral, Qwen2/2.5 and Qwen3.
 
 Flax NNX declares every parameter once, with its shape, its initial values and its logical axes.
-The layers are declared stacked (`[L, ...]`), so that `lax.scan` runs them and compile time does not
-grow with depth. Weights keep Hugging Face's `[out, in]` order: loading transposes nothing, and a
-matrix-vector product reads them in memory order, which is what decoding on a CPU is bound by.
+The layers are declared stacked (`[L, ...]`), and `run_layers` is the one loop over them. Weights
+keep Hugging Face's `[out, in]` order: loading transposes nothing, and a matrix-vector product
+reads them in memory order, which is what decoding on a CPU is bound by.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,10 @@ FEW_ROWS = 8
 """On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
 rows, sums of products that read it in place are one fusion; more rows would read it twice."""
 
-Attend = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+Attend = Callable[..., jax.Array]
+"""Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
+Weights = dict[str, Any]
+"""Arrays of a model: `embedding`, `norm`, `head` and, stacked or separate, `layers`."""
 
 
 class Block(nnx.Module):
@@ -36,11 +39,15 @@ class Block(nnx.Module):
         N, K = c.num_attention_heads, c.num_key_value_heads
         self.config = config
 
-        def normal(shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int) -> nnx.Param:
+        def normal(
+            shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int
+        ) -> nnx.Param[jax.Array]:
             value = jax.random.normal(rngs.params(), (L, *shape), jnp.float32) / math.sqrt(fan_in)
             return nnx.Param(value.astype(dtype), logical_axes=("layers", *axes))
 
-        def full(fill: float, shape: tuple[int, ...], axes: tuple[str, ...]) -> nnx.Param:
+        def full(
+            fill: float, shape: tuple[int, ...], axes: tuple[str, ...]
+        ) -> nnx.Param[jax.Array]:
             return nnx.Param(jnp.full((L, *shape), fill, dtype), logical_axes=("layers", *axes))
 
         self.attention_norm = full(1.0, (D,), ("embed",))
@@ -95,24 +102,19 @@ class Block(nnx.Module):
         return x + (out + self.down_bias[...] if c.mlp_bias else out)
 
 
-class Transformer(nnx.Module):
-    """Embedding, `L` stacked layers, final norm and output head.
-
-    `model(tokens)` is the plain causal forward pass used for training and for checking;
-    decoding drives `embed`, `Block` and `logits` itself (`raas_jax.decode`).
-    """
+class Ends(nnx.Module):
+    """What comes before and after the layers: embedding, final norm and output head."""
 
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
         scale = 1.0 / math.sqrt(D)
 
-        def table() -> nnx.Param:
+        def table() -> nnx.Param[jax.Array]:
             value = jax.random.normal(rngs.params(), (V, D), jnp.float32) * scale
             return nnx.Param(value.astype(dtype), logical_axes=("vocab", "embed"))
 
         self.embedding = table()
-        self.layers = Block(config, dtype=dtype, rngs=rngs)
         self.norm = nnx.Param(jnp.ones((D,), dtype), logical_axes=("embed",))
         if not config.tie_word_embeddings:
             self.head = table()
@@ -127,88 +129,231 @@ class Transformer(nnx.Module):
         h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
         return project(h, head[...], dtype=jnp.float32)
 
-    def __call__(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        *,
-        remat: bool = False,
-    ) -> jax.Array:
-        """Causal forward pass.
 
-        Args:
-          tokens: int32 `[B, T]`.
-          positions: int32 `[B, T]`; 0..T-1 where not given.
-          segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
-          remat: recompute each layer in the backward pass, to save memory in training.
+class Transformer(Ends):
+    """The whole model, which declares every parameter: `Ends` and `L` stacked layers.
 
-        Returns:
-          float32 logits `[B, T, V]`.
-        """
-        return self.logits(self.hidden(tokens, positions, segments, remat=remat))
+    Only its structure is used: weights are kept as nested dictionaries, and run by `ends` and
+    `run_layers`.
+    """
 
-    def hidden(
-        self,
-        tokens: jax.Array,
-        positions: jax.Array | None = None,
-        segments: jax.Array | None = None,
-        *,
-        remat: bool = False,
-    ) -> jax.Array:
-        """As a call, up to the last layer's output `[B, T, D]`, of which `logits` makes logits."""
-        B, T = tokens.shape
-        if positions is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        rotation = rope_rotation(self.config.rope, self.config.head_dim, positions)
-        graph, layers = nnx.split(self.layers)
-
-        def layer(x: jax.Array, weights: Any) -> tuple[jax.Array, None]:
-            block = nnx.merge(graph, weights)
-            q, k, v = block.qkv(x, rotation)
-            return block.finish(x, causal_attention(q, k, v, segments=segments)), None
-
-        x, _ = jax.lax.scan(jax.checkpoint(layer) if remat else layer, self.embed(tokens), layers)
-        return x
+    def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
+        super().__init__(config, dtype=dtype, rngs=rngs)
+        self.layers = Block(config, dtype=dtype, rngs=rngs)
 
 
 @functools.cache
-def abstract_model(config: ModelConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    """Structure and `ShapeDtypeStruct`s of the parameters; nothing is allocated."""
-    make = functools.partial(Transformer, config, dtype=jnp.dtype(dtype))
+def _abstract(kind: Any, config: ModelConfig, dtype: str) -> tuple[Any, Any]:
+    """Structure and `ShapeDtypeStruct`s of a module; nothing is allocated."""
+    make = functools.partial(kind, config, dtype=jnp.dtype(dtype))
     return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
-def merge(config: ModelConfig, weights: dict[str, Any]) -> Transformer:
-    """The NNX module over a plain nested dictionary of arrays; free, also inside a jit."""
-    graph, _ = abstract_model(config, weights["embedding"].dtype.name)
-    return nnx.merge(graph, weights)
+def abstract_weights(config: ModelConfig, dtype: str) -> Weights:
+    """Shape and dtype of every array of the model, its layers stacked; nothing is allocated."""
+    return _pure(_abstract(Transformer, config, dtype)[1])
 
 
-def block_graph(config: ModelConfig, dtype: str) -> nnx.GraphDef:
-    """Structure of one `Block`, to merge with a layer's slice of `weights["layers"]`."""
-    graph, _ = _abstract_block(config, dtype)
-    return graph
-
-
-@functools.cache
-def _abstract_block(config: ModelConfig, dtype: str) -> tuple[nnx.GraphDef, nnx.State]:
-    make = functools.partial(Block, config, dtype=jnp.dtype(dtype))
-    return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
-
-
-def init_weights(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
-    """Random weights as a nested dictionary of arrays, from a typed key."""
+def init_weights(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Weights:
+    """Random weights, their layers stacked, from a typed key."""
     model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(params=key))
-    return nnx.to_pure_dict(nnx.split(model)[1])
+    return _pure(nnx.split(model)[1])
 
 
-def logical_axes(config: ModelConfig) -> dict[str, Any]:
-    """The tree of `weights`, with each array replaced by the names of its axes."""
-    _, state = abstract_model(config, "float32")
-    is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
-    named = jax.tree.map(lambda v: v.get_metadata()["logical_axes"], state, is_leaf=is_variable)
-    return nnx.to_pure_dict(named)
+def logical_axes(config: ModelConfig) -> Weights:
+    """The tree of `abstract_weights`, with each array replaced by the names of its axes."""
+
+    def names(variable: Any) -> Any:
+        return variable.get_metadata()["logical_axes"]
+
+    def is_variable(leaf: Any) -> bool:
+        return isinstance(leaf, nnx.Variable)
+
+    state = _abstract(Transformer, config, "float32")[1]
+    return _pure(jax.tree.map(names, state, is_leaf=is_variable))
+
+
+def _pure(state: Any) -> Weights:
+    found: Weights = nnx.to_pure_dict(state)
+    return found
+
+
+def ends(config: ModelConfig, weights: Weights) -> Ends:
+    """The module over plain arrays; free, also inside a jit."""
+    graph, _ = _abstract(Ends, config, weights["embedding"].dtype.name)
+    module: Ends = nnx.merge(graph, {k: v for k, v in weights.items() if k != "layers"})
+    return module
+
+
+def separate(weights: Weights) -> Weights:
+    """The weights with a dictionary of arrays for each layer, which `run_layers` unrolls."""
+    layers = weights["layers"]
+    if isinstance(layers, tuple):
+        return weights
+    numbers = range(layers["q"].shape[0])
+    return {**weights, "layers": tuple(_slice(layers, number) for number in numbers)}
+
+
+def stacked(weights: Weights) -> Weights:
+    """The inverse of `separate`: every array is `[L, ...]`, which `run_layers` scans."""
+    layers = weights["layers"]
+    return {**weights, "layers": _stack(layers)} if isinstance(layers, tuple) else weights
+
+
+def _slice(tree: Any, index: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+def _stack(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+class Layer(NamedTuple):
+    """One layer, as `run_layers` gives it to a body.
+
+    Attributes:
+      block: its weights, ready to run.
+      number: its place in the model: int32 in a scan, an int where layers are unrolled.
+      kind: one of `ModelConfig.layer_pattern`.
+    """
+
+    block: Block
+    number: Any
+    kind: str
+
+
+Body = Callable[[Layer, Any, Any], tuple[Any, Any]]
+"""What a layer does: (layer, carry, x) → carry, y; x and y are its own, as in `jax.lax.scan`."""
+
+
+def run_layers(
+    config: ModelConfig,
+    weights: Weights,
+    body: Body,
+    carry: Any,
+    xs: Any = None,
+    *,
+    first: Any = 0,
+    count: int | None = None,
+    pattern: tuple[str, ...] | None = None,
+) -> tuple[Any, Any]:
+    """Runs a body through layers in their order: the only loop over them.
+
+    Stacked layers are scanned, so that compile time does not grow with depth; separate ones are
+    unrolled, which some targets run faster.
+
+    Args:
+      config: shape of the model.
+      weights: of the whole model.
+      body: what each layer does.
+      carry: what goes from layer to layer.
+      xs: arrays whose leading axis counts the layers that are run; None for nothing.
+      first: number of the first layer to run; may be traced where layers are stacked.
+      count: how many to run; by default all that follow.
+      pattern: kinds of layers in turn; the config's by default.
+
+    Returns:
+      The last carry, and what the layers gave, stacked.
+
+    Raises:
+      ValueError: a part of the layers, or of a pattern, that a scan cannot run.
+    """
+    layers, total = weights["layers"], config.num_hidden_layers
+    graph, _ = _abstract(Block, config, weights["embedding"].dtype.name)
+    kinds = config.layer_pattern if pattern is None else pattern
+    count = total - first if count is None else count
+
+    def run(arrays: Any, number: Any, kind: str, carry: Any, x: Any) -> tuple[Any, Any]:
+        return body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
+
+    if isinstance(layers, tuple):
+        ys = []
+        for index, number in enumerate(range(first, first + count)):
+            kind = kinds[number % len(kinds)]
+            carry, y = run(layers[number], number, kind, carry, _slice(xs, index))
+            ys.append(y)
+        return carry, _stack(ys)
+    numbers = first + jnp.arange(count, dtype=jnp.int32)
+    if count < total:
+        if len(kinds) > 1:
+            raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
+
+        # A slice of the stack would be a copy of it, so layers are read by their numbers.
+        def by_number(carry: Any, scanned: Any) -> tuple[Any, Any]:
+            at = functools.partial(jax.lax.dynamic_index_in_dim, index=scanned[0], keepdims=False)
+            return run(jax.tree.map(at, layers), scanned[0], kinds[0], carry, scanned[1])
+
+        return jax.lax.scan(by_number, carry, (numbers, xs))
+    if len(kinds) == 1:
+        return jax.lax.scan(
+            lambda carry, own: run(own[0], own[1], kinds[0], carry, own[2]),
+            carry,
+            (layers, numbers, xs),
+        )
+    if total % len(kinds):
+        raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
+
+    def repeat(carry: Any, scanned: Any) -> tuple[Any, Any]:
+        ys = []
+        for place, kind in enumerate(kinds):
+            arrays, number, x = _slice(scanned, place)
+            carry, y = run(arrays, number, kind, carry, x)
+            ys.append(y)
+        return carry, _stack(ys)
+
+    def folded(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(-1, len(kinds), *leaf.shape[1:])
+
+    carry, ys = jax.lax.scan(repeat, carry, jax.tree.map(folded, (layers, numbers, xs)))
+    return carry, jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
+
+
+def hidden_states(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    *,
+    attend: Attend = causal_attention,
+) -> jax.Array:
+    """The causal forward pass up to the last layer's output, of which `Ends.logits` makes logits.
+
+    Args:
+      config: shape of the model.
+      weights: its arrays.
+      tokens: int32 `[B, T]`.
+      positions: int32 `[B, T]`; 0..T-1 where not given.
+      segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
+      attend: the attention of every layer.
+
+    Returns:
+      `[B, T, D]` in the weights' dtype.
+    """
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    rotation = rope_rotation(config.rope, config.head_dim, positions)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        q, k, v = layer.block.qkv(x, rotation)
+        return layer.block.finish(x, attend(q, k, v, segments=segments)), None
+
+    x: jax.Array = ends(config, weights).embed(tokens)
+    return run_layers(config, weights, body, x)[0]
+
+
+def forward(
+    config: ModelConfig,
+    weights: Weights,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    *,
+    attend: Attend = causal_attention,
+) -> jax.Array:
+    """float32 logits `[B, T, V]` of the causal forward pass; arguments as in `hidden_states`."""
+    x = hidden_states(config, weights, tokens, positions, segments, attend=attend)
+    return ends(config, weights).logits(x)
 
 
 def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:

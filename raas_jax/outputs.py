@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import numpy as np
 
 from raas_jax import tokenizer
 from raas_jax.config import ModelConfig
-from raas_jax.decode import Plan, dense_bytes
+from raas_jax.decode import Progress, dense_bytes
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import pages_for
 
 DEFAULT_MAX_NEW_TOKENS = 32_768
@@ -97,9 +98,14 @@ class Answer:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
-    def take(self, tokens: np.ndarray, logprobs: np.ndarray) -> None:
-        """Adds what a look brought, up to the end of the answer."""
-        for token, logprob in zip(tokens.tolist(), logprobs.tolist(), strict=True):
+    def take(self, seen: Progress, row: int, plan: Plan) -> None:
+        """Adds what a look at the device brought for this answer's row, up to the answer's end."""
+        self.add(seen.tokens[:, row].tolist(), seen.logprobs[:, row].tolist())
+        self._count_pages(int(seen.committed[row]), int(seen.evicted[row]), plan)
+
+    def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Adds tokens, up to the end of the answer."""
+        for token, logprob in zip(tokens, logprobs, strict=True):
             if self.finish_reason or token < 0:
                 break
             self.tokens.append(token)
@@ -126,8 +132,8 @@ class Answer:
             self.flush()
             self.finish_reason = "interrupted"
 
-    def count_pages(self, committed: int, evicted: int, plan: Plan) -> None:
-        """Takes the device's counts, which run on a little when a stop string ends the row."""
+    def _count_pages(self, committed: int, evicted: int, plan: Plan) -> None:
+        # The device runs on for a little where a stop string, which only the host sees, ends a row.
         mine = min(committed, max(0, len(self.tokens) - 2) // plan.page_size)
         self.evicted_pages = max(0, evicted - (committed - mine))
         self.kept_pages = mine - self.evicted_pages

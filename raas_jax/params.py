@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from raas_jax.config import ModelConfig
-from raas_jax.model import init_weights
+from raas_jax.model import Weights, init_weights, separate, stacked
 
 
 @jax.tree_util.register_dataclass
@@ -17,13 +17,14 @@ class Params:
     """One pytree: arrays as leaves, the rest static, so that `jax.jit` can take it as it is.
 
     Attributes:
-      weights: nested dictionary of arrays, the structure of `raas_jax.model.Transformer`.
+      weights: nested dictionary of arrays, as `raas_jax.model.abstract_weights` names them, with
+        stacked or separate layers.
       config: shape of the model (static).
       source: folder or hub id where the tokenizer and the generation defaults are found (static);
         None for weights without one.
     """
 
-    weights: dict[str, Any]
+    weights: Weights
     config: ModelConfig = dataclasses.field(metadata={"static": True})
     source: str | None = dataclasses.field(default=None, metadata={"static": True})
 
@@ -32,6 +33,19 @@ class Params:
         """Random weights of a given shape, for benchmarks and tests."""
         key = jax.random.key(seed)
         return cls(init_weights(config, key, dtype or config.dtype), config)
+
+    @property
+    def dtype(self) -> Any:
+        """The weights' dtype, which is also that of the cache."""
+        return self.weights["embedding"].dtype
+
+    def stacked(self) -> Params:
+        """The same with the layers in stacks, `[L, ...]`, over which decoding scans."""
+        return dataclasses.replace(self, weights=stacked(self.weights))
+
+    def separate(self) -> Params:
+        """The same with arrays of each layer's own, over which decoding is unrolled."""
+        return dataclasses.replace(self, weights=separate(self.weights))
 
     @property
     def size(self) -> int:

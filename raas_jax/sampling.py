@@ -10,9 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,17 +55,20 @@ class Sampler:
     top_k: jax.Array
     top_p: jax.Array
     min_p: jax.Array
-    keys: jax.Array
+    keys: Any
 
     @classmethod
-    def create(cls, rows: Sequence[Sampling], keys: jax.Array) -> Sampler:
-        """One row per entry; keys: typed `[B]`."""
-        column = lambda name, dtype: jnp.asarray([getattr(r, name) for r in rows], dtype)  # noqa: E731
+    def create(cls, rows: Sequence[Sampling], keys: jax.Array | None) -> Sampler:
+        """One row per entry, on the host; keys: typed `[B]`, or None where they come later."""
+
+        def column(name: str, dtype: Any) -> Any:
+            return np.asarray([getattr(row, name) for row in rows], dtype)
+
         return cls(
-            column("temperature", jnp.float32),
-            column("top_k", jnp.int32),
-            column("top_p", jnp.float32),
-            column("min_p", jnp.float32),
+            column("temperature", np.float32),
+            column("top_k", np.int32),
+            column("top_p", np.float32),
+            column("min_p", np.float32),
             keys,
         )
 

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from flax import nnx
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from pallas_kernels import Target
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_model, logical_axes
+from raas_jax.model import Weights, abstract_weights, logical_axes
 from raas_jax.params import Params
 
 RULES: dict[str, str | None] = {
@@ -52,6 +52,11 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     return Mesh(grid, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
+def target_of(mesh: Mesh | None) -> Target | None:
+    """What a decode on this mesh is compiled for; None without one."""
+    return None if mesh is None else Target.of(mesh)
+
+
 def partition(
     mesh: Mesh, axes: tuple[str, ...], shape: tuple[int, ...], head_dim: int = 1
 ) -> PartitionSpec:
@@ -76,16 +81,19 @@ def partition(
     return PartitionSpec(*spec)
 
 
-def weight_shardings(config: ModelConfig, mesh: Mesh) -> dict[str, Any]:
-    """A sharding for every array of `Params.weights`, in its structure."""
-    state = nnx.to_pure_dict(abstract_model(config, "float32")[1])
-    shapes = jax.tree.map(lambda leaf: leaf.shape, state)
-    return jax.tree.map(
-        lambda axes, shape: NamedSharding(mesh, partition(mesh, axes, shape, config.head_dim)),
-        logical_axes(config),
-        shapes,
-        is_leaf=lambda node: isinstance(node, tuple),
-    )
+def weight_shardings(config: ModelConfig, mesh: Mesh) -> Weights:
+    """A sharding for every array of the weights, in the structure of `abstract_weights`."""
+
+    def of(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
+        return NamedSharding(mesh, partition(mesh, axes, leaf.shape, config.head_dim))
+
+    shapes = abstract_weights(config, "float32")
+    found: Weights = jax.tree.map(of, logical_axes(config), shapes, is_leaf=_is_names)
+    return found
+
+
+def _is_names(node: Any) -> bool:
+    return isinstance(node, tuple)
 
 
 def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
@@ -107,9 +115,8 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
 
     by_head, by_row = ("layers", rows, "kv_heads"), (rows,)
     cache = state.cache
-    scalars = dataclasses.replace(state, cache=None, meta=None, stop_tokens=None)
     return dataclasses.replace(
-        of(by_row, scalars),
+        state,
         cache=dataclasses.replace(
             of(by_head, cache),
             prompt=dataclasses.replace(
@@ -117,6 +124,7 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
             ),
         ),
         meta=of(by_head, state.meta),
+        rows=of(by_row, state.rows),
         stop_tokens=of((), state.stop_tokens),
     )
 
@@ -130,5 +138,6 @@ def place_weights(params: Params, mesh: Mesh) -> Params:
             "holds all of them. A model axis that divides them takes less memory.",
             stacklevel=3,
         )
-    weights = jax.device_put(params.weights, weight_shardings(params.config, mesh))
-    return dataclasses.replace(params, weights=weights)
+    weights = jax.device_put(params.stacked().weights, weight_shardings(params.config, mesh))
+    placed = dataclasses.replace(params, weights=weights)
+    return placed.separate() if isinstance(params.weights["layers"], tuple) else placed

@@ -8,9 +8,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from raas_jax.params import Params
+
+Chat = Sequence[Mapping[str, str]]
+"""Messages, dictionaries with the strings "role" and "content"."""
+Prompt = str | Chat | Sequence[int] | jax.Array | np.ndarray
+"""One prompt: text, a chat, or token ids (an integer array `[T]`; `[B, T]` are several)."""
+Prompts = list[str] | list[list[dict[str, str]]] | list[list[int]] | list[Prompt]
+"""Several prompts."""
 
 # A folder has a tokenizer if it has one of these; transformers makes an empty one up otherwise.
 VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
@@ -87,6 +95,20 @@ def encode(params: Params, prompt: Any) -> tuple[list[list[int]], bool]:
     if not rows:
         raise ValueError("prompt is empty; give at least one string, chat or token id.")
     return [_encode_one(params, row, f"prompt[{i}]") for i, row in enumerate(rows)], False
+
+
+def encode_continuation(params: Params, text: str | Sequence[int], name: str) -> list[int]:
+    """Token ids of what follows a prompt: text without special tokens, or ids that are checked.
+
+    Raises:
+      TypeError, ValueError: as `encode`, naming the argument `name`.
+    """
+    if not isinstance(text, str):
+        return _checked_prompt_ids(params, text, name)
+    ids = load(params)(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"{name} is {text!r}, which has no tokens; give some text.")
+    return [int(i) for i in ids]
 
 
 def decode(params: Params, ids: Iterable[int]) -> str:

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from pallas_kernels import Target
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
 from raas_jax.config import ModelConfig
-from raas_jax.decode import Plan, decode_pages, dense_bytes, prefill, request
+from raas_jax.decode import dense_bytes
 from raas_jax.generate import TOKENS_PER_SYNC
+from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.policies import Policy
-from raas_jax.sampling import Sampler, Sampling, row_keys
-from raas_jax.sharding import make_mesh, state_shardings, weight_shardings
-from raas_jax.weights.hf import flat_shapes, unflatten
+from raas_jax.session import Session
+from raas_jax.sharding import make_mesh, weight_shardings
 
 
 @dataclasses.dataclass
@@ -52,10 +52,10 @@ class Memory:
 
     Attributes:
       weights: the parameters.
-      prompt, kept, open: keys and values of the three segments, padding included.
+      prompt, kept, current: keys and values of the three segments, padding included.
       metadata: page fills, representative keys and the policy's meta.
       padding: of `prompt` and `kept`, what no token of this run can fill.
-      kv: prompt + kept + open + metadata.
+      kv: prompt + kept + current + metadata.
       dense: keys and values of all tokens, nothing dropped or padded.
       decode, prefill: the compiler's account; None where it gives none, or refuses.
       platform: what was compiled for.
@@ -69,7 +69,7 @@ class Memory:
     weights: int
     prompt: int
     kept: int
-    open: int
+    current: int
     metadata: int
     padding: int
     kv: int
@@ -122,15 +122,9 @@ def memory(
     mesh = None if target is None else target_mesh(config, target, data, model)
     if mesh is None and (data or model):
         raise ValueError("a mesh is given but no target; name one, for instance 'v5e:2x4'.")
-    programs = Programs.create(
-        config,
-        policy,
-        [prompt_tokens] * batch,
-        max_new_tokens,
-        jnp.dtype(dtype or config.dtype),
-        mesh,
-    )
-    dtype, plan, cache = jnp.dtype(dtype or config.dtype), programs.plan, programs.state.cache
+    dtype = jnp.dtype(dtype or config.dtype)
+    session = abstract_session(config, policy, [prompt_tokens] * batch, max_new_tokens, dtype, mesh)
+    plan, cache = session.plan, session.shape.cache
     prompt, current = (
         _bytes(cache.prompt.k, cache.prompt.v),
         _bytes(cache.current.k, cache.current.v),
@@ -143,16 +137,16 @@ def memory(
         size - size // room * min(room, among_kept + max_new_tokens)
         for size, room in zip(groups, tokens, strict=True)
     )
-    kv = _bytes(programs.state.cache, programs.state.meta)
+    kv = _bytes(cache, session.shape.meta)
     # How much of the whole cache a device holds, the same share of its every token.
     share = _bytes(cache.current.k) / _whole_bytes(cache.current.k)
     dense = partial(dense_bytes, config, dtype=dtype)
-    decode, refused = _account(programs.decode(max(1, TOKENS_PER_SYNC // plan.page_size)))
-    first, refused_first = _account(programs.prefill())
+    decode, refused = _account(session.lower_advance(max(1, TOKENS_PER_SYNC // plan.page_size)))
+    first, refused_first = _account(session.lower_start())
     kind = None if mesh is None else mesh.devices.flat[0].device_kind
     available = DEVICE_MEMORY.get(kind or "")
     return Memory(
-        weights=_bytes(programs.params.weights),
+        weights=_bytes(session.params.weights),
         prompt=prompt,
         kept=sum(groups),
         current=current,
@@ -172,72 +166,32 @@ def memory(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Programs:
-    """The two programs of a run, to be compiled for devices that need not be there.
+def abstract_session(
+    config: ModelConfig,
+    policy: Policy,
+    prompt_tokens: Sequence[int],
+    max_new_tokens: int,
+    dtype: Any,
+    mesh: Mesh | None,
+) -> Session:
+    """A session with shapes in the place of weights, to compile for devices that need not be there.
 
-    Attributes:
-      params, state, arguments: shapes and shardings of what decode and prefill are given.
-      plan: fixed shapes.
-      mesh: None for the default device.
+    Args:
+      config: shape of the model.
+      policy: which pages to keep.
+      prompt_tokens: length of every row's prompt.
+      max_new_tokens: tokens generated per row.
+      dtype: of weights and cache.
+      mesh: of the devices; None for the default one.
     """
-
-    params: Params
-    state: Any
-    arguments: Any
-    plan: Plan
-    mesh: Mesh | None
-
-    @classmethod
-    def create(
-        cls,
-        config: ModelConfig,
-        policy: Policy,
-        prompt_tokens: list[int],
-        max_new_tokens: int,
-        dtype: Any,
-        mesh: Mesh | None,
-    ) -> Programs:
-        """For prompts of these lengths; see `memory`."""
-        target = None if mesh is None else Target.of(mesh)
-        params = Params(unflatten(flat_shapes(config, dtype.name)), config)
-        plan = Plan.create(config, policy, prompt_tokens, max_new_tokens, target=target)
-        arguments = _prefill_arguments(params, plan, len(prompt_tokens), max_new_tokens)
-        state, _ = jax.eval_shape(partial(prefill, plan=plan), *arguments)
-        if mesh is not None:
-            weights = _placed(params.weights, weight_shardings(config, mesh))
-            params = dataclasses.replace(params, weights=weights)
-            rest = jax.tree.map(lambda _: NamedSharding(mesh, PartitionSpec()), arguments[1:])
-            arguments = (params, *_placed(arguments[1:], rest))
-            state = _placed(state, state_shardings(state, mesh))
-        return cls(params, state, arguments, plan, mesh)
-
-    def decode(self, pages: int) -> Any:
-        """`decode_pages`, lowered."""
-        program: Any = decode_pages
-        if self.mesh is not None:
-            # What comes out lies where what went in lay, or it could not be the same memory.
-            program = jax.jit(
-                program.__wrapped__,
-                static_argnames=("plan", "pages"),
-                donate_argnames="state",
-                out_shardings=self._outputs(),
-            )
-        return program.lower(self.params, self.state, plan=self.plan, pages=pages)
-
-    def prefill(self) -> Any:
-        """`prefill`, lowered."""
-        program: Any = prefill
-        if self.mesh is not None:
-            program = jax.jit(
-                program.__wrapped__, static_argnames="plan", out_shardings=self._outputs()
-            )
-        return program.lower(*self.arguments, plan=self.plan)
-
-    def _outputs(self) -> Any:
-        assert self.mesh is not None
-        everywhere = NamedSharding(self.mesh, PartitionSpec())
-        return jax.tree.map(lambda leaf: leaf.sharding, self.state), everywhere
+    weights = abstract_weights(config, jnp.dtype(dtype).name)
+    if mesh is not None:
+        weights = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            weights,
+            weight_shardings(config, mesh),
+        )
+    return Session.create(Params(weights, config), policy, prompt_tokens, max_new_tokens, mesh=mesh)
 
 
 def target_mesh(
@@ -250,19 +204,6 @@ def target_mesh(
     if data is None:
         data = max(1, len(devices) // model)
     return make_mesh(data, model, devices)
-
-
-def _placed(shapes: Any, shardings: Any) -> Any:
-    place = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s)  # noqa: E731
-    return jax.tree.map(place, shapes, shardings)
-
-
-def _prefill_arguments(params: Params, plan: Plan, batch: int, max_new_tokens: int) -> Any:
-    """The arguments of `prefill`, with shapes in the place of arrays."""
-    sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
-    asked = request(jnp.full(batch, max_new_tokens), params.config.eos_token_ids, sampler)
-    tokens = jax.ShapeDtypeStruct((batch, plan.prompt_slots * plan.page_size), jnp.int32)
-    return params, tokens, jax.ShapeDtypeStruct((batch,), jnp.int32), asked
 
 
 def _account(lowered: Any) -> tuple[Compiled | None, str | None]:

@@ -14,15 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from raas_jax import policies
 from raas_jax.decode import DecodeState
 from raas_jax.params import Params
 from raas_jax.policies import Policy
+from raas_jax.saved_state import arrays_like, as_arrays, from_arrays
 
 STATE, HOST_STATE = "state", "book"
+VERSION = 2  # Of what is saved; 1 had other names.
 
 
 class Saver:
@@ -58,7 +59,7 @@ class Saver:
             self._number,
             args=self._arguments.Composite(
                 **{
-                    STATE: self._arguments.StandardSave(_with_key_data(state)),
+                    STATE: self._arguments.StandardSave(as_arrays(state)),
                     HOST_STATE: self._arguments.JsonSave(host_state),
                 }
             ),
@@ -71,7 +72,11 @@ class Saver:
 
 
 def read_host_state(folder: str | Path) -> dict[str, Any]:
-    """The host's book of the last complete save. Raises FileNotFoundError if there is none."""
+    """What the host kept at the last complete save.
+
+    Raises:
+      FileNotFoundError: there is none. ValueError: another version wrote it.
+    """
     import orbax.checkpoint as ocp
 
     if not Path(folder).is_dir():
@@ -84,6 +89,12 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
             number, args=ocp.args.Composite(**{HOST_STATE: ocp.args.JsonRestore()})
         )
     host_state: dict[str, Any] = found[HOST_STATE]
+    if host_state.get("version") != VERSION:
+        raise ValueError(
+            f"{folder} was saved by another version of raas_jax (its format is "
+            f"{host_state.get('version', 1)}, here it is {VERSION}); finish it with that version, "
+            "or start anew."
+        )
     return host_state
 
 
@@ -91,20 +102,9 @@ def read_state(folder: str | Path, shape: DecodeState) -> DecodeState:
     """The state of the last complete save, with the shapes and shardings of `shape`."""
     import orbax.checkpoint as ocp
 
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def wanted(leaf: Any) -> jax.ShapeDtypeStruct:
-        like = leaf
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            like = jax.eval_shape(jax.random.key_data, leaf)
-        return jax.ShapeDtypeStruct(like.shape, like.dtype, sharding=leaf.sharding or here)
-
-    target = jax.tree.map(wanted, shape)
     with _manager(folder) as manager:
-        arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(target)})
-        state: DecodeState = manager.restore(manager.latest_step(), args=arguments)[STATE]
-    keys = jax.random.wrap_key_data(state.sampler.keys)
-    return dataclasses.replace(state, sampler=dataclasses.replace(state.sampler, keys=keys))
+        arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(arrays_like(shape))})
+        return from_arrays(manager.restore(manager.latest_step(), args=arguments)[STATE])
 
 
 def describe(policy: Policy) -> dict[str, Any]:
@@ -164,12 +164,6 @@ def _manager(folder: str | Path, **options: Any) -> Any:
     return ocp.CheckpointManager(
         Path(folder).expanduser().absolute(), options=chosen, item_names=(STATE, HOST_STATE)
     )
-
-
-def _with_key_data(state: DecodeState) -> DecodeState:
-    """Orbax stores numbers; a typed key is some of them."""
-    keys = jax.random.key_data(state.sampler.keys)
-    return dataclasses.replace(state, sampler=dataclasses.replace(state.sampler, keys=keys))
 
 
 def _plain(value: Any) -> Any:

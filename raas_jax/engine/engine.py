@@ -13,19 +13,22 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from pallas_kernels import Target
 from raas_jax import tokenizer
-from raas_jax.decode import DecodeState, Plan, Sampled, cache_bytes
+from raas_jax.admission import Admissions, empty_admissions
+from raas_jax.decode import DecodeState, Progress
 from raas_jax.engine import checkpoint
 from raas_jax.engine.autosize import largest_batch
 from raas_jax.engine.requests import Id, Job, Request, Result, check
-from raas_jax.engine.rows import Programs, Seen, empty_admissions, programs
 from raas_jax.engine.scheduler import Row, Schedule, Start
 from raas_jax.generate import checked
 from raas_jax.outputs import Answer, default_limit
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import Policy, pages_for
-from raas_jax.sharding import place_weights
+from raas_jax.sampling import Sampler
+from raas_jax.session import Session
+from raas_jax.sharding import place_weights, target_of
+from raas_jax.tokenizer import Prompt
 
 SMALLEST_BUCKET = 64  # Tokens. Shorter prompts gain little from a program of their own.
 
@@ -61,8 +64,8 @@ class Usage:
 class _Sync:
     """What was asked of the device since the last look, and by whom."""
 
-    started: list[tuple[list[tuple[int, Row]], Sampled]]
-    seen: Seen
+    started: list[tuple[list[tuple[int, Row]], Progress]]
+    progress: Progress
     rows: list[Row | None]
 
 
@@ -75,11 +78,9 @@ class Engine:
     alone.
 
     Attributes:
-      params: the model, on the mesh if there is one.
-      plan: fixed shapes.
+      session: the decode that it drives, with the model, on the mesh if there is one.
       rows: `B`.
       buckets: lengths to which prompts are padded, in tokens, ascending.
-      programs: what runs on the device.
       usage: what was done so far.
     """
 
@@ -146,35 +147,53 @@ class Engine:
         if save_every is not None and save_to is None:
             raise ValueError(f"save_every is {save_every}; give save_to, the folder, too.")
         P = policy.page_size
-        self.params = params if mesh is None else place_weights(params, mesh)
+        if mesh is not None:
+            params = place_weights(params, mesh)
         self.buckets = _buckets(max_prompt_tokens, P)
         self.max_new_tokens = max_new_tokens
-        self.mesh = mesh
-        self.plan = _plan(params, policy, self.buckets[-1], max_new_tokens, samples, mesh)
+        plan = Plan.up_to(
+            params.config, policy, self.buckets[-1], max_new_tokens, samples, target_of(mesh)
+        )
+        policy.check_prompts([1])
         self.stop_tokens = tokenizer.stop_token_ids(params, stop_token_ids)
+
+        def session(rows: int) -> Session:
+            return Session(params, plan, rows, stop_tokens=self.stop_tokens, mesh=mesh)
+
         self.usage = Usage()
         self._pages = pages_for(numbers["sync_every"], P)
         self._sizes = (prefill_rows, 1) if prefill_rows > 1 else (1,)
         self._late = jax.default_backend() != "cpu" if overlap is None else overlap
         together = samples * (1 if mesh is None else mesh.shape["data"])
         if rows == "auto":
-            rows = largest_batch(self._account, together, memory_limit)
+            rows = largest_batch(
+                lambda count: self._account(session(count)), together, memory_limit
+            )
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1 or rows % together:
             raise ValueError(
                 f"rows is {rows!r}; it must be 'auto' or a multiple of {together} (samples="
                 f"{samples}, and the data axis of the mesh)."
             )
         self.rows = rows
-        self.programs = self._compile_for(rows)
+        self.session = session(rows)
         self._called: set[tuple[Any, ...]] = set()
         self._schedule = Schedule(rows, samples)
         self._ready: deque[Result] = deque()
         self._taken: set[Id] = set()
         self._state: DecodeState | None = None
         self._syncs: deque[_Sync] = deque()
-        self._started: list[tuple[list[tuple[int, Row]], Sampled]] = []
+        self._started: list[tuple[list[tuple[int, Row]], Progress]] = []
         self._saver = None if save_to is None else checkpoint.Saver(save_to, save_every or 300.0)
-        self._row_bytes = cache_bytes(self.programs.shape) // rows
+
+    @property
+    def params(self) -> Params:
+        """The model."""
+        return self.session.params
+
+    @property
+    def plan(self) -> Plan:
+        """Fixed shapes."""
+        return self.session.plan
 
     @property
     def compiles(self) -> int:
@@ -191,16 +210,14 @@ class Engine:
         state = self._take_state()
         for bucket in self.buckets:
             for size in self._sizes:
-                state, _ = self._call("admit", bucket, size)(
-                    self.params, state, empty_admissions(size, bucket, self.plan.samples)
-                )
+                state, _ = self._admit_to(state, empty_admissions(size, bucket, self.plan.samples))
         if not self._schedule.busy():
-            state, _ = self._call("advance")(self.params, state)
+            state, _ = self._advanced(state)
         self._state = jax.block_until_ready(state)
 
     def run(
         self,
-        requests: Iterable[Request | Any] = (),
+        requests: Iterable[Request | Prompt] = (),
         *,
         done: Collection[tuple[Id, int]] | None = None,
     ) -> Iterator[Result]:
@@ -290,44 +307,40 @@ class Engine:
         checkpoint.check_model(host_state, params, folder)
         options = {**host_state["options"], "policy": checkpoint.policy_of(host_state, policy)}
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
-        engine._state = checkpoint.read_state(folder, engine.programs.shape)
+        engine._state = checkpoint.read_state(folder, engine.session.shape)
         engine._open(host_state)
         return engine
 
     # What follows is the host's work between two looks.
 
-    def _compile_for(self, rows: int) -> Programs:
-        return programs(
-            self.params.config,
-            self.params.weights["embedding"].dtype.name,
-            self.plan,
-            rows,
-            self._pages,
-            self.stop_tokens,
-            self.mesh,
-        )
-
-    def _account(self, rows: int) -> list[Any]:
-        """The lowered programs that take most memory, for this many rows."""
-        made = self._compile_for(rows)
-        admissions = empty_admissions(self._sizes[0], self.buckets[-1], self.plan.samples)
+    def _account(self, session: Session) -> list[Any]:
+        """The lowered programs of a session that take most memory."""
         return [
-            made.advance.lower(self.params, made.shape),
-            made.admit.lower(self.params, made.shape, admissions),
+            session.lower_advance(self._pages),
+            session.lower_admit(self._sizes[0], self.buckets[-1]),
         ]
-
-    def _call(self, name: str, *shape: int) -> Any:
-        self._called.add((name, *shape))
-        return getattr(self.programs, name)
 
     def _take_state(self) -> DecodeState:
         """The state, to be given away."""
         state, self._state = self._state, None
-        return self._call("empty")() if state is None else state
+        if state is None:
+            self._called.add(("empty",))
+            state = self.session.empty()
+        return state
 
-    def _jobs(self, source: Iterator[Any], done: set[tuple[Id, int]] | None) -> Iterator[Job]:
+    def _admit_to(self, state: DecodeState, admissions: Admissions) -> tuple[DecodeState, Progress]:
+        self._called.add(("admit", *admissions.tokens.shape))
+        return self.session.admit(state, admissions)
+
+    def _advanced(self, state: DecodeState) -> tuple[DecodeState, Progress]:
+        self._called.add(("advance",))
+        return self.session.advance(state, self._pages)
+
+    def _jobs(
+        self, source: Iterator[Request | Prompt], done: set[tuple[Id, int]] | None
+    ) -> Iterator[Job]:
         """Jobs of good requests; the bad ones become results here."""
-        asked: set[Id] = set()
+        asked_before: set[Id] = set()
         for number, item in enumerate(source):
             request = item if isinstance(item, Request) else Request(number, item)
             name: Any = request.id
@@ -335,34 +348,45 @@ class Engine:
                 request = dataclasses.replace(request, id=repr(name))
                 self._refuse(request, [0], f"id is {name!r}; it must be a string or an int.")
                 continue
-            wanted = list(range(request.n)) if isinstance(request.n, int) else [0]
-            if request.id in asked:
-                if done is None or (request.id, 0) not in done:
-                    self._refuse(request, wanted or [0], f"id {request.id!r} was used before.")
+            samples = list(range(request.n)) if isinstance(request.n, int) else [0]
+            if name in asked_before:
+                if (name, 0) not in (done or ()):
+                    self._refuse(request, samples, f"id {name!r} was used before.")
                 continue
-            asked.add(request.id)
-            if done is None and request.id in self._taken:
-                continue
-            if request.id in self._taken:
-                held = self._in_hand()
-                wanted = [sample for sample in wanted if (request.id, sample) not in held]
-            todo = [sample for sample in wanted if (request.id, sample) not in (done or ())]
-            self._taken.add(request.id)
-            if wanted and not todo:
-                continue
-            try:
-                job = check(self.params, self.plan, self.max_new_tokens, request)
-            except (TypeError, ValueError, ImportError) as error:
-                self._refuse(request, todo or [0], str(error))
-                continue
-            job.todo = todo
-            yield job
+            asked_before.add(name)
+            left = self._left_to_start(name, samples, done)
+            # Without any sample, n is wrong, which is for the check to say.
+            if left is not None and (left or not samples):
+                yield from self._checked(request, left)
+
+    def _left_to_start(
+        self, name: Id, samples: list[int], done: set[tuple[Id, int]] | None
+    ) -> list[int] | None:
+        """Of a request's samples, those that are not begun; None for one that was dealt with."""
+        taken = name in self._taken
+        self._taken.add(name)
+        if not taken:
+            return [sample for sample in samples if (name, sample) not in (done or ())]
+        if done is None:
+            return None
+        begun = done | self._in_hand()
+        return [sample for sample in samples if (name, sample) not in begun]
+
+    def _checked(self, request: Request, samples: list[int]) -> Iterator[Job]:
+        """The job of a request, if there is nothing wrong with it."""
+        try:
+            job = check(self.params, self.plan, self.max_new_tokens, request)
+        except (TypeError, ValueError, ImportError) as error:
+            self._refuse(request, samples, str(error))
+            return
+        job.todo = samples
+        yield job
 
     def _in_hand(self) -> set[Any]:
         return self._schedule.in_hand() | {(result.id, result.sample) for result in self._ready}
 
     def _refuse(self, request: Request, samples: Sequence[int], why: str) -> None:
-        for sample in samples:
+        for sample in samples or [0]:
             self._ready.append(Result(request.id, sample, None, [], "error", [], None, why))
 
     def _admit(self, starts: Sequence[Start]) -> None:
@@ -388,8 +412,6 @@ class Engine:
             admissions.new_prompt[line] = start.new_prompt
             admissions.seed[line] = np.asarray(job.seed % 2**32, np.uint32).astype(np.int32)
             admissions.limit[line] = job.limit
-            for name, value in dataclasses.asdict(job.sampling).items():
-                getattr(admissions, name)[line] = value
             for place, sample in enumerate(start.samples):
                 if sample is None:
                     continue
@@ -401,9 +423,10 @@ class Engine:
             self.usage.prompts += 1
             self.usage.prompt_tokens += len(job.prompt)
         self.usage.padded_prompt_tokens += admissions.tokens.size
-        admit = self._call("admit", bucket, len(batch))
-        self._state, drawn = admit(self.params, self._take_state(), admissions)
-        self._started.append((rows, drawn))
+        sampler = Sampler.create([start.job.sampling for start in batch], None)
+        admissions = admissions._replace(sampler=sampler)
+        self._state, progress = self._admit_to(self._take_state(), admissions)
+        self._started.append((rows, progress))
 
     def _answer(self, job: Job) -> Answer:
         # Without stop strings the text is made at the end, which is much less work.
@@ -411,8 +434,8 @@ class Engine:
         return Answer(job.prompt, job.limit, frozenset(self.stop_tokens), detokenizer)
 
     def _advance(self) -> None:
-        self._state, seen = self._call("advance")(self.params, self._take_state())
-        self._syncs.append(_Sync(self._started, seen, list(self._schedule.rows)))
+        self._state, progress = self._advanced(self._take_state())
+        self._syncs.append(_Sync(self._started, progress, list(self._schedule.rows)))
         self._started = []
         steps = self._pages * self.plan.page_size
         self.usage.steps += steps
@@ -420,24 +443,23 @@ class Engine:
 
     def _sync(self) -> None:
         """Takes what the oldest look brings, and frees the rows that are done."""
-        look = self._syncs.popleft()
+        sync = self._syncs.popleft()
         began = time.perf_counter()
-        firsts, seen = jax.device_get(([drawn for _, drawn in look.started], look.seen))
+        *firsts, seen = self.session.read([*(first for _, first in sync.started), sync.progress])
         now = time.perf_counter()
         self.usage.decode_seconds += now - began
-        for (rows, _), first in zip(look.started, firsts, strict=True):
+        for (rows, _), first in zip(sync.started, firsts, strict=True):
             for place, begun in rows:
                 begun.seen = now
                 begun.answer.prefill_seconds = now - begun.began
-                begun.answer.take(first.tokens[place, None], first.logprobs[place, None])
-        for index, row in enumerate(look.rows):
+                begun.answer.take(first, place, self.plan)
+        for index, row in enumerate(sync.rows):
             # Idle, or its answer was finished by an earlier look.
             if row is None or self._schedule.rows[index] is not row:
                 continue
             answer = row.answer
             before = len(answer.tokens)
-            answer.take(seen.drawn.tokens[:, index], seen.drawn.logprobs[:, index])
-            answer.count_pages(int(seen.committed[index]), int(seen.evicted[index]), self.plan)
+            answer.take(seen, index, self.plan)
             answer.decode_seconds = now - (row.seen or now)
             self.usage.useful_row_steps += len(answer.tokens) - before
             if answer.finish_reason:
@@ -451,8 +473,8 @@ class Engine:
         elif tokenizer.has_tokenizer(self.params):
             ended = bool(answer.tokens) and answer.tokens[-1] in answer.stop_ids
             known = tokenizer.decode(self.params, answer.tokens[: len(answer.tokens) - ended])
-        dtype = self.params.weights["embedding"].dtype
-        stats = answer.stats(self.params.config, dtype, self._row_bytes)
+        params = self.params
+        stats = answer.stats(params.config, params.dtype, self.session.row_bytes)
         reason = answer.finish_reason or "interrupted"
         return Result(row.job.id, row.sample, known, answer.tokens, reason, answer.logprobs, stats)
 
@@ -480,6 +502,7 @@ class Engine:
     def _host_state(self) -> dict[str, Any]:
         """Everything on the host, as JSON values."""
         return {
+            "version": checkpoint.VERSION,
             "model": checkpoint.model_of(self.params),
             "policy": checkpoint.describe(self.plan.policy),
             "options": {
@@ -511,19 +534,3 @@ def _buckets(max_prompt_tokens: int, page_size: int) -> tuple[int, ...]:
     while pages[-1] > 1 and pages[-1] * page_size > SMALLEST_BUCKET:
         pages.append(-(-pages[-1] // 2))
     return tuple(count * page_size for count in reversed(pages))
-
-
-def _plan(
-    params: Params,
-    policy: Policy,
-    longest: int,
-    max_new_tokens: int,
-    samples: int,
-    mesh: Mesh | None,
-) -> Plan:
-    """Of slots enough for a row of any prompt; which of them it may use is the policy's word."""
-    target = None if mesh is None else Target.of(mesh)
-    plan = Plan.create(params.config, policy, [1], max_new_tokens, samples, target)
-    groups = policy.groups(params.config.num_hidden_layers)
-    slots = tuple(part.slots([1, longest], max_new_tokens) for _, part in groups)
-    return dataclasses.replace(plan, prompt_slots=longest // policy.page_size, slots=slots)

@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from typing import Any
 
 from raas_jax import tokenizer
-from raas_jax.decode import Plan
 from raas_jax.outputs import Stats, answer_limit
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.sampling import Sampling
+from raas_jax.tokenizer import Prompt
 
 Id = str | int
 
@@ -32,7 +33,7 @@ class Request:
     """
 
     id: Id
-    prompt: Any
+    prompt: Prompt
     sampling: Sampling = dataclasses.field(default_factory=Sampling)
     seed: int = 0
     max_new_tokens: int | None = None

@@ -8,8 +8,6 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
-
 from raas_jax.engine.requests import Id, Job
 from raas_jax.outputs import Answer
 
@@ -151,7 +149,7 @@ class Schedule:
                 continue
             job = jobs[saved["job"]]
             made = answer(job)
-            made.take(np.asarray(saved["tokens"], int), np.asarray(saved["logprobs"], float))
+            made.add(saved["tokens"], saved["logprobs"])
             made.kept_pages, made.evicted_pages = saved["pages"]
             made.prefill_seconds, seconds = saved["seconds"]
             self.rows[index] = Row(job, saved["sample"], made, now, now - seconds)

@@ -1,1 +1,1 @@
-"""The laboratory: tasks, runs, training and benchmarks that prove the library, never imported by it."""
+"""The laboratory: tasks, runs and benchmarks that prove the library, which never imports it."""

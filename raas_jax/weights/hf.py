@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_model
+from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.sharding import weight_shardings
 from raas_jax.weights import safetensors
@@ -108,7 +107,7 @@ def targets(config: ModelConfig) -> dict[str, Target]:
 
 def flat_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Dotted path → shape and dtype of every array of the model; nothing is allocated."""
-    return flatten(nnx.to_pure_dict(abstract_model(config, dtype)[1]))
+    return flatten(abstract_weights(config, dtype))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -361,7 +360,7 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
       FileExistsError: the folder is there and not empty.
       OSError: it cannot be written.
     """
-    leaves = flatten(params.weights)
+    leaves = flatten(params.stacked().weights)
     dtype = np.dtype(leaves["embedding"].dtype)
     places = targets(params.config)
     config = dataclasses.replace(params.config, dtype=dtype.name)

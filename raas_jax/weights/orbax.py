@@ -52,7 +52,7 @@ def save_orbax(params: Params, folder: str | Path) -> None:
             copy_companions(params.source, partial)
             (partial / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / ARRAYS, params.weights)
+            checkpointer.save(partial / ARRAYS, params.stacked().weights)
 
 
 def load_orbax(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None) -> Params:

@@ -1,7 +1,7 @@
 """Time per token of several policies side by side, and of the attention alone that each implies.
 
 A policy costs what it reads and what it computes. The first is seen in a window: the last tokens in
-the same number of slots, with no @@meta and no scores, written over in turn. All take turns in one
+the same number of slots, with no marks and no scores, written over in turn. All take turns in one
 process, so that a busy moment hits all of them alike, and medians of paired ratios are reported.
 """
 

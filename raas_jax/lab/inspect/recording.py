@@ -20,18 +20,15 @@ import numpy as np
 from raas_jax.config import ModelConfig
 from raas_jax.decode import (
     DecodeState,
-    Plan,
-    Sampled,
-    commit_page,
-    empty_cache,
-    init_metadata,
-    pad_prompts,
-    prefill,
-    request,
-    token_step,
+    Probe,
+    Progress,
+    RowRequest,
+    cache_bytes,
+    empty_state,
 )
 from raas_jax.generate import TOKENS_PER_SYNC
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import (
     Boundary,
     Bounded,
@@ -44,7 +41,7 @@ from raas_jax.policies import (
     set_slot,
 )
 from raas_jax.policies.base import Metadata
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.session import Session
 
 
 class Diary(NamedTuple):
@@ -53,7 +50,7 @@ class Diary(NamedTuple):
     Attributes:
       page: int32 `[L, B, K, S]`, number of the page in each slot, counted from the row's first
         generated token; -1 for an empty slot.
-      inner: @@meta of the policy that is recorded.
+      inner: marks of the policy that is recorded.
     """
 
     page: jax.Array
@@ -128,45 +125,20 @@ class Recorded(Policy):
         return self.inner.evict_many(meta.inner, boundary)
 
 
-class Pages(NamedTuple):
-    """What `record_pages` saw, for each of `n` pages.
-
-    Attributes:
-      tokens: int32 `[n * P, B]`, drawn tokens; -1 for a row that was done.
-      tables: for each group of layers int32 `[n, L, B, K, S]`, page numbers in the slots while the
-        page was written.
-      meta: for each group, @@meta of the recorded policy after every token, with `[n, P]` before
-        their own axes; None unless asked for.
-    """
-
-    tokens: jax.Array
-    tables: tuple[jax.Array, ...]
-    meta: tuple[Any, ...] | None
+def _tables(state: DecodeState) -> tuple[jax.Array, ...]:
+    """For each group of layers int32 `[L, B, K, S]`, the number of the page in every slot."""
+    return tuple(
+        # An emptied slot holds nothing, whatever lay in it.
+        jnp.where(kept.fill > 0, diary.page, -1)
+        for diary, kept in zip(state.meta, state.cache.kept, strict=True)
+    )
 
 
-@partial(jax.jit, static_argnames=("plan", "pages", "every_step"), donate_argnames="state")
-def record_pages(
-    params: Params, state: DecodeState, *, plan: Plan, pages: int, every_step: bool = False
-) -> tuple[DecodeState, Pages]:
-    """As `raas_jax.decode.decode_pages`, for a plan whose policy is `Recorded`."""
-
-    def step(state: DecodeState, offset: jax.Array) -> tuple[DecodeState, Any]:
-        state, drawn = token_step(params, state, offset, plan)
-        inner = tuple(meta.inner for meta in state.meta) if every_step else None
-        return state, (drawn.tokens, inner)
-
-    def page(state: DecodeState, _: None) -> tuple[DecodeState, Any]:
-        # A released slot is empty, whatever lay in it.
-        tables = tuple(
-            jnp.where(kept.fill > 0, meta.page, -1)
-            for meta, kept in zip(state.meta, state.cache.kept, strict=True)
-        )
-        offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
-        state, (tokens, inner) = jax.lax.scan(step, state, offsets)
-        return commit_page(params.config, state, plan), (tokens, tables, inner)
-
-    state, (tokens, tables, inner) = jax.lax.scan(page, state, None, length=pages)
-    return state, Pages(tokens.reshape(-1, tokens.shape[-1]), tables, inner)
+def _stamps_of(policies: tuple[Policy, ...], state: DecodeState) -> tuple[jax.Array | None, ...]:
+    """For each group of layers, the policy's stamps."""
+    return tuple(
+        policy.stamps(diary.inner) for policy, diary in zip(policies, state.meta, strict=True)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,19 +178,6 @@ class Recording:
         return held
 
 
-def begin(
-    params: Params,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    plan: Plan,
-    stop_tokens: Sequence[int] = (),
-) -> tuple[DecodeState, Sampled]:
-    """`prefill` of a batch that is decoded greedily."""
-    sampler = Sampler.create([Sampling()] * len(prompts), row_keys(0, len(prompts)))
-    asked = request(jnp.asarray(limits), stop_tokens, sampler)
-    return prefill(params, *pad_prompts(prompts, plan), asked, plan=plan)
-
-
 def record(
     params: Params,
     prompts: Sequence[Sequence[int]],
@@ -239,7 +198,7 @@ def record(
       policy: which pages to keep.
       stop_tokens: ids that end an answer.
       rows: size of the batch that is compiled for; the missing rows are idle.
-      every_step: record the policy's @@meta after every token.
+      every_step: record the policy's marks after every token.
       prepare: changes the state that prefill left, as an oracle does that knows the future.
 
     Yields:
@@ -249,57 +208,41 @@ def record(
     idle = max(0, (rows or 0) - len(prompts))
     padded = [*prompts, *[prompts[0]] * idle]
     limit = [*limits, *[1] * idle]
-    plan = Plan.create(params.config, Recorded(policy), [len(each) for each in padded], max(limit))
-    P = plan.page_size
-    pages = max(1, TOKENS_PER_SYNC // P)
-    state, first = begin(params, padded, limit, plan, stop_tokens)
+    session = Session.create(params, Recorded(policy), [len(each) for each in padded], max(limit))
+    P = session.plan.page_size
+    recorded = tuple(group.policy for group in session.plan.groups)
+    inner = tuple(each.inner for each in recorded if isinstance(each, Recorded))
+    probe = Probe(_tables, partial(_stamps_of, inner) if every_step else None)
+    state, progress = session.start(padded, RowRequest.create(limit, stop_tokens))
     if prepare is not None:
         state = prepare(state)
 
-    drawn = [np.asarray(first.tokens)[None]]
-    tables: list[tuple[np.ndarray, ...]] = []
-    meta: list[tuple[np.ndarray, ...]] = []
+    seen: list[Progress] = []
     open_rows = list(range(len(prompts)))
     while True:
-        done = np.asarray(state.done)
-        finished = [row for row in open_rows if done[row]]
-        open_rows = [row for row in open_rows if not done[row]]
-        if finished:
-            all_drawn = np.concatenate(drawn)
-            seconds = time.perf_counter() - began
+        seen.append(session.read(progress))
+        finished = [row for row in open_rows if seen[-1].done[row]]
+        open_rows = [row for row in open_rows if not seen[-1].done[row]]
+        seconds = time.perf_counter() - began
         for row in finished:
-            column = all_drawn[:, row]
+            column = np.concatenate([each.tokens[:, row] for each in seen])
             answer: list[int] = column[: _end(column, limit[row], stop_tokens)].tolist()
             written = pages_for(len(answer) - 1, P)
-            table = _of_row(tables, row, written)
+            tables, stamps = _of_row([each.probed for each in seen[1:]], row, written)
             yield (
                 row,
                 Recording(
                     tokens=answer,
                     finish_reason="stop" if answer[-1] in stop_tokens else "length",
                     page_size=P,
-                    present=_present(table, written),
-                    stamps=_stamps(table, _of_row(meta, row, written), written) if meta else None,
+                    present=_present(tables, written),
+                    stamps=_stamps(tables, stamps, written),
                     seconds=seconds,
                 ),
             )
         if not open_rows:
             return
-        state, seen = record_pages(params, state, plan=plan, pages=pages, every_step=every_step)
-        drawn.append(np.asarray(seen.tokens))
-        tables.append(tuple(np.asarray(table) for table in seen.tables))
-        stamps = [getattr(mark, "stamp", mark) for mark in seen.meta or ()]
-        if stamps and all(map(_is_stamp, stamps)):
-            meta.append(tuple(np.asarray(stamp) for stamp in stamps if not _is_empty(stamp)))
-
-
-def _is_empty(meta: Any) -> bool:
-    return not jax.tree.leaves(meta)
-
-
-def _is_stamp(meta: Any) -> bool:
-    one = isinstance(meta, jax.Array) and meta.ndim == 6
-    return _is_empty(meta) or (one and jnp.issubdtype(meta.dtype, jnp.integer))
+        state, progress = session.advance(state, max(1, TOKENS_PER_SYNC // P), probe=probe)
 
 
 def _end(column: np.ndarray, limit: int, stop_tokens: Sequence[int]) -> int:
@@ -308,14 +251,17 @@ def _end(column: np.ndarray, limit: int, stop_tokens: Sequence[int]) -> int:
     return int(stops[0]) + 1 if len(stops) else limit
 
 
-def _of_row(parts: list[tuple[np.ndarray, ...]], row: int, pages: int) -> list[np.ndarray]:
-    """For each group, what was seen of one row: `[pages, (P,) L, K, S]`."""
-    if not parts:
-        return []
-    return [
-        np.concatenate([part[group].take(row, axis=-3) for part in parts])[:pages]
-        for group in range(len(parts[0]))
-    ]
+def _of_row(
+    probed: list[Any], row: int, pages: int
+) -> tuple[list[np.ndarray], list[np.ndarray | None]]:
+    """For each group, the tables `[pages, L, K, S]` and stamps `[pages, P, L, K, S]` of one row."""
+
+    def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([part.take(row, axis=-3) for part in parts])[:pages]
+
+    tables = [joined(parts) for parts in zip(*(each[0] for each in probed), strict=True)]
+    stamps = zip(*(each[1] or () for each in probed), strict=True)
+    return tables, [None if parts[0] is None else joined(parts) for parts in stamps]
 
 
 def _present(tables: list[np.ndarray], pages: int) -> np.ndarray:
@@ -333,21 +279,22 @@ def _present(tables: list[np.ndarray], pages: int) -> np.ndarray:
     return present
 
 
-def _stamps(tables: list[np.ndarray], meta: list[np.ndarray], pages: int) -> np.ndarray | None:
-    """`[n * P, L, K, n]`; layers of a group without meta (dense ones) have -1."""
-    if not meta:
+def _stamps(
+    tables: list[np.ndarray], marks: list[np.ndarray | None], pages: int
+) -> np.ndarray | None:
+    """`[n * P, L, K, n]`; layers of a group without stamps (dense ones) have -1."""
+    known = [each for each in marks if each is not None]
+    if not known:
         return None
-    P = meta[0].shape[1]
+    P = known[0].shape[1]
     parts: list[np.ndarray] = []
-    given = iter(meta)
-    for table in tables:
-        stamps = np.full((pages, P, *table.shape[1:3], pages + 1), -1, np.int32)
-        # A group without meta comes first, if there is one: the dense first layers.
-        if len(tables) - len(parts) <= len(meta):
+    for table, stamp in zip(tables, marks, strict=True):
+        found = np.full((pages, P, *table.shape[1:3], pages + 1), -1, np.int32)
+        if stamp is not None:
             index = np.where(table < 0, pages, table)[:, None]
             index = np.broadcast_to(index, (pages, P, *table.shape[1:]))
-            np.put_along_axis(stamps, index, next(given), axis=-1)
-        parts.append(stamps[..., :pages])
+            np.put_along_axis(found, index, stamp, axis=-1)
+        parts.append(found[..., :pages])
     return np.concatenate(parts, axis=2).reshape(pages * P, -1, parts[0].shape[3], pages)
 
 
@@ -357,7 +304,4 @@ def row_bytes(
 ) -> int:
     """Bytes that `generate` allocates for the cache of such a row when it runs alone."""
     plan = Plan.create(config, policy, [prompt_tokens], limit)
-    trees = jax.eval_shape(
-        lambda: (empty_cache(config, plan, 1, jnp.dtype(dtype)), init_metadata(config, plan, 1))
-    )
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
+    return cache_bytes(jax.eval_shape(partial(empty_state, config, plan, 1, jnp.dtype(dtype))))

@@ -7,15 +7,13 @@ layer and head could read when it was fed, so hidden states and attention are th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from raas_jax.lab.inspect.recording import Recording
-from raas_jax.model import block_graph, merge, rope_rotation
+from raas_jax.model import Layer, ends, rope_rotation, run_layers
 from raas_jax.params import Params
 
 BUCKET = 128  # Lengths are padded to a multiple, so that few of them compile anew.
@@ -55,6 +53,7 @@ def replay(
       The layer, and float32 `[K, G, T]`: `[k, g, t]` is the share of attention that position `t`
       received as token `g` was drawn, the largest among the query heads of key/value head `k`.
     """
+    params = params.stacked()  # One program serves all layers.
     tokens = np.asarray([*prompt, *recording.tokens[:-1]], np.int32)
     T, first = len(tokens), len(prompt) - 1
     width = -(-T // BUCKET) * BUCKET
@@ -74,28 +73,31 @@ def replay(
 
 @jax.jit
 def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    return merge(params.config, params.weights).embed(tokens)[None]
+    return ends(params.config, params.weights).embed(tokens)[None]
 
 
 @jax.jit
 def _choices(params: Params, x: jax.Array) -> jax.Array:
-    return merge(params.config, params.weights).logits(x[0]).argmax(-1)
+    return ends(params.config, params.weights).logits(x[0]).argmax(-1)
 
 
 @jax.jit
 def _layer(
-    params: Params, x: jax.Array, layer: jax.Array, mask: jax.Array
+    params: Params, x: jax.Array, number: jax.Array, mask: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """x `[1, T, D]`, mask `[K, T, T]` → x, and the attention `[K, T, T]`."""
     config, T = params.config, x.shape[1]
-    at_layer = partial(jax.lax.dynamic_index_in_dim, index=layer, axis=0, keepdims=False)
-    graph = block_graph(config, params.weights["embedding"].dtype.name)
-    block = nnx.merge(graph, jax.tree.map(at_layer, params.weights["layers"]))
     positions = jnp.arange(T, dtype=jnp.int32)[None]
-    q, k, v = block.qkv(x, rope_rotation(config.rope, config.head_dim, positions))
+    rotation = rope_rotation(config.rope, config.head_dim, positions)
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q = q[0].reshape(T, K, N // K, H).astype(jnp.float32) * H**-0.5
-    scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
-    weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _NEVER), axis=-1)
-    out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32)).reshape(1, T, N, H)
-    return block.finish(x, out.astype(x.dtype)), weights.max(1)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        q, k, v = layer.block.qkv(x, rotation)
+        q = q[0].reshape(T, K, N // K, H).astype(jnp.float32) * H**-0.5
+        scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
+        weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _NEVER), axis=-1)
+        out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32))
+        return layer.block.finish(x, out.reshape(1, T, N, H).astype(x.dtype)), weights.max(1)
+
+    x, weights = run_layers(config, params.weights, body, x, first=number, count=1)
+    return x, weights[0]

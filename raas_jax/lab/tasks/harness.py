@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 
 from raas_jax import tokenizer
 from raas_jax.engine import Engine, Request, Result
-from raas_jax.lab.tasks.likelihood import likelihoods
-from raas_jax.policies import Policy, parse
+from raas_jax.policies import Dense, Policy, parse
 from raas_jax.sampling import Sampling
+from raas_jax.score import scores
 from raas_jax.weights import load
 
 DEFAULT_ROWS = 16
@@ -179,19 +179,20 @@ class RaasLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[Tokens], disable_tqdm: bool = False, keep: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
-        sequences = [self._fitting(before, scored) for _, before, scored in requests]
+        parts = [self._fitting(before, scored) for _, before, scored in requests]
         rows = DEFAULT_ROWS if self._rows == "auto" else self._rows
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
-            for index, likelihood in likelihoods(self.params, sequences, rows):
-                found[index] = (likelihood.logprob, likelihood.greedy)
+            prompts, continuations = [each[0] for each in parts], [each[1] for each in parts]
+            for index, each in scores(self.params, prompts, continuations, Dense(), rows=rows):
+                found[index] = (each.total, bool(each.greedy.all()))
                 if keep:
                     self.cache_hook.add_partial("loglikelihood", requests[index][0], found[index])
                 bar.update()
         return [found[index] for index in range(len(requests))]
 
-    def _fitting(self, before: Sequence[int], scored: Sequence[int]) -> tuple[list[int], int]:
-        """A sequence of at most the context's length and one, cut at the left, as the harness does.
+    def _fitting(self, before: Sequence[int], scored: Sequence[int]) -> tuple[list[int], list[int]]:
+        """Both parts, together of at most the context's length and one, cut at the left.
 
         The last token is only scored, not read, so it needs no place in the context.
         """
@@ -200,7 +201,8 @@ class RaasLM(TemplateLM):
                 f"a continuation has {len(scored)} tokens, more than max_length, which is "
                 f"{self.max_length}."
             )
-        return [*before, *scored][-(self.max_length + 1) :], len(scored)
+        room = self.max_length + 1 - len(scored)
+        return list(before)[max(0, len(before) - room) :], list(scored)
 
     def _request(self, index: int, arguments: tuple[str, dict[str, Any]]) -> Request:
         context, given = arguments

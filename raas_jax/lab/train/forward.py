@@ -1,18 +1,18 @@
 """The forward pass of training: the model's own layers, with attention in blocks of queries.
 
-It computes what `Transformer.__call__` computes. A block of queries reads only the keys up to its
+It computes what `raas_jax.model.forward` computes. A block of queries reads only the keys up to its
 own end, so nearly half of the T x T scores are never made: on a CPU that halves the step at
 T = 1280.
 """
 
-from typing import Any
+from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from raas_jax.config import ModelConfig
-from raas_jax.model import block_graph, merge, rope_rotation
+from raas_jax import model
 
 QUERY_BLOCK = 128
 _NEVER = -1e30  # finite, so that a padding row gives an average and not a NaN
@@ -41,22 +41,5 @@ def blocked_attention(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Ar
     return jnp.transpose(attended, (0, 3, 1, 2, 4)).reshape(B, T, N, H)
 
 
-def forward(
-    config: ModelConfig,
-    weights: dict[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array,
-    segments: jax.Array,
-) -> jax.Array:
-    """Float32 logits `[B, T, V]` for int32 `tokens`, `positions` and `segments` `[B, T]`."""
-    model = merge(config, weights)
-    rotation = rope_rotation(config.rope, config.head_dim, positions)
-    graph = block_graph(config, weights["embedding"].dtype.name)
-
-    def layer(x: jax.Array, slice_of_stack: Any) -> tuple[jax.Array, None]:
-        block = nnx.merge(graph, slice_of_stack)
-        q, k, v = block.qkv(x, rotation)
-        return block.finish(x, blocked_attention(q, k, v, segments)), None
-
-    x, _ = jax.lax.scan(layer, model.embed(tokens), weights["layers"])
-    return model.logits(x)
+forward = functools.partial(model.forward, attend=blocked_attention)
+"""float32 logits `[B, T, V]`; arguments as in `raas_jax.model.forward`."""

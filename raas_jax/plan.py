@@ -1,0 +1,125 @@
+"""All that is fixed before a decode is compiled: shapes, and which policy serves which layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from pallas_kernels import Target
+from raas_jax.config import ModelConfig
+from raas_jax.policies import Policy, pages_for
+from raas_jax.policies.dense import bucket
+
+
+class Group(NamedTuple):
+    """Consecutive layers that share a policy.
+
+    Attributes:
+      first: number of its first layer.
+      layers: how many it has, `L` of its arrays.
+      policy: which pages to keep.
+      slots: `S`, slots of kept pages.
+    """
+
+    first: int
+    layers: int
+    policy: Policy
+    slots: int
+
+    @property
+    def part(self) -> slice:
+        """Its layers among all of the model."""
+        return slice(self.first, self.first + self.layers)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Shapes and policy of a decode. Hashable, so it can be a static argument of a jit.
+
+    Attributes:
+      policy: which pages to keep.
+      prompt_slots: `Sp`, pages of the longest prompt's bucket.
+      groups: the layers, first ones first, each group with its own part of the policy.
+      samples: rows that share one prompt, `B / B'`; rows of one prompt are neighbours.
+      target: what the decode is compiled for; None is the default backend, without a mesh.
+    """
+
+    policy: Policy
+    prompt_slots: int
+    groups: tuple[Group, ...]
+    samples: int = 1
+    target: Target | None = None
+
+    @classmethod
+    def create(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        samples: int = 1,
+        target: Target | None = None,
+    ) -> Plan:
+        """The plan for prompts of these lengths.
+
+        Raises:
+          ValueError: the policy cannot take one of the prompts, or some of its layers evict the
+            prompt and others do not.
+        """
+        policy.check_prompts(prompt_tokens)
+        return cls._of(config, policy, prompt_tokens, max_new_tokens, samples, target)
+
+    @classmethod
+    def up_to(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        longest: int,
+        max_new_tokens: int,
+        samples: int = 1,
+        target: Target | None = None,
+    ) -> Plan:
+        """Slots enough for a row of any prompt; which of them it may use is the policy's word.
+
+        Args:
+          config: shape of the model.
+          policy: which pages to keep.
+          longest: tokens that a prompt may have, in whole pages.
+          max_new_tokens: tokens that a row may generate.
+          samples: rows that share one prompt.
+          target: what the decode is compiled for.
+        """
+        plan = cls._of(config, policy, [1, longest], max_new_tokens, samples, target)
+        return dataclasses.replace(plan, prompt_slots=pages_for(longest, policy.page_size))
+
+    @classmethod
+    def _of(
+        cls,
+        config: ModelConfig,
+        policy: Policy,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        samples: int,
+        target: Target | None,
+    ) -> Plan:
+        groups: list[Group] = []
+        for layers, part in policy.groups(config.num_hidden_layers):
+            if part.evicts_prompt != policy.evicts_prompt:
+                raise ValueError(
+                    f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
+                )
+            first = groups[-1].part.stop if groups else 0
+            groups.append(Group(first, layers, part, part.slots(prompt_tokens, max_new_tokens)))
+        prompt_slots = bucket(pages_for(max(prompt_tokens), policy.page_size))
+        return cls(policy, prompt_slots, tuple(groups), samples, target)
+
+    @property
+    def page_size(self) -> int:
+        """`P`."""
+        return self.policy.page_size
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """`S` of every group."""
+        return tuple(group.slots for group in self.groups)

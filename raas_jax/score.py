@@ -1,0 +1,265 @@
+"""The log-probability of a given continuation, token by token, under any policy.
+
+Under a policy that evicts, what a token can see depends on what was kept when it was fed, so that
+the continuation is fed as a decode would have fed it (teacher forcing), with the same bounded
+cache. A dense cache hides nothing: there one forward pass gives all tokens at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from raas_jax import tokenizer
+from raas_jax.decode import RowRequest
+from raas_jax.generate import TOKENS_PER_SYNC, checked
+from raas_jax.model import ends, hidden_states
+from raas_jax.params import Params
+from raas_jax.plan import Plan
+from raas_jax.policies import Dense, Policy, pages_for
+from raas_jax.policies.dense import bucket
+from raas_jax.session import Session
+from raas_jax.sharding import place_weights, target_of
+from raas_jax.tokenizer import Prompt, Prompts
+
+SHORTEST = 64  # Tokens; shorter texts are padded to it, and longer ones to a power of two.
+POSITIONS_AT_ONCE = 64  # The logits of all positions of a long text would not fit into memory.
+
+Ids = Sequence[int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How likely a continuation is.
+
+    Attributes:
+      tokens: its ids.
+      logprobs: float32 `[T]`, of each token given the prompt and the tokens before it, as far as
+        the policy kept them; at temperature 1.
+      greedy: bool `[T]`, whether each is the likeliest token.
+    """
+
+    tokens: list[int]
+    logprobs: np.ndarray
+    greedy: np.ndarray
+
+    @property
+    def total(self) -> float:
+        """Log-probability of the whole continuation, summed in float64."""
+        return float(np.sum(self.logprobs, dtype=np.float64))
+
+
+@overload
+def score(
+    params: Params,
+    prompt: Prompt,
+    continuation: str | Ids,
+    *,
+    policy: Policy | None = None,
+    rows: int = 16,
+    mesh: Mesh | None = None,
+) -> Score: ...
+@overload
+def score(
+    params: Params,
+    prompt: Prompts,
+    continuation: list[str] | list[list[int]],
+    *,
+    policy: Policy | None = None,
+    rows: int = 16,
+    mesh: Mesh | None = None,
+) -> list[Score]: ...
+def score(
+    params: Params,
+    prompt: Prompt | Prompts,
+    continuation: str | Ids | list[str] | list[list[int]],
+    *,
+    policy: Policy | None = None,
+    rows: int = 16,
+    mesh: Mesh | None = None,
+) -> Score | list[Score]:
+    """Scores a continuation of a prompt, or one of each of several.
+
+    Args:
+      params: from `raas_jax.load`.
+      prompt: as for `raas_jax.generate`.
+      continuation: text, which gets no special tokens, or token ids; or a list of them, one for
+        each prompt.
+      policy: which pages of the cache to keep; `RaaS(budget=1024)` by default.
+      rows: continuations at once.
+      mesh: from `raas_jax.make_mesh`.
+
+    Returns:
+      A `Score`, or a list of them for a list.
+
+    Raises:
+      TypeError, ValueError: names the argument, its value and the remedy. Nothing was computed.
+    """
+    policy = checked(params, policy)
+    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
+        raise ValueError(f"rows is {rows!r}; it must be an int of at least 1.")
+    prompts, single = tokenizer.encode(params, prompt)
+    given = [continuation] if single else continuation
+    if isinstance(given, str) or len(given) != len(prompts):
+        raise ValueError(
+            f"continuation is {continuation!r} for {len(prompts)} prompts; give one for each."
+        )
+    ids = [
+        tokenizer.encode_continuation(params, each, f"continuation[{index}]")
+        for index, each in enumerate(given)
+    ]
+    found: dict[int, Score] = {}
+    for index, each in scores(params, prompts, ids, policy, rows=rows, mesh=mesh):
+        found[index] = each
+    return found[0] if single else [found[index] for index in range(len(prompts))]
+
+
+def scores(
+    params: Params,
+    prompts: Sequence[Ids],
+    continuations: Sequence[Ids],
+    policy: Policy,
+    *,
+    rows: int = 16,
+    mesh: Mesh | None = None,
+) -> Iterator[tuple[int, Score]]:
+    """Scores token ids, the longest first, and gives each batch as soon as it is done.
+
+    Args:
+      params: the model.
+      prompts: token ids, none of them empty.
+      continuations: token ids, one for each prompt.
+      policy: which pages of the cache to keep.
+      rows: continuations at once.
+      mesh: devices that share the work.
+
+    Yields:
+      The index of a continuation, and its score.
+    """
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{index}] is empty; at least one token must come before.")
+    policy.check_prompts([len(prompt) for prompt in prompts])
+    if mesh is not None:
+        params = place_weights(params, mesh)
+        rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
+    order = sorted(range(len(prompts)), key=lambda i: (-len(continuations[i]), -len(prompts[i])))
+    batch_scores = _in_one_pass if isinstance(policy, Dense) else partial(_forced, policy, mesh)
+    for start in range(0, len(order), rows):
+        batch = order[start : start + rows]
+        # Missing rows repeat the last one, so that every batch has one shape.
+        padded = batch + [batch[-1]] * (rows - len(batch) if len(order) > rows or mesh else 0)
+        logprobs, greedy = batch_scores(
+            params, [prompts[i] for i in padded], [continuations[i] for i in padded]
+        )
+        for row, index in enumerate(batch):
+            end = len(continuations[index])
+            yield (
+                index,
+                Score(
+                    [int(token) for token in continuations[index]],
+                    logprobs[row, :end],
+                    greedy[row, :end],
+                ),
+            )
+
+
+def _forced(
+    policy: Policy,
+    mesh: Mesh | None,
+    params: Params,
+    prompts: Sequence[Ids],
+    continuations: Sequence[Ids],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities and whether greedy, `[B, T]`, fed through a decode."""
+    longest = max(map(len, continuations))
+    P = policy.page_size
+    # A bucket of lengths shares a program; what lies beyond a row's end is not looked at.
+    slots = bucket(pages_for(longest, P)) * P
+    plan = Plan.create(
+        params.config, policy, [len(prompt) for prompt in prompts], slots, target=target_of(mesh)
+    )
+    session = Session(params, plan, len(prompts), mesh=mesh)
+    pages = max(1, TOKENS_PER_SYNC // P)
+    steps = pages * P
+    force = np.zeros((1 + -(-max(longest - 1, 0) // steps) * steps, len(prompts)), np.int32)
+    for row, ids in enumerate(continuations):
+        force[: len(ids), row] = ids
+    request = RowRequest.create([len(force)] * len(prompts))
+    state, progress = session.start(prompts, request, force=force[0])
+    seen = [session.read(progress)]
+    for first in range(1, len(force), steps):
+        state, progress = session.advance(state, pages, force=force[first : first + steps])
+        seen.append(session.read(progress))
+    return (
+        np.concatenate([each.logprobs for each in seen]).T,
+        np.concatenate([each.greedy for each in seen]).T,
+    )
+
+
+def _in_one_pass(
+    params: Params, prompts: Sequence[Ids], continuations: Sequence[Ids]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The same with a dense cache, in one forward pass."""
+    texts = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
+    # The last token is only scored, not read.
+    width = SHORTEST
+    while width < max(map(len, texts)) - 1:
+        width *= 2
+    # What is padded at the right is seen by nothing before it.
+    padded = np.zeros((2, len(texts), width), np.int32)
+    for row, text in enumerate(texts):
+        padded[:, row, : len(text) - 1] = text[:-1], text[1:]
+    found = jax.device_get(next_logprobs(params, *map(jnp.asarray, padded)))
+    logprobs, greedy = (
+        np.zeros((len(texts), max(map(len, continuations))), each.dtype) for each in found
+    )
+    for row, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
+        part = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
+        logprobs[row, : len(ids)], greedy[row, : len(ids)] = (
+            found[0][row, part],
+            found[1][row, part],
+        )
+    return logprobs, greedy
+
+
+@partial(jax.jit, static_argnames="at_once")
+def next_logprobs(
+    params: Params, tokens: jax.Array, following: jax.Array, at_once: int = POSITIONS_AT_ONCE
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability of the token that follows each, and whether it is the likeliest.
+
+    Args:
+      params: the model.
+      tokens: int32 `[B, T]`, T a multiple of `at_once`.
+      following: int32 `[B, T]`, the token that comes after each.
+      at_once: positions whose logits are made together.
+
+    Returns:
+      float32 `[B, T]`, and bool `[B, T]`.
+    """
+    model = ends(params.config, params.weights)
+    B, T = tokens.shape
+    x = hidden_states(params.config, params.weights, tokens)
+
+    def of_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        hidden, wanted = block
+        logits = model.logits(hidden)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
+        return logprob, jnp.argmax(logits, axis=-1) == wanted
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        blocks = x.reshape(B, T // at_once, at_once, *x.shape[2:])
+        return jnp.moveaxis(blocks, 1, 0)
+
+    found = jax.lax.map(of_block, (in_blocks(x), in_blocks(following)))
+    logprob, greedy = (jnp.moveaxis(each, 0, 1).reshape(B, T) for each in found)
+    return logprob, greedy

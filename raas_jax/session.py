@@ -1,0 +1,290 @@
+"""One decode under way: the programs, and the few things that a host does between them.
+
+    prompts ──start──► state ──advance──► state ──advance──► ...
+                         │ read             │ read: tokens, log-probabilities, counters
+
+Everything that decodes drives a `Session`: `generate`, `stream`, `score`, the engine, recordings,
+benchmarks, and the account of memory ahead of time. States are pytrees that the caller holds; a
+program that is given one writes into its memory, so that it must not be used again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from raas_jax.admission import Admissions, admit, empty_admissions
+from raas_jax.config import ModelConfig
+from raas_jax.decode import (
+    DecodeState,
+    Probe,
+    Progress,
+    RowRequest,
+    cache_bytes,
+    decode_pages,
+    empty_state,
+    pad_prompts,
+    prefill,
+)
+from raas_jax.params import Params
+from raas_jax.plan import Plan
+from raas_jax.policies import Policy
+from raas_jax.saved_state import restore_state, save_state
+from raas_jax.sharding import state_shardings, target_of
+
+_admit = partial(jax.jit, static_argnames=("plan", "mesh"), donate_argnames="state")(admit)
+
+
+class Session:
+    """Drives a decode of fixed shape, page by page.
+
+    >>> session = Session.create(params, policy, [len(ids)], max_new_tokens=512)
+    >>> state, progress = session.start([ids], RowRequest.create([512]))
+    >>> while not session.read(progress).done.all():
+    ...     state, progress = session.advance(state, pages=2)
+
+    Attributes:
+      params: the model, or shapes in its place for a compiler alone.
+      plan: fixed shapes.
+      rows: `B`.
+      mesh: the devices that share the decode; None for the default one.
+      shape: the state as `ShapeDtypeStruct`s, with their shardings on a mesh.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        plan: Plan,
+        rows: int,
+        *,
+        stop_tokens: Sequence[int] = (),
+        mesh: Mesh | None = None,
+    ):
+        """Fixes the shapes; nothing is compiled before it is called.
+
+        Args:
+          params: the model, on the mesh if there is one.
+          plan: fixed shapes.
+          rows: `B`, a multiple of the plan's samples and of the mesh's `data` axis.
+          stop_tokens: ids that end the rows of an `empty` state.
+          mesh: from `raas_jax.make_mesh`.
+        """
+        self.params, self.plan, self.rows, self.mesh = params, plan, rows, mesh
+        self._key = (params.config, params.dtype.name, plan, rows, tuple(stop_tokens), mesh)
+        self.shape = _shape(*self._key)
+        self._compiled: dict[Any, Any] = {}
+
+    @classmethod
+    def create(
+        cls,
+        params: Params,
+        policy: Policy,
+        prompt_tokens: Sequence[int],
+        max_new_tokens: int,
+        *,
+        samples: int = 1,
+        mesh: Mesh | None = None,
+    ) -> Session:
+        """A session for prompts of these lengths, each answered by `samples` rows.
+
+        Raises:
+          ValueError: the policy cannot take one of the prompts.
+        """
+        plan = Plan.create(
+            params.config, policy, prompt_tokens, max_new_tokens, samples, target_of(mesh)
+        )
+        return cls(params, plan, len(prompt_tokens) * samples, mesh=mesh)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of keys, values and metadata that a row takes: all segments and padding."""
+        return cache_bytes(self.shape) // self.rows
+
+    def start(
+        self,
+        prompts: Sequence[Sequence[int]],
+        request: RowRequest,
+        *,
+        force: Sequence[int] | jax.Array | None = None,
+    ) -> tuple[DecodeState, Progress]:
+        """Reads the prompts.
+
+        Args:
+          prompts: token ids of `B' = B / samples` prompts.
+          request: what is asked of the `B` rows.
+          force: int32 `[B]`, first tokens to take instead of sampling; -1 samples.
+
+        Returns:
+          The state at the start of the first page, and the first token of every row.
+        """
+        arguments = (self.params, *pad_prompts(prompts, self.plan), request)
+        if force is None and "start" in self._compiled:
+            return self._given(self._compiled["start"](*arguments))
+        forced = None if force is None else jnp.asarray(force, jnp.int32)
+        program = self._program(prefill)
+        return self._given(program(*arguments, plan=self.plan, force=forced))
+
+    def empty(self) -> DecodeState:
+        """A state in which no row runs, for rows that `admit` brings."""
+        state: DecodeState = _empty(*self._key)()
+        return state
+
+    def admit(self, state: DecodeState, admissions: Admissions) -> tuple[DecodeState, Progress]:
+        """Starts rows in the place of others; compiled for each shape of admissions.
+
+        Args:
+          state: at a page boundary; its memory is given away.
+          admissions: prompts, and the rows that answer them.
+
+        Returns:
+          The state, and the first tokens, `[1, n * samples]`.
+        """
+        program = self._program(_admit)
+        return self._given(program(self.params, state, admissions, plan=self.plan, mesh=self.mesh))
+
+    def advance(
+        self,
+        state: DecodeState,
+        pages: int = 1,
+        *,
+        force: Any = None,
+        probe: Probe | None = None,
+    ) -> tuple[DecodeState, Progress]:
+        """Decodes the next pages, `pages * P` tokens of every row.
+
+        Args:
+          state: at a page boundary; its memory is given away.
+          pages: how many.
+          force: int32 `[pages * P, B]`, tokens to take instead of sampling (teacher forcing), of
+            which `Progress.logprobs` has the log-probabilities; -1 samples.
+          probe: what else to see of the state on the way.
+
+        Returns:
+          The state at the next boundary, and what happened.
+        """
+        if force is None and probe is None and pages in self._compiled:
+            return self._given(self._compiled[pages](self.params, state))
+        forced = None if force is None else jnp.asarray(force, jnp.int32)
+        program = self._program(decode_pages)
+        return self._given(
+            program(self.params, state, plan=self.plan, pages=pages, force=forced, probe=probe)
+        )
+
+    def read(self, progress: Any) -> Any:
+        """Brings a `Progress`, or several in a list, to the host: one transfer, NumPy arrays."""
+        return jax.device_get(progress)
+
+    def stop(self, state: DecodeState, rows: np.ndarray) -> DecodeState:
+        """Marks rows `[B]` as done, for reasons that only the host sees."""
+        done = state.rows.done | jnp.asarray(rows)
+        return dataclasses.replace(state, rows=dataclasses.replace(state.rows, done=done))
+
+    def save(self, state: DecodeState, folder: str | Path) -> None:
+        """Writes a state into a new folder. Raises OSError if it cannot be written."""
+        save_state(state, folder)
+
+    def restore(self, folder: str | Path) -> DecodeState:
+        """A state that `save` wrote, in a session of the same plan and rows, on any mesh.
+
+        Raises:
+          FileNotFoundError: there is none. ValueError: it belongs to another plan.
+        """
+        return restore_state(folder, self.shape)
+
+    def compile(self, pages: int) -> None:
+        """Compiles `start` and `advance(pages=pages)` now; they then use what was compiled."""
+        self._compiled["start"] = self.lower_start().compile()
+        self._compiled[pages] = self.lower_advance(pages).compile()
+
+    def lower_start(self) -> Any:
+        """The program of `start`, lowered, to be compiled for devices that need not be there."""
+        prompts = self.rows // self.plan.samples
+        tokens = np.zeros((prompts, self.plan.prompt_slots * self.plan.page_size), np.int32)
+        request = RowRequest.create([1] * self.rows, self.params.config.eos_token_ids)
+        arguments = self._whole((tokens, np.zeros(prompts, np.int32), request))
+        return self._program(prefill).lower(self.params, *arguments, plan=self.plan, force=None)
+
+    def lower_advance(self, pages: int = 1) -> Any:
+        """The program of `advance`, likewise."""
+        return self._program(decode_pages).lower(
+            self.params, self.shape, plan=self.plan, pages=pages, force=None, probe=None
+        )
+
+    def lower_admit(self, size: int, bucket: int) -> Any:
+        """The program of `admit` for `size` prompts of `bucket` tokens, likewise."""
+        admissions = empty_admissions(size, bucket, self.plan.samples)
+        return self._program(_admit).lower(
+            self.params, self.shape, admissions, plan=self.plan, mesh=self.mesh
+        )
+
+    def _program(self, function: Any) -> Any:
+        return function if self.mesh is None else _on_mesh(function, *self._key)
+
+    @staticmethod
+    def _given(pair: Any) -> tuple[DecodeState, Progress]:
+        state, progress = pair
+        return state, progress
+
+    def _whole(self, tree: Any) -> Any:
+        """Shapes with a sharding that keeps them whole on every device of a mesh."""
+        whole = None if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+
+        def shape(leaf: Any) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+        return jax.tree.map(shape, tree)
+
+
+@functools.lru_cache(maxsize=64)
+def _empty(
+    config: ModelConfig,
+    dtype: str,
+    plan: Plan,
+    rows: int,
+    stop_tokens: tuple[int, ...],
+    mesh: Mesh | None,
+) -> Any:
+    """The program of `Session.empty`."""
+    make = partial(empty_state, config, plan, rows, jnp.dtype(dtype), stop_tokens)
+    if mesh is None:
+        return jax.jit(make)
+    return jax.jit(make, out_shardings=state_shardings(jax.eval_shape(make), mesh))
+
+
+@functools.lru_cache(maxsize=64)
+def _shape(*key: Any) -> DecodeState:
+    """The state as `ShapeDtypeStruct`s, with their shardings on a mesh."""
+    shape: DecodeState = jax.eval_shape(_empty(*key))
+    mesh: Mesh | None = key[-1]
+    if mesh is None:
+        return shape
+
+    def placed(leaf: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    found: DecodeState = jax.tree.map(placed, shape, state_shardings(shape, mesh))
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def _on_mesh(function: Any, *key: Any) -> Any:
+    """A program whose state stays where it lies, and whose progress every process can read."""
+    mesh: Mesh = key[-1]
+    arguments = set(inspect.signature(function).parameters)
+    where = state_shardings(_shape(*key), mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        function.__wrapped__,
+        static_argnames=sorted(arguments & {"plan", "pages", "probe", "mesh"}),
+        donate_argnames=sorted(arguments & {"state"}),
+        out_shardings=where,
+    )
