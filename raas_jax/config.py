@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -24,14 +22,16 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Named fields from the YAML file that `--config` names.
+    """Named fields of the YAML file of a configuration.
 
     Raises:
       FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
+    import yaml
+
     path = Path(file)
     if not path.is_file():
-        raise FileNotFoundError(f"--config is {str(file)!r}; there is no such file.")
+        raise FileNotFoundError(f"config is {str(file)!r}; there is no such file.")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -148,7 +148,7 @@ class ModelConfig:
 
     @property
     def layer_pattern(self) -> tuple[str, ...]:
-        """Kinds of layers, in turn, as often as there are layers; today all are of one kind."""
+        """Kinds of layers, repeated `L / len(layer_pattern)` times; there is one kind today."""
         return ("full",)
 
     @classmethod

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from raas_jax.config import ModelConfig
 from raas_jax.model import Weights, init_weights, separate, stacked
@@ -29,7 +30,7 @@ class Params:
     source: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
-    def random(cls, config: ModelConfig, seed: int = 0, dtype: Any = None) -> Params:
+    def random(cls, config: ModelConfig, seed: int = 0, dtype: DTypeLike | None = None) -> Params:
         """Random weights of a given shape, for benchmarks and tests."""
         key = jax.random.key(seed)
         return cls(init_weights(config, key, dtype or config.dtype), config)

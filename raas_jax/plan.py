@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from pallas_kernels import Target
 from raas_jax.config import ModelConfig
-from raas_jax.policies import Policy, pages_for
-from raas_jax.policies.dense import bucket
+from raas_jax.policies import Policy, bucket, pages_for
 
 
 class Group(NamedTuple):

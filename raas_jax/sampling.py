@@ -16,6 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+_INT32 = np.iinfo(np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -104,16 +106,13 @@ class Sampler:
     def _filter(self, scaled: jax.Array) -> jax.Array:
         """Sets what top-k, top-p or min-p exclude to -inf; the likeliest token always stays."""
         rank = _ordered(scaled)
-        highest = jnp.max(rank, axis=-1, keepdims=True)
-        # No sort: on a TPU it takes most of the time to compile, and of the time to draw a token.
         # Each filter sees what the ones before it left, as in Hugging Face's order.
         most = jnp.where(self.top_k > 0, self.top_k, scaled.shape[-1])
-        above = lambda bound: rank > bound[:, None]  # noqa: E731
-        keep = rank >= _smallest(lambda bound: jnp.sum(above(bound), -1) < most, scaled.shape[0])
-        share = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
-        inside = lambda bound: jnp.sum(jnp.where(above(bound), share, 0), -1) < self.top_p  # noqa: E731
-        lowest = jnp.minimum(_smallest(inside, scaled.shape[0]), highest)
-        keep = keep & ((rank >= lowest) | (self.top_p >= 1)[:, None])
+        keep = rank >= _top_k_bound(rank, most)
+        probability = jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
+        highest = jnp.max(rank, axis=-1, keepdims=True)
+        bound = jnp.minimum(_top_p_bound(rank, probability, self.top_p), highest)
+        keep = keep & ((rank >= bound) | (self.top_p >= 1)[:, None])
         floor = jnp.max(scaled, axis=-1, keepdims=True) + jnp.log(self.min_p)[:, None]
         return jnp.where(keep & (scaled >= floor), scaled, -jnp.inf)
 
@@ -121,20 +120,35 @@ class Sampler:
 def _ordered(x: jax.Array) -> jax.Array:
     """int32 in the order of the float32 numbers that they are made from."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    return jnp.where(bits < 0, bits ^ jnp.iinfo(jnp.int32).max, bits)
+    return jnp.where(bits < 0, bits ^ _INT32.max, bits)
+
+
+# What lies above a bound, in number or in probability, only shrinks as the bound rises. So 32
+# halvings of int32 find the least bound that is good enough, with no sort, which on a TPU takes
+# most of the time to compile and to draw a token.
+def _top_k_bound(rank: jax.Array, k: jax.Array) -> jax.Array:
+    """The `k`-th highest rank, int32 `[B, 1]`: the least bound with fewer than `k [B]` above."""
+    return _smallest(lambda bound: jnp.sum(rank > bound[:, None], axis=-1) < k, len(k))
+
+
+def _top_p_bound(rank: jax.Array, probability: jax.Array, p: jax.Array) -> jax.Array:
+    """The rank at which the likeliest tokens together reach `p [B]`: less than `p` lies above."""
+    return _smallest(
+        lambda bound: jnp.sum(jnp.where(rank > bound[:, None], probability, 0), axis=-1) < p, len(p)
+    )
 
 
 def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
     """The smallest int32 of each row for which `holds`, and then for all above: `[rows, 1]`."""
-    whole = jnp.iinfo(jnp.int32)
 
     def halve(_: int, ends: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = ends
         middle = (low & high) + ((low ^ high) >> 1)  # Their mean, which cannot overflow.
         return jnp.where(holds(middle), low, middle + 1), jnp.where(holds(middle), middle, high)
 
-    ends = jnp.full(rows, whole.min, jnp.int32), jnp.full(rows, whole.max, jnp.int32)
-    return jax.lax.fori_loop(0, 32, halve, ends)[1][:, None]
+    ends = jnp.full(rows, _INT32.min, jnp.int32), jnp.full(rows, _INT32.max, jnp.int32)
+    smallest: jax.Array = jax.lax.fori_loop(0, 32, halve, ends)[1]
+    return smallest[:, None]
 
 
 def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:

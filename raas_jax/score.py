@@ -23,8 +23,7 @@ from raas_jax.generate import TOKENS_PER_SYNC, checked
 from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.plan import Plan
-from raas_jax.policies import Dense, Policy, pages_for
-from raas_jax.policies.dense import bucket
+from raas_jax.policies import Dense, Policy, bucket, pages_for
 from raas_jax.session import Session
 from raas_jax.sharding import place_weights, target_of
 from raas_jax.tokenizer import Prompt, Prompts

@@ -6,17 +6,20 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import jax
 import numpy as np
 
 from raas_jax.params import Params
 
-Chat = Sequence[Mapping[str, str]]
-"""Messages, dictionaries with the strings "role" and "content"."""
-Prompt = str | Chat | Sequence[int] | jax.Array | np.ndarray
-"""One prompt: text, a chat, or token ids (an integer array `[T]`; `[B, T]` are several)."""
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Message = Mapping[str, str]
+"""One turn of a chat: its "role" and "content"."""
+Prompt = str | Sequence[Message] | Sequence[int] | jax.Array | np.ndarray
+"""One prompt: text, a chat, or token ids, as integers or an integer array `[T]`."""
 Prompts = list[str] | list[list[dict[str, str]]] | list[list[int]] | list[Prompt]
 """Several prompts."""
 
@@ -34,7 +37,7 @@ def has_tokenizer(params: Params) -> bool:
     return source is not None and any((Path(source) / name).is_file() for name in VOCABULARIES)
 
 
-def load(params: Params) -> Any:
+def load(params: Params) -> PreTrainedTokenizerBase:
     """The transformers tokenizer of `params.source`, read once.
 
     Raises:
@@ -50,7 +53,7 @@ def load(params: Params) -> Any:
 
 
 @functools.cache
-def _tokenizer(folder: str) -> Any:
+def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
@@ -65,17 +68,16 @@ def _tokenizer(folder: str) -> Any:
         ) from error
 
 
-def encode(params: Params, prompt: Any) -> tuple[list[list[int]], bool]:
+def encode(params: Params, prompt: Prompt | Sequence[Prompt]) -> tuple[list[list[int]], bool]:
     """Token ids of one prompt or of several.
 
     A plain string gets the special tokens that its tokenizer adds by itself (a BOS where the model
-    wants one). A chat goes through the tokenizer's template, which writes its own: the turn of the
-    assistant is current, or, where the last message is the assistant's, continued.
+    wants one). A chat goes through the tokenizer's template, which writes its own: the assistant's
+    turn is begun, or, where the last message is the assistant's, continued.
 
     Args:
       params: the weights, with the folder of their tokenizer; ids need none.
-      prompt: a string, a chat (list of {"role", "content"}), or token ids (list of int, or an
-        integer array `[T]`); or a list of those, or an integer array `[B, T]`.
+      prompt: one `Prompt`, a list of them, or token ids as an integer array `[B, T]`.
 
     Returns:
       One list of ids per prompt, and whether it was a single prompt.
@@ -87,7 +89,7 @@ def encode(params: Params, prompt: Any) -> tuple[list[list[int]], bool]:
     if _is_one(prompt):
         return [_encode_one(params, prompt, "prompt")], True
     if _is_array(prompt) and prompt.ndim == 2:
-        rows = list(np.asarray(prompt))
+        rows: list[Any] = list(np.asarray(prompt))
     elif isinstance(prompt, list | tuple):
         rows = list(prompt)
     else:
@@ -231,30 +233,32 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in lengths if text.endswith(stop[:n])), 0)
 
 
-def _decode(tokenizer: Any, ids: list[int]) -> str:
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     # Cleaning up spaces would change text that was already given out.
-    return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text
 
 
-def _is_array(value: Any) -> bool:
+def _is_array(value: object) -> TypeGuard[jax.Array | np.ndarray]:
     return hasattr(value, "ndim") and hasattr(value, "dtype")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> bool:
     return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
-def _is_one(prompt: Any) -> bool:
+def _is_one(prompt: object) -> bool:
     """Whether this is one prompt: a string, a chat, or ids; not a list of them."""
     if isinstance(prompt, str):
         return True
     if _is_array(prompt):
         return prompt.ndim == 1
-    is_list = isinstance(prompt, list | tuple) and len(prompt) > 0
-    return is_list and (isinstance(prompt[0], Mapping) or _is_scalar(prompt[0]))
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return False
+    return isinstance(prompt[0], Mapping) or _is_scalar(prompt[0])
 
 
-def _is_scalar(value: Any) -> bool:
+def _is_scalar(value: object) -> bool:
     return isinstance(value, int | float | np.generic) or (_is_array(value) and value.ndim == 0)
 
 
@@ -324,7 +328,7 @@ def _encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int
         )
     continued = messages[-1]["role"] == "assistant"
     try:
-        return found.apply_chat_template(
+        ids: list[int] = found.apply_chat_template(
             list(messages),
             tokenize=True,
             add_generation_prompt=not continued,
@@ -339,6 +343,7 @@ def _encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int
         raise ValueError(
             f"{name} does not fit the chat template of {params.source}: {_first_line(error)}"
         ) from error
+    return ids
 
 
 def _generation_eos(file: Path) -> list[int]:
@@ -353,7 +358,7 @@ def _generation_eos(file: Path) -> list[int]:
     return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
 
 
-def _wrong_type(name: str, value: Any) -> TypeError:
+def _wrong_type(name: str, value: object) -> TypeError:
     return TypeError(
         f"{name} is a {type(value).__name__} ({str(value)[:60]!r}); expected a string, a chat "
         "(list of {'role', 'content'} dictionaries) or token ids."

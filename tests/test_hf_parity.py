@@ -208,7 +208,7 @@ def test_published_configs_build(shared, name):
     assert sum(leaf.size for leaf in jax.tree.leaves(state)) == SIZES[name]
     assert ModelConfig.from_hf(config.to_hf()) == config
     # Every array has a name in a checkpoint, and the other way round.
-    shapes = {name: target.shape for name, target in weights.hf.targets(config).items()}
+    shapes = {name: place.shape for name, place in weights.hf.destinations(config).items()}
     assert sum(np.prod(shape) for shape in shapes.values()) == SIZES[name]
 
 

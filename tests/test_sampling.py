@@ -104,7 +104,9 @@ def test_no_two_draws_share_a_key():
 
 
 def test_seeds():
-    data = lambda seed, rows: jax.random.key_data(row_keys(seed, rows)).tolist()  # noqa: E731
+    def data(seed, rows):
+        return jax.random.key_data(row_keys(seed, rows)).tolist()
+
     assert data(7, 3) == data(jax.random.key(7), 3)
     assert data(7, 5)[:3] == data(7, 3)
     assert data([7, 8], 2) == data([7], 1) + data([8], 1)

@@ -62,7 +62,7 @@ _KINDS: dict[str, tuple[tuple[str, ...], Callable[[str], list[jax.Device]]]] = {
     "tpu": (TPU_TARGETS, _tpu),
     "gpu": (("h100",), lambda _: [hopper.hopper_device()]),
 }
-"""Of each platform, the names to suggest, and the devices of a name."""
+"""For each platform, the names to suggest, and the devices of a name."""
 
 
 def target_names() -> list[str]:

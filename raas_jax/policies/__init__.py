@@ -14,7 +14,6 @@ from raas_jax.policies.base import (
     PromptPages,
     Selection,
     lowest,
-    pages_for,
     set_slot,
 )
 from raas_jax.policies.budgeted import Batched, Budgeted, best
@@ -28,6 +27,7 @@ from raas_jax.policies.random import RandomEviction
 from raas_jax.policies.recent import Recent
 from raas_jax.policies.rkv import RKV
 from raas_jax.policies.sink import Sink
+from raas_jax.policies.sizes import bucket, pages_for
 from raas_jax.policies.snapkv import SnapKV
 from raas_jax.policies.tova import TOVA
 from raas_jax.policies.triattention import TriAttention
@@ -81,7 +81,7 @@ def parse(text: str, **options: Any) -> Policy:
       ValueError: for an unknown name or option (with near matches), a value of the wrong kind, an
         option given twice, and whatever the policy refuses.
     """
-    return _spec.parse(text, _BY_NAME, options)
+    return _spec.from_text(text, _BY_NAME, options)
 
 
 __all__ = [
@@ -110,6 +110,7 @@ __all__ = [
     "VaSE",
     "available",
     "best",
+    "bucket",
     "by_name",
     "create",
     "lowest",

@@ -17,9 +17,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from raas_jax.policies.sizes import pages_for as pages_for
 
 Metadata = Any
 """A policy's metadata: a pytree of arrays with leading axes `[L, B, K]`, most of them `[.., S]`."""
+
+_INT32 = np.iinfo(np.int32)
 
 
 class Evidence(NamedTuple):
@@ -30,7 +36,7 @@ class Evidence(NamedTuple):
         together) that each page received from each query head; 0 for an empty slot.
       bound: float32 `[B, K, G, S]`, softmax over all pages of Quest's upper bound of the page's
         scores; 0 for an empty slot. None unless the policy sets `needs_bounds`.
-      fill: int32 `[B, K, S]`, tokens in each slot; 0 @@meta an empty one.
+      fill: int32 `[B, K, S]`, tokens in each slot; 0 marks an empty one.
       current_mass: float32 `[B, K, G]`, the share that the page being written received.
     """
 
@@ -86,7 +92,7 @@ class Boundary(NamedTuple):
 
     Attributes:
       now: int32 `[B]`, tokens generated so far in each row.
-      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 @@meta an empty one.
+      fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
       allowed: bool `[B, S]`, slots within the row's capacity.
       k, v: `[L, B, K, S, P, H]`, the kept pages themselves.
       keys: typed keys `[B]`, fresh at every boundary and the same whatever else is in the batch.
@@ -165,7 +171,7 @@ class Policy:
         raise NotImplementedError
 
     def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
-        """After every token, in every layer: @@meta of that layer (`[B, K, S]`), now `[B]`."""
+        """After every token, in every layer: metadata of that layer (`[B, K, S]`), now `[B]`."""
         return meta
 
     def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
@@ -180,24 +186,21 @@ class Policy:
         """Slots to empty, bool `[L, B, K, S]`, after the page was written; None: never any."""
         return None
 
-
-def pages_for(tokens: int, page_size: int) -> int:
-    """Pages that hold this many tokens."""
-    return -(-tokens // page_size)
+    def stamps(self, meta: Metadata) -> jax.Array | None:
+        """Clock of each page's last use, int32 `[..., K, S]`, for traces; None if none is kept."""
+        return None
 
 
 def lowest(score: jax.Array, boundary: Boundary) -> jax.Array:
     """The slot with the lowest score `[L, B, K, S]`; empty slots first, ties to the lowest slot."""
-    low, high = (-jnp.inf, jnp.inf) if jnp.issubdtype(score.dtype, jnp.floating) else _INT_RANGE
+    floating = jnp.issubdtype(score.dtype, jnp.floating)
+    low, high = (-jnp.inf, jnp.inf) if floating else (_INT32.min, _INT32.max)
     score = jnp.where(boundary.fill == 0, low, score)
     score = jnp.where(boundary.allowed[:, None], score, high)
     return jnp.argmin(score, axis=-1).astype(jnp.int32)
 
 
-def set_slot(meta: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
-    """Sets `marks[l, b, k, slot[l, b, k]]` to `value`, which broadcasts to `[L, B, K]`."""
+def set_slot(meta: jax.Array, slot: jax.Array, value: ArrayLike) -> jax.Array:
+    """Sets `meta[l, b, k, slot[l, b, k]]` to `value`, which broadcasts to `[L, B, K]`."""
     chosen = jnp.arange(meta.shape[-1]) == slot[..., None]
     return jnp.where(chosen, jnp.broadcast_to(value, slot.shape)[..., None], meta)
-
-
-_INT_RANGE = (jnp.iinfo(jnp.int32).min, jnp.iinfo(jnp.int32).max)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +20,10 @@ from raas_jax.policies.base import (
     Page,
     Policy,
     PromptPages,
-    pages_for,
     set_slot,
 )
-from raas_jax.policies.dense import Dense, bucket
+from raas_jax.policies.dense import Dense
+from raas_jax.policies.sizes import bucket, pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,10 @@ class Budgeted(Policy):
       budget: tokens per sequence, layer and key/value head; a multiple of `page_size`, at least
         two pages, and more than what the policy never evicts. The page being written comes on top.
       granularity: decide for each key/value head ("kv_head"), or once per layer ("layer").
-      prompt: "excluded": the prompt is kept, on top of the budget; "included": it is kept, and
-        takes its pages from the budget; "evict", where a policy offers it: prompt pages are pages
-        like any other, and may go.
+      prompt: "excluded": the budget does not count the prompt, which is kept on top of it;
+        "included": the prompt is kept and takes its pages from the budget, so that generated tokens
+        have what it leaves; "evict", where a policy offers it: prompt pages are counted like any
+        other, and may go.
       dense_layers: this many first layers keep everything, at O(N) memory.
     """
 
@@ -199,8 +200,8 @@ class Batched(Budgeted):
     def buffer_pages(self) -> int:
         return pages_for(self.every, self.page_size)
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        """What each page is score, float32 `[L, B, K, S]`; the lowest candidates (a mask) go."""
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+        """Score of each page, float32 `[L, B, K, S]`; of `candidates` (a mask) the lowest go."""
         raise NotImplementedError
 
     def init(self, shape: tuple[int, int, int, int]) -> Metadata:
@@ -223,14 +224,14 @@ class Batched(Budgeted):
 
         def choose() -> jax.Array:
             recent = self.newest(written, boundary.now, self.reserve()[0])
-            score = self.score(meta, boundary, filled & ~recent)
+            score = self.page_scores(meta, boundary, filled & ~recent)
             if self.granularity == "layer":
                 score = jnp.broadcast_to(jnp.mean(score, axis=2, keepdims=True), score.shape)
             score = jnp.where(recent, jnp.inf, score)
             return ~best(jnp.where(filled, score, -jnp.inf), keep)
 
         # Most boundaries evict nothing, and then nothing is ranked.
-        chosen = jax.lax.cond(jnp.any(full), choose, lambda: jnp.zeros_like(filled))
+        chosen: jax.Array = jax.lax.cond(jnp.any(full), choose, lambda: jnp.zeros_like(filled))
         return chosen & filled & full[..., None]
 
 

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import jax
 
-from raas_jax.policies.base import Boundary, Metadata, Policy, lowest, pages_for
+from raas_jax.policies.base import Boundary, Metadata, Policy, lowest
+from raas_jax.policies.sizes import bucket as bucket
+from raas_jax.policies.sizes import pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +21,3 @@ class Dense(Policy):
 
     def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         return lowest(boundary.fill, boundary)
-
-
-def bucket(size: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, 16, ...: few distinct sizes, less than half too large."""
-    power = 1 << max(size - 1, 0).bit_length()
-    return power * 3 // 4 if power >= 4 and size <= power * 3 // 4 else power

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, PromptPages, lowest, set_slot
+from raas_jax.policies.base import Boundary, Evidence, Page, PromptPages, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -59,7 +59,7 @@ class H2O(Budgeted):
             jnp.zeros(shape, jnp.int32),
         )
 
-    def insert_prompt(self, meta: Heavy, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
+    def insert_prompt(self, meta: Heavy, prompt: PromptPages) -> tuple[jax.Array, Heavy]:
         assert prompt.mass is not None
         mass = jax.vmap(lambda x: self.pool(x, jnp.sum))(prompt.mass)
         last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None]
@@ -88,5 +88,5 @@ class H2O(Budgeted):
 
     def _recent_pages(self, pages: jax.Array) -> jax.Array:
         """How many of this many pages are recent ones, the one being written included: `[B]`."""
-        share = jnp.floor(pages.astype(jnp.float32) * self.recent_fraction)
-        return jnp.clip(share.astype(jnp.int32), 1, jnp.maximum(pages - 1, 1))
+        recent = jnp.floor(pages.astype(jnp.float32) * self.recent_fraction)
+        return jnp.clip(recent.astype(jnp.int32), 1, jnp.maximum(pages - 1, 1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +25,12 @@ class LazyEviction(Batched):
 
     A page is in use when its attention exceeds `alpha` (the largest of the query heads counts). Its
     interval is the longest time that ever lay between two of its uses, the first of which is its
-    writing. With s(x) = 2 / (1 + exp(x)), a page is score `s(time since its last use / interval)`,
+    writing. With s(x) = 2 / (1 + exp(x)), a page scores `s(time since its last use / interval)`,
     how likely it is to come back, plus `s(interval - 1)`, how often it does. A page that was never
-    used again is score less than all that were; of several such ones the longest unused goes. The
+    used again scores less than all that were; of several such ones the longest unused goes. The
     `recent` newest tokens stay, as many as `every` in the paper.
 
-    The second term follows the paper's words, by which shorter intervals are score more; the
+    The second term follows the paper's words, by which shorter intervals score more; the
     authors' code was not compared. Departs from the paper: the prompt is kept.
 
     Attributes:
@@ -53,21 +53,21 @@ class LazyEviction(Batched):
         written, stamp, interval = (jnp.zeros(shape, jnp.int32) for _ in range(3))
         return written, Recurrence(stamp, interval)
 
-    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
         written, (stamp, interval) = meta
         used = (self.pool(evidence.mass, jnp.max) > self.alpha) & (evidence.fill > 0)
         now = now[:, None, None]
         longest = jnp.maximum(interval, now - stamp)
         return written, Recurrence(jnp.where(used, now, stamp), jnp.where(used, longest, interval))
 
-    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
         written, (stamp, interval) = meta
         written, _ = super().commit((written, ()), slot, page, now)
         # The page's last token was read one tick ago.
         stamp = set_slot(stamp, slot, now[:, None] - 1)
-        return written, Recurrence(stamp, set_slot(interval, slot, jnp.zeros_like(now)[:, None]))
+        return written, Recurrence(stamp, set_slot(interval, slot, 0))
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         _, (stamp, interval) = meta
         waited = (boundary.now[:, None, None] - 1 - stamp).astype(jnp.float32)
         longest = interval.astype(jnp.float32)

@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Bounded, Metadata, Policy, Selection, lowest, pages_for
+from raas_jax.policies.base import Boundary, Bounded, Metadata, Policy, Selection, lowest
 from raas_jax.policies.budgeted import check_budget, check_choice, check_count, dense_first
-from raas_jax.policies.dense import bucket
+from raas_jax.policies.sizes import bucket, pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Quest(Policy):
 
     Attributes:
       budget: tokens read per token, layer and key/value head; a multiple of `page_size`.
-      share: choose for each key/value head ("kv_head"), or once per layer ("layer").
+      granularity: choose for each key/value head ("kv_head"), or once per layer ("layer").
       dense_layers: this many first layers read everything; 2 in the paper.
     """
 
@@ -70,10 +70,10 @@ class Quest(Policy):
         return lowest(boundary.fill, boundary)
 
 
-def top_pages(bound: jax.Array, count: int, share: str) -> jax.Array:
+def top_pages(bound: jax.Array, count: int, granularity: str) -> jax.Array:
     """The pages of the largest bounds `[B, K, G, S]`: int32 `[B, K, count]`, -1 for empty ones."""
     bound = jnp.max(bound, axis=2)
-    if share == "layer":
+    if granularity == "layer":
         bound = jnp.broadcast_to(jnp.max(bound, axis=1, keepdims=True), bound.shape)
     value, page = jax.lax.top_k(bound, min(count, bound.shape[-1]))
     return jnp.where(jnp.isneginf(value), -1, page)

@@ -14,9 +14,11 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from raas_jax.policies.base import Boundary, Evidence, Page, lowest, pages_for, set_slot
+from raas_jax.policies.base import Boundary, Evidence, Page, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted, check_choice, check_count
+from raas_jax.policies.sizes import pages_for
 
 DEFAULT_TOP_FRACTION = 0.25
 PAIRWISE = 128  # Up to this many slots, comparing all pairs is quicker than sorting.
@@ -95,7 +97,7 @@ class RaaS(Budgeted):
 
     @classmethod
     def paper(cls, budget: int = 1024, *, page_size: int = 16) -> RaaS:
-        """The paper's setting: prompt within the budget, representative keys, alpha 1e-4."""
+        """The paper's setting: prompt included in the budget, representative keys, alpha 1e-4."""
         return cls(budget, 1e-4, prompt="included", score="bound", page_size=page_size)
 
     def reserve(self) -> tuple[int, str]:
@@ -120,7 +122,7 @@ class RaaS(Budgeted):
             now = now.astype(jnp.float32)
             left = jnp.exp2((meta.stamp - now) / self.half_life) + score
             # The logarithm of nothing is no time at all; such a page has been the oldest for long.
-            soft = now + self.half_life * jnp.log2(jnp.maximum(left, jnp.finfo(left.dtype).tiny))
+            soft = now + self.half_life * jnp.log2(jnp.maximum(left, np.finfo(np.float32).tiny))
             return meta._replace(stamp=jnp.where(occupied, soft, meta.stamp))
         if self.alpha is not None:
             attended = score > self.alpha
@@ -130,10 +132,10 @@ class RaaS(Budgeted):
         return meta._replace(stamp=jnp.where(attended & occupied, now, meta.stamp))
 
     def commit(self, meta: Stamps, slot: jax.Array, page: Page, now: jax.Array) -> Stamps:
-        return Stamps(*(set_slot(mark, slot, now[:, None].astype(mark.dtype)) for mark in meta))
+        return Stamps(*(set_slot(clock, slot, now[:, None].astype(clock.dtype)) for clock in meta))
 
     def victim(self, meta: Stamps, boundary: Boundary) -> jax.Array:
-        newest = jnp.iinfo(jnp.int32).max
+        newest = np.iinfo(np.int32).max
         held = boundary.allowed[:, None] & (boundary.fill > 0)
         if self.recent:
             held &= ~self.newest(meta.written, boundary.now, self.reserve()[0])
@@ -141,6 +143,9 @@ class RaaS(Budgeted):
         stamp = jnp.where(held, meta.stamp, last)
         oldest = stamp == jnp.min(stamp, axis=-1, keepdims=True)
         return lowest(jnp.where(oldest, meta.written, newest), boundary)
+
+    def stamps(self, meta: Stamps) -> jax.Array | None:
+        return meta.stamp if self.half_life is None else None  # Soft stamps are no clock.
 
 
 def _among_top(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:

@@ -16,7 +16,7 @@ class RaaSQuest(RaaS):
 
     Memory is O(prompt + budget), time O(prompt_budget + budget) but for the bounds of the prompt's
     pages (arXiv 2502.11147, section on limitations, and 2406.10774). Options are those of `RaaS`,
-    with the prompt beside the budget.
+    with the prompt excluded from the budget.
 
     Attributes:
       prompt_budget: prompt tokens read per token, layer and key/value head; a multiple of

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 
-from raas_jax.policies.base import Boundary
+from raas_jax.policies.base import Boundary, Metadata
 from raas_jax.policies.budgeted import Batched
 from raas_jax.policies.draws import by_slot
 
@@ -23,6 +22,6 @@ class RandomEviction(Batched):
     every: int = 64
     recent: int = 64
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, S = candidates.shape
         return by_slot(jax.random.uniform, boundary.keys, (L, K, S))

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Metadata, Page, lowest, set_slot
+from raas_jax.policies.base import Boundary, Page, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -20,11 +20,14 @@ class Recent(Budgeted):
     when each page was written, int32 `[L, B, K, S]`.
     """
 
-    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
+    def init(self, shape: tuple[int, int, int, int]) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
 
-    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: jax.Array, slot: jax.Array, page: Page, now: jax.Array) -> jax.Array:
         return set_slot(meta, slot, now[:, None])
 
-    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: jax.Array, boundary: Boundary) -> jax.Array:
         return lowest(meta, boundary)
+
+    def stamps(self, meta: jax.Array) -> jax.Array:
+        return meta

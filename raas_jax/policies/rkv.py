@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page
 from raas_jax.policies.budgeted import Batched, check_count
@@ -51,22 +51,22 @@ class RKV(Batched):
     def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32), Window.empty(shape, self.window, self.page_size)
 
-    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
         written, window = meta
         mass, current_mass = self.pool_masses(evidence, jnp.max)
         return written, window.observe(mass, current_mass, now, self.window, self.page_size)
 
-    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
         written, window = super().commit(meta, slot, page, now)
         return written, window.commit(slot)
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         written, window = meta
         mass = jnp.where(candidates, window.total(), 0.0)
         total = jnp.sum(mass, axis=-1, keepdims=True)
         importance = mass / jnp.where(total > 0, total, 1.0)
         # One layer at a time: the float32 copy of the keys is a layer's, not the cache's.
-        redundancy = jax.lax.map(
+        redundancy: jax.Array = jax.lax.map(
             lambda layer: _redundancy(layer[0], layer[1], layer[2], self.similar),
             (boundary.k, boundary.fill, written),
         )
@@ -93,7 +93,7 @@ def _redundancy(k: jax.Array, fill: jax.Array, written: jax.Array, similar: floa
     cosine = jnp.einsum("bksh,bkth->bkst", direction, direction)
     cosine = jnp.where(jnp.eye(S, dtype=bool), 0.0, cosine)
     alike = (cosine > similar) & filled[:, :, None]
-    when = jnp.where(alike, written[:, :, None], jnp.iinfo(jnp.int32).min)
+    when = jnp.where(alike, written[:, :, None], np.iinfo(np.int32).min)
     latest = jnp.arange(S) == jnp.argmax(when, axis=-1, keepdims=True)
     cosine = jnp.where(latest & alike, 0.0, cosine)
     # Directions of empty slots are 0, and add nothing to the sum.
@@ -103,4 +103,5 @@ def _redundancy(k: jax.Array, fill: jax.Array, written: jax.Array, similar: floa
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    return x / (jnp.linalg.norm(x, axis=-1, keepdims=True) + 1e-8)
+    length: jax.Array = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / (length + 1e-8)

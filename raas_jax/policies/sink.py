@@ -6,17 +6,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from raas_jax.policies.base import (
-    Boundary,
-    Metadata,
-    Page,
-    PromptPages,
-    lowest,
-    pages_for,
-    set_slot,
-)
+from raas_jax.policies.base import Boundary, Page, PromptPages, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted, check_count
+from raas_jax.policies.sizes import pages_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,18 +42,21 @@ class Sink(Budgeted):
         pages = pages_for(self.sinks, self.page_size) + spare
         return pages + 1, f"with sinks={self.sinks}"
 
-    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
+    def init(self, shape: tuple[int, int, int, int]) -> jax.Array:
         return jnp.zeros(shape, jnp.int32)
 
-    def insert_prompt(self, meta: Metadata, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
+    def insert_prompt(self, meta: jax.Array, prompt: PromptPages) -> tuple[jax.Array, jax.Array]:
         index = jnp.arange(prompt.fill.shape[-1])
         score = jnp.where(index * self.page_size < self.sinks, jnp.inf, index.astype(jnp.float32))
         return self.insert_best(score, prompt, meta.shape)
 
-    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: jax.Array, slot: jax.Array, page: Page, now: jax.Array) -> jax.Array:
         return set_slot(meta, slot, now[:, None])
 
-    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: jax.Array, boundary: Boundary) -> jax.Array:
         # A page that was full at clock t ends with the token number prompt + t - 2 of the text.
         first = boundary.prompt_lengths[:, None, None] + meta - 1 - boundary.fill
-        return lowest(jnp.where(first < self.sinks, jnp.iinfo(jnp.int32).max, meta), boundary)
+        return lowest(jnp.where(first < self.sinks, np.iinfo(np.int32).max, meta), boundary)
+
+    def stamps(self, meta: jax.Array) -> jax.Array:
+        return meta

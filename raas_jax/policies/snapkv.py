@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, lowest, pages_for, set_slot
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted, check_count
+from raas_jax.policies.sizes import pages_for
 from raas_jax.policies.window import Window
 
 
@@ -42,16 +42,16 @@ class SnapKV(Budgeted):
     def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return Window.empty(shape, self.window, self.page_size), jnp.zeros(shape, jnp.int32)
 
-    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
         window, written = meta
         mass, current_mass = self.pool_masses(evidence, jnp.mean)
         return window.observe(mass, current_mass, now, self.window, self.page_size), written
 
-    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
         window, written = meta
         return window.commit(slot), set_slot(written, slot, now[:, None])
 
-    def victim(self, meta: Any, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         window, written = meta
         recent = self.newest(written, boundary.now, self.reserve()[0])
         return lowest(jnp.where(recent, jnp.inf, window.total()), boundary)

@@ -20,7 +20,7 @@ Kinds = Mapping[str, type[Policy]]
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
-def parse(spec: str, kinds: Kinds, given: Mapping[str, Any] | None = None) -> Policy:
+def from_text(spec: str, kinds: Kinds, given: Mapping[str, Any] | None = None) -> Policy:
     """The policy that a text names.
 
     Args:
@@ -44,7 +44,7 @@ def parse(spec: str, kinds: Kinds, given: Mapping[str, Any] | None = None) -> Po
         name = name.strip().replace("-", "_")
         if name in options:
             raise ValueError(f"option {name} of policy {parts[0]} is given twice; give it once.")
-        options[name] = read(value)
+        options[name] = literal(value)
     return make(made, options, parts[0])
 
 
@@ -85,7 +85,7 @@ def make(kind: type[Policy], options: Mapping[str, Any], name: str) -> Policy:
     return kind(**options)
 
 
-def read(text: str) -> Any:
+def literal(text: str) -> Any:
     """A number, none, true or false; any other text is itself."""
     text = text.strip()
     if text.lower() in _WORDS:

@@ -8,7 +8,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, PromptPages, lowest, set_slot
+from raas_jax.policies.base import Boundary, Evidence, Page, PromptPages, lowest, set_slot
 from raas_jax.policies.budgeted import Budgeted
 
 
@@ -31,10 +31,10 @@ class TOVA(Budgeted):
     def prompt_queries(self) -> int:
         return 1 if self.evicts_prompt else 0
 
-    def init(self, shape: tuple[int, int, int, int]) -> Metadata:
+    def init(self, shape: tuple[int, int, int, int]) -> jax.Array:
         return jnp.zeros(shape, jnp.float32)
 
-    def insert_prompt(self, meta: Metadata, prompt: PromptPages) -> tuple[jax.Array, Metadata]:
+    def insert_prompt(self, meta: jax.Array, prompt: PromptPages) -> tuple[jax.Array, jax.Array]:
         assert prompt.mass is not None
         mass = jax.vmap(lambda x: self.pool(x, jnp.mean))(prompt.mass)
         last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None] - 1
@@ -43,11 +43,11 @@ class TOVA(Budgeted):
         # The next query overwrites the attention before anything is evicted by it.
         return pages, meta
 
-    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
+    def observe(self, meta: jax.Array, evidence: Evidence, now: jax.Array) -> jax.Array:
         return self.pool(evidence.mass, jnp.mean)
 
-    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
-        return set_slot(meta, slot, jnp.zeros(slot.shape, meta.dtype))
+    def commit(self, meta: jax.Array, slot: jax.Array, page: Page, now: jax.Array) -> jax.Array:
+        return set_slot(meta, slot, 0.0)
 
-    def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
+    def victim(self, meta: jax.Array, boundary: Boundary) -> jax.Array:
         return lowest(meta, boundary)

@@ -6,15 +6,13 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load, save
 
-from raas_jax.policies.base import Boundary
+from raas_jax.policies.base import Boundary, Metadata
 from raas_jax.policies.budgeted import Batched, check_count
 
 
@@ -33,21 +31,24 @@ class Centres(NamedTuple):
 
     def write(self, file: str | Path) -> None:
         """Saves them as safetensors, where `TriAttention(calibration=file)` finds them."""
+        from safetensors.numpy import save
+
         Path(file).write_bytes(save(self._asdict()))
 
     @classmethod
     def read(cls, file: str | Path) -> Centres:
         """The inverse of `write`. Raises FileNotFoundError, or ValueError for another file."""
-        path = Path(file)
-        if not path.is_file():
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        if not Path(file).is_file():
             raise FileNotFoundError(f"calibration is {str(file)!r}; there is no such file.")
         try:
-            found = cls(**load(path.read_bytes()))
+            return cls(**load(Path(file).read_bytes()))
         except (SafetensorError, TypeError) as error:
             raise ValueError(
                 f"calibration is {str(file)!r}, which `raas-jax calibrate` did not write ({error})."
             ) from error
-        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +61,7 @@ class TriAttention(Batched):
     The other part takes each pair of the key's components as often as queries stray from the
     centre: the pair's length times the mean length of queries there less that of the centre.
     Scores are standardised for each query head over the generated tokens that are kept, the largest
-    head of a key/value head counts, and layers are averaged. A page is score its best token.
+    head of a key/value head counts, and layers are averaged. A page scores as its best token does.
 
     Keys are taken as they lie in the cache, rotated: turning the centre by the positions to come
     and not by the distances gives the same products, with nothing to turn back.
@@ -101,7 +102,7 @@ class TriAttention(Batched):
         object.__setattr__(self, "digest", digest)
         super().__post_init__()
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, _, P, H = boundary.k.shape
         valid = jnp.arange(P) < boundary.fill[..., None]
         position = boundary.prompt_lengths + boundary.now - 1
@@ -120,8 +121,8 @@ class TriAttention(Batched):
         return jnp.max(jnp.where(valid, of_token, -jnp.inf), axis=-1)
 
     def _centres(self, L: int, K: int, H: int) -> Centres:
-        """Of the last `L` layers, since dense ones come first; heads are `[L, K, G, ...]`."""
-        centre, length, frequency = _read(self.calibration, self.digest)
+        """Those of the last `L` layers, as dense ones come first; heads are `[L, K, G, ...]`."""
+        centre, length, frequency = _cached_centres(self.calibration, self.digest)
         layers, N, width = centre.shape
         if layers < L or N % K or width != H:
             raise ValueError(
@@ -129,12 +130,12 @@ class TriAttention(Batched):
                 f"dim {width}; this decode has {L} layers, {K} key/value heads and head dim {H}. "
                 "Make it with the same model."
             )
-        by_head = lambda x: x[-L:].reshape(L, K, N // K, -1)  # noqa: E731
-        return Centres(by_head(centre), by_head(length), frequency)
+        centre, length = (x[-L:].reshape(L, K, N // K, -1) for x in (centre, length))
+        return Centres(centre, length, frequency)
 
 
 @functools.lru_cache(maxsize=8)
-def _read(file: str, digest: str) -> Centres:
+def _cached_centres(file: str, digest: str) -> Centres:
     return Centres.read(file)
 
 
@@ -183,4 +184,5 @@ def standardised(score: jax.Array, valid: jax.Array) -> jax.Array:
 
 def _lengths(x: np.ndarray) -> np.ndarray:
     real, imaginary = np.split(x, 2, axis=-1)
-    return np.sqrt(real * real + imaginary * imaginary)
+    length: np.ndarray = np.sqrt(real * real + imaginary * imaginary)
+    return length

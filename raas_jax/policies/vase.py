@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,13 +58,13 @@ class VaSE(Batched):
         window = Window.empty(shape, self.window, self.page_size)
         return jnp.zeros(shape, jnp.int32), (window, jnp.zeros(shape, jnp.float32))
 
-    def observe(self, meta: Any, evidence: Evidence, now: jax.Array) -> Metadata:
+    def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
         written, (window, spread) = meta
         mass, current_mass = self.pool_masses(evidence, jnp.mean)
         window = window.observe(mass, current_mass, now, self.window, self.page_size)
         return written, (window, spread)
 
-    def commit(self, meta: Any, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
+    def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
         written, (window, spread) = super().commit(meta, slot, page, now)
         v = page.v.astype(jnp.float32)
         of_page = jnp.max(jnp.max(v, axis=-1) - jnp.min(v, axis=-1), axis=-1)
@@ -73,7 +72,7 @@ class VaSE(Batched):
             of_page = jnp.broadcast_to(jnp.max(of_page, axis=2, keepdims=True), of_page.shape)
         return written, (window.commit(slot), set_slot(spread, slot, of_page))
 
-    def score(self, meta: Any, boundary: Boundary, candidates: jax.Array) -> jax.Array:
+    def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         _, (window, spread) = meta
         L, _, K, S = spread.shape
         heads = 1 if self.granularity == "layer" else K

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import pages_for
+from raas_jax.policies.sizes import pages_for
 
 
 class Window(NamedTuple):
@@ -33,12 +33,7 @@ class Window(NamedTuple):
         return cls(jnp.zeros((*front, W, S), jnp.float32), jnp.zeros((*front, W), jnp.float32))
 
     def observe(
-        self,
-        mass: jax.Array,
-        current_mass: jax.Array,
-        now: jax.Array,
-        queries: int,
-        page_size: int,
+        self, mass: jax.Array, current_mass: jax.Array, now: jax.Array, queries: int, page_size: int
     ) -> Window:
         """Adds a query; mass `[B, K, S]`, current_mass `[B, K]`, now `[B]`.
 
@@ -52,12 +47,11 @@ class Window(NamedTuple):
         # What the entry holds from W pages ago, or from queries too early, is given up.
         stays = (~here | (offset > first)[:, None])[:, None]
         adds = (here & (offset >= first)[:, None])[:, None]
-        add = lambda held, new, stays, adds: (  # noqa: E731
-            jnp.where(stays, held, 0.0) + jnp.where(adds, new, 0.0)
-        )
+        kept = jnp.where(stays[..., None], self.kept, 0.0)
+        current = jnp.where(stays, self.current, 0.0)
         return Window(
-            add(self.kept, mass[:, :, None], stays[..., None], adds[..., None]),
-            add(self.current, current_mass[..., None], stays, adds),
+            kept + jnp.where(adds[..., None], mass[:, :, None], 0.0),
+            current + jnp.where(adds, current_mass[..., None], 0.0),
         )
 
     def commit(self, slot: jax.Array) -> Window:

@@ -6,7 +6,8 @@ import difflib
 import os
 import re
 from pathlib import Path
-from typing import Any
+
+from jax.typing import DTypeLike
 
 from raas_jax.params import Params
 from raas_jax.weights.hf import Shardings, load_hf, save_hf
@@ -33,7 +34,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: Any = None, sharding: Shardings = None
+    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, sharding: Shardings = None
 ) -> Params:
     """Loads a model.
 
@@ -64,7 +65,7 @@ def convert(
     dst: str | os.PathLike[str],
     *,
     to: str | None = None,
-    dtype: Any = "source",
+    dtype: DTypeLike | None = "source",
 ) -> None:
     """Converts between formats; by default from Hugging Face to Orbax, or back to safetensors.
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import numpy as np
+
+from raas_jax.params import Params
 
 # What belongs to a tokenizer or to the generation defaults, and so travels with the weights.
 COMPANIONS = (
@@ -25,13 +30,14 @@ COMPANIONS = (
 )
 
 
-def copy_companions(source: str | Path | None, folder: Path) -> None:
-    """Copies the tokenizer and generation files of `source`, where there are any."""
-    if source is None or not Path(source).is_dir():
+def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
+    """Writes config.json for weights of `dtype`, and copies the companions that the source has."""
+    config = dataclasses.replace(params.config, dtype=dtype.name)
+    (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+    if params.source is None:
         return
     for name in COMPANIONS:
-        file = Path(source) / name
-        if file.is_file():
+        if (file := Path(params.source) / name).is_file():
             shutil.copyfile(file, folder / name)
 
 

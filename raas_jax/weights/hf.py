@@ -6,6 +6,7 @@ holds a second copy of the model. Only safetensors is read: no pickle, no code f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,14 +18,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.typing import DTypeLike
 
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.sharding import weight_shardings
 from raas_jax.weights import safetensors
-from raas_jax.weights.files import copy_companions, new_folder
+from raas_jax.weights.files import new_folder, write_companions
 
 Shape = tuple[int, ...]
 # None: the default device. A mesh, on which the weights lie by their logical axes; one sharding for
@@ -72,7 +74,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 
 
-class Target(NamedTuple):
+class Destination(NamedTuple):
     """Where a tensor goes: our path, the layer (None for an unstacked array), its HF shape."""
 
     path: str
@@ -80,18 +82,18 @@ class Target(NamedTuple):
     shape: Shape
 
 
-def targets(config: ModelConfig) -> dict[str, Target]:
+def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Every Hugging Face tensor name of a model → where it goes, in Hugging Face's order."""
     leaves = flat_shapes(config, "float32")
     rows = {name: rule for name, rule in TABLE.items() if rule[0] in leaves}
     assert {path for path, _ in rows.values()} == set(leaves), "TABLE lacks an array of the model"
-    found: dict[str, Target] = {}
+    found: dict[str, Destination] = {}
 
     def add(name: str, layer: int | None) -> None:
         path, transform = rows[name]
         shape = leaves[path].shape if layer is None else leaves[path].shape[1:]
         full = name.format(layer=layer)
-        found[full] = Target(path, layer, TRANSFORMS[transform](shape))
+        found[full] = Destination(path, layer, TRANSFORMS[transform](shape))
 
     stacked = [name for name in rows if "{layer}" in name]
     first = "model.embed_tokens.weight"
@@ -152,7 +154,7 @@ def flat_shardings(config: ModelConfig, sharding: Shardings) -> dict[str, Shardi
     return flat
 
 
-def wanted_dtype(dtype: Any, source: str) -> np.dtype:
+def wanted_dtype(dtype: DTypeLike | None, source: str) -> np.dtype:
     """The dtype to load in.
 
     None means bfloat16 on an accelerator and float32 on a CPU; "source" means that of the files.
@@ -161,18 +163,16 @@ def wanted_dtype(dtype: Any, source: str) -> np.dtype:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     elif isinstance(dtype, str) and dtype == "source":
         dtype = source
-    try:
-        found = np.dtype(jnp.dtype(dtype))
-    except TypeError:
-        found = None
-    if found not in safetensors.CODES:
-        raise ValueError(
-            f"dtype is {dtype!r}; expected float32, float16, bfloat16, 'source' or None."
-        )
-    return found
+    with contextlib.suppress(TypeError):
+        found: np.dtype = jnp.dtype(dtype)
+        if found in safetensors.CODES:
+            return found
+    raise ValueError(f"dtype is {dtype!r}; expected float32, float16, bfloat16, 'source' or None.")
 
 
-def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None) -> Params:
+def load_hf(
+    folder: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings = None
+) -> Params:
     """Loads a Hugging Face folder: config.json with model.safetensors, whole or in shards.
 
     Args:
@@ -197,8 +197,9 @@ def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None
     entries = checked_entries(folder, config)
     stored = {safetensors.DTYPES[entry.code].name for entry in entries.values()}
     to = wanted_dtype(dtype, stored.pop() if len(stored) == 1 else "float32")
-    places = targets(config)
+    places = destinations(config)
     shardings = flat_shardings(config, sharding)
+    _check_layers_whole(shardings)
     leaves = flat_shapes(config, to.name)
     arrays = {
         path: jnp.zeros(leaf.shape, to, device=shardings[path])
@@ -209,10 +210,9 @@ def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None
         path, layer, _ = places[name]
         shape = leaves[path].shape
         if layer is None:
-            arrays[path] = _put(entry, shape, to, shardings[path])
+            arrays[path] = _to_device(entry, shape, to, shardings[path])
         else:
-            part = _layer_sharding(shardings[path])
-            tensor = _put(entry, shape[1:], to, part)
+            tensor = _to_device(entry, (1, *shape[1:]), to, shardings[path])
             arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
         # Waiting here keeps the host at one tensor; JAX would queue the next ones.
         arrays[path].block_until_ready()
@@ -220,30 +220,30 @@ def load_hf(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None
     return Params(unflatten(arrays), config, str(folder.absolute()))
 
 
-def _put(
+def _to_device(
     entry: safetensors.Entry, shape: Shape, dtype: np.dtype, sharding: Sharding | None
 ) -> jax.Array:
     """One tensor, from its file to the device."""
     values = safetensors.read_tensor(entry, dtype).reshape(shape)
-    if sharding is None:
-        return jax.device_put(values)
-    return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+    if sharding is not None:
+        return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
+    array: jax.Array = jax.device_put(values)
+    return array
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(array: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-    # The stack is donated, so that a layer is written into it in place.
-    return jax.lax.dynamic_update_index_in_dim(array, tensor, layer, 0)
+    # The stack is donated, so that a layer `[1, ...]` is written into it in place.
+    return jax.lax.dynamic_update_slice_in_dim(array, tensor, layer, 0)
 
 
-def _layer_sharding(sharding: Sharding | None) -> Sharding | None:
-    """The sharding of one layer of a stack, which is itself not split over layers."""
-    if not isinstance(sharding, NamedSharding):
-        return sharding
-    layers, *rest = sharding.spec or (None,)
-    if layers is not None:
-        raise ValueError(f"sharding splits the layers axis over {layers!r}; it must be whole.")
-    return NamedSharding(sharding.mesh, PartitionSpec(*rest))
+def _check_layers_whole(shardings: Mapping[str, Sharding | None]) -> None:
+    """Raises ValueError for a stack that is split over layers, which are loaded one by one."""
+    for path, sharding in shardings.items():
+        if path.startswith("layers.") and isinstance(sharding, NamedSharding):
+            over = next(iter(sharding.spec), None)
+            if over is not None:
+                raise ValueError(f"sharding splits the layers axis over {over!r}; keep it whole.")
 
 
 def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.Entry]:
@@ -252,7 +252,7 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
     Raises:
       ValueError: one message that lists every unknown, missing, duplicate and misshapen tensor.
     """
-    places = targets(config)
+    places = destinations(config)
     entries: dict[str, safetensors.Entry] = {}
     problems: list[str] = []
     for file in weight_files(folder):
@@ -362,18 +362,16 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
     """
     leaves = flatten(params.stacked().weights)
     dtype = np.dtype(leaves["embedding"].dtype)
-    places = targets(params.config)
-    config = dataclasses.replace(params.config, dtype=dtype.name)
+    places = destinations(params.config)
 
-    def tensor(target: Target) -> np.ndarray:
-        leaf = leaves[target.path]
-        value = leaf if target.layer is None else leaf[target.layer]
-        return np.asarray(value).reshape(target.shape)
+    def tensor(place: Destination) -> np.ndarray:
+        leaf = leaves[place.path]
+        value = leaf if place.layer is None else leaf[place.layer]
+        return np.asarray(value).reshape(place.shape)
 
     shards = _split({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
     with new_folder(folder) as partial:
-        copy_companions(params.source, partial)
-        (partial / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+        write_companions(params, dtype, partial)
         weight_map: dict[str, str] = {}
         for number, shapes in enumerate(shards, start=1):
             several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"

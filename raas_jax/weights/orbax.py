@@ -8,15 +8,15 @@ tokenizer.json, ...  the tokenizer and generation files of the source, where it 
 from __future__ import annotations
 
 import dataclasses
-import json
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
-from raas_jax.weights.files import copy_companions, new_folder
+from raas_jax.weights.files import new_folder, write_companions
 from raas_jax.weights.hf import (
     Shardings,
     flat_shapes,
@@ -45,17 +45,16 @@ def save_orbax(params: Params, folder: str | Path) -> None:
     """
     import orbax.checkpoint as ocp
 
-    dtype = jax.tree.leaves(params.weights)[0].dtype.name
-    config = dataclasses.replace(params.config, dtype=dtype)
-    with new_folder(folder) as partial:
+    with new_folder(folder) as unfinished:
         if jax.process_index() == 0:
-            copy_companions(params.source, partial)
-            (partial / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
+            write_companions(params, params.dtype, unfinished)
         with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / ARRAYS, params.stacked().weights)
+            checkpointer.save(unfinished / ARRAYS, params.stacked().weights)
 
 
-def load_orbax(folder: str | Path, *, dtype: Any = None, sharding: Shardings = None) -> Params:
+def load_orbax(
+    folder: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings = None
+) -> Params:
     """Restores what `save_orbax` wrote; the arguments are those of `load_hf`.
 
     Raises:
@@ -76,10 +75,11 @@ def load_orbax(folder: str | Path, *, dtype: Any = None, sharding: Shardings = N
             found = {path: tuple(array.shape) for path, array in stored.items()}
         except Exception as error:  # Orbax lets through whatever its storage raised.
             raise _damaged(folder, error) from error
-        _check(folder, config, found)
+        _check_fit(folder, config, found)
         to = wanted_dtype(dtype, config.dtype)
+        abstract = partial(jax.ShapeDtypeStruct, dtype=to)
         target = {
-            path: jax.ShapeDtypeStruct(leaf.shape, to, sharding=shardings[path] or default)
+            path: abstract(leaf.shape, sharding=shardings[path] or default)
             for path, leaf in flat_shapes(config, to.name).items()
         }
         try:
@@ -97,7 +97,7 @@ def _damaged(folder: Path, error: Exception) -> ValueError:
     )
 
 
-def _check(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
+def _check_fit(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
     """Orbax would pad or drop what does not fit; here it is an error that lists everything."""
     expected = {path: leaf.shape for path, leaf in flat_shapes(config, "float32").items()}
     problems = [f"unknown: {path}" for path in found if path not in expected]

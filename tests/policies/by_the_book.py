@@ -58,8 +58,8 @@ class Method:
         """Pages of which some are protected, and only a tie decides which: not compared."""
         return []
 
-    def worth(self, heads, head, candidates, draws):
-        """What each candidate is worth: the least goes. `heads` has the kept pages of each head."""
+    def scores(self, heads, head, candidates, draws):
+        """The score of each candidate: the lowest goes. `heads` has the kept pages of each head."""
         raise NotImplementedError
 
 
@@ -68,7 +68,7 @@ def newest(kept, count):
 
 
 class Recent(Method):
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         return [page.number for page in candidates]
 
 
@@ -85,7 +85,7 @@ class H2O(Method):
     def protected(self, kept, new):
         return newest(kept, max(1, self.pages // 2))
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         return [float(np.sum(page.seen)) for page in candidates]
 
 
@@ -96,7 +96,7 @@ class H2OEvict(H2O):
 class TOVA(Method):
     layered = True
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         same = [{page.number: page for page in kept} for kept in heads]
         return [np.mean([of[page.number].seen[-1] for of in same]) for page in candidates]
 
@@ -111,7 +111,7 @@ class SnapKV(Method):
     def protected(self, kept, new):
         return newest(kept, math.ceil(self.window / self.P))
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         return [float(np.mean(page.seen[-self.window :])) for page in candidates]
 
 
@@ -125,14 +125,14 @@ class Random(Method):
     def protected(self, kept, new):
         return newest(kept, math.ceil(self.recent / self.P))
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         return [draws(page) for page in candidates]
 
 
 class RKV(Random):
     window = 2
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         mass = [np.sum(np.max(page.seen[-self.window :], axis=1)) for page in candidates]
         everything = sorted(heads[head], key=lambda page: page.number)
         unit = []
@@ -157,8 +157,8 @@ class RKV(Random):
 
 
 class LazyEviction(Random):
-    def worth(self, heads, head, candidates, draws):
-        worth = []
+    def scores(self, heads, head, candidates, draws):
+        scores = []
         for page in candidates:
             last, longest = 0, 0
             later = page.seen[page.began :]
@@ -168,8 +168,8 @@ class LazyEviction(Random):
             idle = len(later) - last
             back = 2 / (1 + math.exp(idle / longest)) if longest else -idle
             often = 2 / (1 + math.exp(longest - 1)) if longest else 0
-            worth.append(back + often)
-        return worth
+            scores.append(back + often)
+        return scores
 
 
 class VaSE(Random):
@@ -194,7 +194,7 @@ class VaSE(Random):
         tied = [page for page in tied if page not in recent]
         return tied if len(tied) > 1 else []
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         window = [np.sum(np.mean(page.seen[-self.window :], axis=1)) for page in candidates]
         return [math.log(w) + draws(page) for w, page in zip(window, candidates, strict=True)]
 
@@ -213,7 +213,7 @@ class TriAttention(Method):
         half = net.head_dim // 2
         self.turns = np.array([net.theta ** (-2 * i / net.head_dim) for i in range(half)])
 
-    def score(self, layer, head):
+    def token_scores(self, layer, head):
         """Page number → score of its best token, in one layer."""
         kept = self.layers[layer][head]
         tokens = [(page, page.start + i, k) for page in kept for i, k in enumerate(page.keys)]
@@ -235,12 +235,12 @@ class TriAttention(Method):
             by_query.append((scores - np.mean(scores)) / np.std(scores))
         return tokens, np.max(by_query, axis=0)
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         here = [layer for layer, kept in enumerate(self.layers) if kept == heads]
         total = {}
         layers = range(len(self.layers)) if self.across_layers else here[:1]
         for layer in layers:
-            tokens, scores = self.score(layer, head)
+            tokens, scores = self.token_scores(layer, head)
             for (page, at, _), score in zip(tokens, scores, strict=True):
                 total[page.number, at] = total.get((page.number, at), 0.0) + score / len(layers)
         return [
@@ -277,7 +277,7 @@ class RaaSQuest(Method):
     def reads(self, prompt, kept, queries):
         return top(prompt, queries, 2), kept
 
-    def worth(self, heads, head, candidates, draws):
+    def scores(self, heads, head, candidates, draws):
         stamps = []
         for page in candidates:
             later = page.seen[page.began :]
@@ -293,14 +293,14 @@ class Sequence:
         self.net, self.method, self.length, self.drawn = network, method, len(prompt), 1
         self.prompt = [[[] for _ in range(network.heads)] for _ in network.layers]
         self.kept = [[[] for _ in range(network.heads)] for _ in network.layers]
-        self.open: list[list[Page]] = []
+        self.current: list[list[Page]] = []
         self.logits = self._read(prompt)
         self.next = 1000  # Numbers of the answer's pages begin here.
         self._begin()
 
     def _begin(self):
         start = self.length + self.drawn - 1
-        self.open = [
+        self.current = [
             [Page(self.next, start) for _ in range(self.net.heads)] for _ in self.net.layers
         ]
         self.next += 1
@@ -344,7 +344,7 @@ class Sequence:
             q, k, v = (net.heads_of(layer, name, h, position) for name in "qkv")
             attended = []
             for head in range(net.heads):
-                page = self.open[layer][head]
+                page = self.current[layer][head]
                 page.keys.append(k[head])
                 page.values.append(v[head])
                 queries = q[head * G : head * G + G]
@@ -366,7 +366,7 @@ class Sequence:
         return net.logits(x)
 
     def boundary(self, kept_by_library, draws):
-        """The open page is full: what goes must be what the library let go.
+        """The current page is full: what goes must be what the library let go.
 
         Args:
           kept_by_library: (layer, head) → numbers of the pages that it kept.
@@ -376,12 +376,12 @@ class Sequence:
           How many pages went.
         """
         dropped = 0
-        for layer, new in enumerate(self.open):
+        for layer, new in enumerate(self.current):
             for head, page in enumerate(new):
                 page.began = len(page.seen)
                 self.kept[layer][head].append(page)
         self.method.look(self)
-        for layer, new in enumerate(self.open):
+        for layer, new in enumerate(self.current):
             heads = [list(kept) for kept in self.kept[layer]]
             for head, kept in enumerate(heads):
                 wanted = kept_by_library(layer, head)
@@ -407,12 +407,12 @@ class Sequence:
         if not goes:
             return 1
         assert not [page for page in goes if page in safe], "a protected page went"
-        worth = method.worth(
+        scores = method.scores(
             heads, head, candidates, lambda page: draws(layer, 0 if method.layered else head, page)
         )
-        worth = dict(zip(candidates, worth, strict=True))
-        left = [worth[page] for page in candidates if page in stays]
-        # Float32 may swap pages that are worth almost the same.
-        margin = 1e-4 * max(map(abs, worth.values())) + 1e-12
-        assert not left or max(worth[page] for page in goes) <= min(left) + margin, "not the least"
+        scores = dict(zip(candidates, scores, strict=True))
+        left = [scores[page] for page in candidates if page in stays]
+        # Float32 may swap pages whose scores are almost the same.
+        margin = 1e-4 * max(map(abs, scores.values())) + 1e-12
+        assert not left or max(scores[page] for page in goes) <= min(left) + margin, "not the least"
         return len(goes)

@@ -106,9 +106,9 @@ class Library:
                 self.slots[at][found[0].number] = int(slot)
         for index, row in enumerate(rows):
             if row.method.evict_prompt:
-                self.check_placed(index, row)
+                self.check_inserted(index, row)
 
-    def check_placed(self, index, row):
+    def check_inserted(self, index, row):
         """A prompt longer than the budget was cut as the method cuts, and the rest fits."""
         for layer, heads in enumerate(row.kept):
             for head, pages in enumerate(heads):
@@ -119,10 +119,10 @@ class Library:
                 goes = [p for p in pages if p.number not in wanted]
                 rest = [p for p in pages if p not in safe]
                 assert not [p for p in goes if p in safe]
-                score = row.method.score(heads, head, rest, None)
-                score = dict(zip(rest, score, strict=True))
-                left = [score[p] for p in rest if p not in goes]
-                assert not (goes and left) or max(score[p] for p in goes) <= min(left) + 1e-6
+                scores = row.method.scores(heads, head, rest, None)
+                scores = dict(zip(rest, scores, strict=True))
+                left = [scores[p] for p in rest if p not in goes]
+                assert not (goes and left) or max(scores[p] for p in goes) <= min(left) + 1e-6
         for layer, heads in enumerate(row.kept):
             for head, pages in enumerate(heads):
                 wanted = self.slots[index, layer, head]
@@ -142,7 +142,7 @@ class Library:
 
             def numbers(layer, head, index=index, row=row, before=before):
                 slots = self.slots[index, layer, head]
-                new = row.open[layer][head]
+                new = row.current[layer][head]
                 k, fill = (x[layer, index, head] for x in (kept.k, kept.fill))
                 found = [s for s in np.flatnonzero(fill) if near(k[s], new.keys)]
                 assert len(found) == 1, "the new page is there, once"

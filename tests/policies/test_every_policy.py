@@ -130,6 +130,18 @@ def test_a_budget_that_covers_the_length_is_dense(name, options):
     assert not np.any(state.evicted)
 
 
+def test_a_trace_shows_the_clocks_of_policies_that_keep_them():
+    shape, names = (2, 3, 2, 6), set()
+    for name, options in (each.values for each in EVERY):
+        policy = tight(name, options)
+        if (stamps := policy.stamps(policy.init(shape))) is not None:
+            assert stamps.shape == shape and stamps.dtype == jnp.int32
+            names.add(name)
+    assert names == {"raas", "raas_quest", "recent", "fifo", "sink"}
+    soft = tight("raas", {"half_life": 8.0})
+    assert soft.stamps(soft.init(shape)) is None
+
+
 @dataclasses.dataclass(frozen=True)
 class LongestKeys(Budgeted):
     """A user's policy: pages with long keys stay, weighed by the best attention they ever got."""

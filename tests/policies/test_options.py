@@ -11,7 +11,7 @@ from tiny import QWEN3, random_params
 import raas_jax
 from raas_jax import Dense, RaaS, policies
 from raas_jax.decode import Plan
-from raas_jax.policies.dense import bucket
+from raas_jax.policies import bucket
 
 
 @pytest.mark.parametrize(
@@ -31,7 +31,7 @@ from raas_jax.policies.dense import bucket
         ({"top_fraction": 1.1}, "top_fraction is 1.1", r"in \(0, 1\]"),
         ({"alpha": 0.1, "top_fraction": 0.5}, "alpha=0.1 and top_fraction=0.5", "Give one"),
         ({"score": "max"}, "score is 'max'", "'mass', 'bound'"),
-        ({"share": "head"}, "share is 'head'", "'kv_head', 'layer'"),
+        ({"granularity": "head"}, "granularity is 'head'", "'kv_head', 'layer'"),
         ({"prompt": "inside"}, "prompt is 'inside'", "'excluded', 'included'"),
         ({"dense_layers": -1}, "dense_layers is -1", "int >= 0"),
         ({"page_size": 0}, "page_size is 0", "at least 1"),
@@ -93,7 +93,10 @@ def test_the_papers_setting():
 
 def test_slots():
     """The memory that a policy asks for: never more than the budget, nor than the answer needs."""
-    slots = lambda policy, prompts, new: Plan.create(QWEN3, policy, prompts, new).slots  # noqa: E731
+
+    def slots(policy, prompts, new):
+        return Plan.create(QWEN3, policy, prompts, new).slots
+
     assert slots(RaaS(128), [20, 300], 100_000) == (8,)
     assert slots(RaaS(128), [20, 300], 33) == (3,)
     assert slots(RaaS(128, dense_layers=1), [20], 4096) == (256, 8)

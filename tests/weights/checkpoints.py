@@ -32,8 +32,8 @@ class Checkpoint:
         self.config = config
         random = np.random.default_rng(0)
         self.tensors = {
-            name: random.standard_normal(target.shape).astype(dtype)
-            for name, target in hf.targets(config).items()
+            name: random.standard_normal(place.shape).astype(dtype)
+            for name, place in hf.destinations(config).items()
         }
 
     def write(self, shards: int = 1) -> Path:

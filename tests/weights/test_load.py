@@ -44,7 +44,10 @@ def test_a_hub_id_downloads_no_code_and_no_pickle(checkpoint, monkeypatch):
     params = weights.load("someone/some-model")
     assert params.source == str(checkpoint.folder)
     [patterns] = asked.values()
-    wanted = lambda file: any(fnmatch.fnmatch(file, pattern) for pattern in patterns)  # noqa: E731
+
+    def wanted(file):
+        return any(fnmatch.fnmatch(file, pattern) for pattern in patterns)
+
     for file in ("config.json", "model.safetensors", "model-00001-of-00002.safetensors"):
         assert wanted(file)
     assert wanted("tokenizer.model") and wanted("model.safetensors.index.json")
