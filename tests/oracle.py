@@ -26,7 +26,7 @@ class Rules:
     alpha: float = 0.0
     top_fraction: float | None = None
     score: str = "mass"
-    share: str = "kv_head"
+    granularity: str = "kv_head"
     prompt: str = "excluded"
     dense_layers: int = 0
     keep_all: bool = False

@@ -13,8 +13,9 @@ from tiny import random_params
 
 import raas_jax
 from raas_jax import ModelConfig, RaaS
-from raas_jax.decode import Plan, cache_bytes, decode_pages, decode_until_done, prefill, request
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.decode import RowRequest, cache_bytes, decode_pages, decode_until_done, prefill
+from raas_jax.plan import Plan
+from raas_jax.sampling import Sampling
 
 # The cache is far larger than anything else: weights, activations, scores of one layer.
 CONFIG = ModelConfig(32, 16, 24, 4, 4, 2, 16, qk_norm=True, model_type="qwen3")
@@ -31,14 +32,10 @@ def params():
     return random_params(CONFIG)
 
 
-def asked():
-    sampler = Sampler.create([Sampling(temperature=1.0, top_p=0.9)] * ROWS, row_keys(0, ROWS))
-    return request(jnp.full(ROWS, 1 << 20), (), sampler)
-
-
 def start(params, plan):
     tokens = jnp.ones((ROWS, PROMPT), jnp.int32)
-    return prefill(params, tokens, jnp.full(ROWS, PROMPT), asked(), plan=plan)
+    request = RowRequest.create([1 << 20] * ROWS, (), Sampling(temperature=1.0, top_p=0.9))
+    return prefill(params, tokens, jnp.full(ROWS, PROMPT), request, plan=plan)
 
 
 @functools.cache
@@ -189,4 +186,4 @@ def test_the_state_is_donated(params):
     cache = after.cache
     now = [x.unsafe_buffer_pointer() for x in (cache.prompt.k, cache.kept[0].k, cache.kept[0].v)]
     assert now == places
-    assert np.all(np.asarray(after.committed) == 1024 // P)
+    assert np.all(np.asarray(after.rows.committed) == 1024 // P)

@@ -10,7 +10,7 @@ import pytest
 import raas_jax.weights as weights
 from raas_jax import Dense, RaaS, generate
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_model, merge
+from raas_jax.model import abstract_weights, forward
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -95,7 +95,7 @@ def reference_logits(model, tokens: np.ndarray) -> np.ndarray:
 
 
 def our_logits(params, tokens: np.ndarray) -> np.ndarray:
-    run = jax.jit(lambda params, tokens: merge(params.config, params.weights)(tokens))
+    run = jax.jit(lambda params, tokens: forward(params.config, params.weights, tokens))
     return np.asarray(run(params, jnp.asarray(tokens, jnp.int32)))
 
 
@@ -204,8 +204,8 @@ SIZES = {
 @pytest.mark.parametrize("name", SIZES)
 def test_published_configs_build(shared, name):
     config = ModelConfig.from_file(shared / "configs" / name)
-    _, state = abstract_model(config, "bfloat16")
-    assert sum(leaf.size for leaf in jax.tree.leaves(state)) == SIZES[name]
+    shapes = abstract_weights(config, "bfloat16")
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == SIZES[name]
     assert ModelConfig.from_hf(config.to_hf()) == config
     # Every array has a name in a checkpoint, and the other way round.
     shapes = {name: place.shape for name, place in weights.hf.destinations(config).items()}

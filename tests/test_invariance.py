@@ -12,8 +12,9 @@ from tiny import prompts_of, random_params
 
 import raas_jax
 from raas_jax import Dense, RaaS, Sampling
-from raas_jax.decode import Plan, decode_pages, prefill, request
-from raas_jax.sampling import Sampler, row_keys
+from raas_jax.decode import RowRequest
+from raas_jax.plan import Plan
+from raas_jax.session import Session
 
 NEW = 42  # The first, drawn by prefill; ten pages of four; and one more.
 
@@ -111,17 +112,12 @@ def test_dead_memory_is_never_read(params, name):
     page and what is not yet written of the current page. Nothing changes."""
     policy, prompts = TIGHT[name], prompts_of([3, 9, 12], 1)
     plan = Plan.create(params.config, policy, [3, 9, 12], NEW)
-    tokens = np.zeros((3, plan.prompt_slots * 4), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
+    session = Session(params, plan, 3)
 
     def run(poisoned):
-        sampler = Sampler.create(SETTINGS, row_keys(1, 3))
-        asked = request(jnp.full(3, NEW), (), sampler)
-        lengths = jnp.asarray([3, 9, 12], jnp.int32)
-        state, _ = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+        state, _ = session.start(prompts, RowRequest.create([NEW] * 3, (), SETTINGS, 1))
         state = dataclasses.replace(state, cache=poison(state.cache) if poisoned else state.cache)
-        return decode_pages(params, state, plan=plan, pages=8)
+        return session.advance(state, 8)
 
     (state, drawn), (_, wanted) = run(True), run(False)
     np.testing.assert_array_equal(drawn.tokens, wanted.tokens)

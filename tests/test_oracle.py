@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from tiny import QWEN3, VOCAB, prompts_of, random_params
 
 from raas_jax.config import ModelConfig, Rope
-from raas_jax.decode import Plan, commit_page, decode_pages, prefill, request, token_step
+from raas_jax.decode import RowRequest, commit_page, decode_pages, token_step
+from raas_jax.plan import Plan
 from raas_jax.policies import Dense, Evidence, RaaS
 from raas_jax.policies.raas import PAIRWISE
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.sampling import Sampling
+from raas_jax.session import Session
 
 ROWS = 3
 LONG = 10_000  # A limit that no test reaches.
@@ -41,8 +43,8 @@ SHAPES = {
 GEOMETRY = {1: (5, 6), 2: (3, 4), 5: (2, 3), 16: (2, 3)}
 
 COMBINATIONS = [
-    {"score": score, "share": share, "prompt": prompt, **rule}
-    for score, share, prompt, rule in itertools.product(
+    {"score": score, "granularity": granularity, "prompt": prompt, **rule}
+    for score, granularity, prompt, rule in itertools.product(
         ("mass", "bound"),
         ("kv_head", "layer"),
         ("excluded", "included"),
@@ -64,19 +66,13 @@ def case(page_size, **options):
 
 def start(params, plan, prompts, seed):
     """The library's state after prefill, and the log-probability of the first tokens."""
-    longest = plan.prompt_slots * plan.page_size
-    tokens = np.zeros((len(prompts), longest), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
     rows = len(prompts) * plan.samples
-    sampler = Sampler.create([Sampling(temperature=1.5)] * rows, row_keys(seed, rows))
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    asked = request(jnp.full(rows, LONG), (), sampler)
-    return prefill(params, jnp.asarray(tokens), jnp.asarray(lengths), asked, plan=plan)
+    request = RowRequest.create([LONG] * rows, (), Sampling(temperature=1.5), seed)
+    return Session(params, plan, rows).start(prompts, request)
 
 
 step_jit = jax.jit(token_step, static_argnames="plan")
-commit_jit = jax.jit(commit_page, static_argnames=("config", "plan"))
+commit_jit = jax.jit(commit_page, static_argnames="plan")
 
 
 class Comparison:
@@ -86,10 +82,10 @@ class Comparison:
         config = params.config
         self.params, self.rules = params, rules
         self.plan = Plan.create(config, policy, [1, longest], pages * policy.page_size, samples)
-        self.groups = [layers for layers, _ in policy.groups(config.num_hidden_layers)]
-        self.stamped = [isinstance(part, RaaS) for _, part in policy.groups(sum(self.groups))]
+        self.groups = [group.layers for group in self.plan.groups]
+        self.stamped = [isinstance(group.policy, RaaS) for group in self.plan.groups]
         self.doubt = oracle.Doubt(margin=1e-4)
-        self.state, drawn = start(params, self.plan, prompts, seed)
+        self.state, first = start(params, self.plan, prompts, seed)
         network = oracle.Network(
             jax.tree.map(np.asarray, params.weights),
             theta=config.rope.theta,
@@ -101,7 +97,9 @@ class Comparison:
         ]
         self.evicted = np.zeros(len(self.rows), int)
         logits = [row.first_logits for row in self.rows]
-        self.check_logprobs(np.asarray(self.state.token), np.asarray(drawn.logprobs), logits)
+        self.check_logprobs(
+            np.asarray(self.state.rows.token), np.asarray(first.logprobs[0]), logits
+        )
         self.prompt = jax.tree.map(np.asarray, self.state.cache.prompt)
         self.check_prompt()
 
@@ -114,8 +112,10 @@ class Comparison:
         jax.tree.map(np.testing.assert_array_equal, after, self.prompt)
 
     def step(self, offset):
-        fed = np.asarray(self.state.token)
-        self.state, drawn = step_jit(self.params, self.state, jnp.int32(offset), plan=self.plan)
+        fed = np.asarray(self.state.rows.token)
+        self.state, (tokens, logprobs, _) = step_jit(
+            self.params, self.state, jnp.int32(offset), plan=self.plan
+        )
         meta = self.meta()
         logits = []
         for index, row in enumerate(self.rows):
@@ -125,13 +125,13 @@ class Comparison:
                 return self.of_layer(meta, layer)[index, head, slot] == now
 
             logits.append(row.step(int(fed[index]), in_doubt))
-        self.check_logprobs(np.asarray(drawn.tokens), np.asarray(drawn.logprobs), logits)
+        self.check_logprobs(np.asarray(tokens), np.asarray(logprobs), logits)
         self.check_stamps(meta)
         self.check_open(offset)
 
     def boundary(self):
         before = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
-        self.state = commit_jit(self.params.config, self.state, plan=self.plan)
+        self.state = commit_jit(self.state, plan=self.plan)
         after = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
         fill = [np.asarray(g.fill) for g in self.state.cache.kept]
         for index, row in enumerate(self.rows):
@@ -150,8 +150,8 @@ class Comparison:
                     close(now[1][index, head, s], page.values)
             self.evicted[index] += any(evicted for _, evicted in chosen.values())
         self.check_stamps(self.meta())
-        np.testing.assert_array_equal(self.state.evicted, self.evicted)
-        np.testing.assert_array_equal(self.state.generated, [row.drawn for row in self.rows])
+        np.testing.assert_array_equal(self.state.rows.evicted, self.evicted)
+        np.testing.assert_array_equal(self.state.rows.generated, [row.drawn for row in self.rows])
 
     def meta(self):
         """Stamps `[L, B, K, S]` of each group of layers; None for a dense one."""
@@ -306,16 +306,17 @@ def test_the_scanned_pages_are_these_steps():
     tokens, logprobs = [], []
     for _ in range(6):
         for offset in range(5):
-            state, drawn = step_jit(params, state, jnp.int32(offset), plan=plan)
-            tokens.append(drawn.tokens)
-            logprobs.append(drawn.logprobs)
-        state = commit_jit(config, state, plan=plan)
+            state, (token, logprob, _) = step_jit(params, state, jnp.int32(offset), plan=plan)
+            tokens.append(token)
+            logprobs.append(logprob)
+        state = commit_jit(state, plan=plan)
     scanned, drawn = decode_pages(params, start(params, plan, prompts, 1)[0], plan=plan, pages=6)
     np.testing.assert_array_equal(drawn.tokens, np.stack(tokens))
     np.testing.assert_allclose(drawn.logprobs, np.stack(logprobs), rtol=1e-5, atol=1e-5)
-    assert np.all(np.asarray(scanned.evicted) > 0)
-    for name in ("meta", "generated", "committed", "evicted"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(scanned, name), getattr(state, name))
+    assert np.all(np.asarray(scanned.rows.evicted) > 0)
+    jax.tree.map(np.testing.assert_array_equal, scanned.meta, state.meta)
+    for name in ("generated", "committed", "evicted"):
+        np.testing.assert_array_equal(getattr(scanned.rows, name), getattr(state.rows, name))
     near = partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
     jax.tree.map(near, scanned.cache, state.cache)
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_model, rope_frequencies
+from raas_jax.model import abstract_weights, rope_frequencies
 from raas_jax.params import Params
 from raas_jax.policies.triattention import Centres
 
@@ -40,7 +39,7 @@ def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):
             value = value * 0
         return jnp.asarray(value, leaf.dtype)
 
-    shapes = nnx.to_pure_dict(abstract_model(config, "float32")[1])
+    shapes = abstract_weights(config, "float32")
     return Params(jax.tree_util.tree_map_with_path(draw, shapes), config)
 
 

@@ -7,13 +7,12 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
 import pytest
 from aot.conftest import TPUS
 from hlo import collectives, computations, written_in_loops
 
 from raas_jax import ModelConfig, RaaS
-from raas_jax.aot.memory import Programs, compiled, target_mesh
+from raas_jax.aot.memory import abstract_session, compiled, target_mesh
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
 
 # A TPU v7x wants weights in larger tiles than it is given them in, and makes a copy at the start.
@@ -43,15 +42,15 @@ def config(shared, tpu):
 
 
 @functools.cache
-def programs(config, target, data, model, rows, new=NEW):
+def session(config, target, data, model, rows, new=NEW):
     mesh = target_mesh(config, target, data, model)
-    return Programs.create(config, RaaS(BUDGET), [PROMPT] * rows, new, jnp.dtype("bfloat16"), mesh)
+    return abstract_session(config, RaaS(BUDGET), [PROMPT] * rows, new, "bfloat16", mesh)
 
 
 @functools.cache
 def decode(config, target, data, model, rows, pages=2):
     """The account and the text of the compiled loop."""
-    program = programs(config, target, data, model, rows).decode(pages).compile()
+    program = session(config, target, data, model, rows).lower_advance(pages).compile()
     return compiled(program.memory_analysis()), program.as_text()
 
 
@@ -72,11 +71,11 @@ def kv_by_formula(config, rows, data, model):
 
 def check(config, target, data, model, rows):
     """What must hold of any decode."""
-    ahead = programs(config, target, data, model, rows)
+    ahead = session(config, target, data, model, rows)
     account, text = decode(config, target, data, model, rows)
     kind = ahead.mesh.devices.flat[0].device_kind
     assert account.peak < DEVICE_MEMORY[kind]
-    weights, state = sum(on_a_device(ahead.params)), sum(on_a_device(ahead.state.cache))
+    weights, state = sum(on_a_device(ahead.params)), sum(on_a_device(ahead.shape.cache))
     by_formula = kv_by_formula(config, rows, data, model)
     assert abs(state - by_formula) <= 0.03 * by_formula
     # And that is what the compiler allocates: nothing is padded.
@@ -85,7 +84,7 @@ def check(config, target, data, model, rows):
     assert account.aliases >= state
     room = weights if kind in COPIES_WEIGHTS else 0
     assert account.temporaries < room + 0.05 * (weights + state)
-    cache = ahead.state.cache
+    cache = ahead.shape.cache
     smallest = min(on_a_device((cache.prompt.k, cache.kept[0].k)))
     assert written_in_loops(text, smallest) == []
     assert {"decode_attention", "page_commit"} <= kernels(text)
@@ -112,7 +111,7 @@ def test_on_one_device(config, target, model):
 def test_no_weight_is_copied_before_it_is_read(config):
     """Nor a layer's slice of one: each is read where it lies."""
     shape = config(MODELS[0])
-    layers = programs(shape, "v5e:2x2", 1, 1, 1).params.weights["layers"]
+    layers = session(shape, "v5e:2x2", 1, 1, 1).params.weights["layers"]
     one_layer = [
         sum(on_a_device(layers[name])) // shape.num_hidden_layers
         for name in ("q", "o", "gate", "up", "down")
@@ -123,7 +122,7 @@ def test_no_weight_is_copied_before_it_is_read(config):
 
 def test_the_allocation_does_not_depend_on_the_length(config):
     shape = config(MODELS[0])
-    short, long = (programs(shape, "v5e:2x2", 1, 1, 1, new) for new in (2048, NEW))
+    short, long = (session(shape, "v5e:2x2", 1, 1, 1, new) for new in (2048, NEW))
     # The limit is data: one program serves both.
     assert short.plan == long.plan
     few, many = (decode(shape, "v5e:2x2", 1, 1, 1, pages)[0] for pages in (2, 64))
@@ -165,8 +164,8 @@ def test_prefill_holds_no_square(config):
     """Splash attention, and temporaries that do not grow with the square of the prompt."""
     shape = dataclasses.replace(config(MODELS[0]), num_hidden_layers=2)
     mesh = target_mesh(shape, "v5e:2x2", 1, 1)
-    ahead = Programs.create(shape, RaaS(BUDGET), [8192], NEW, jnp.dtype("bfloat16"), mesh)
-    program = ahead.prefill().compile()
+    ahead = abstract_session(shape, RaaS(BUDGET), [8192], NEW, "bfloat16", mesh)
+    program = ahead.lower_start().compile()
     square = shape.num_attention_heads * 8192 * 8192 * 2
     assert program.memory_analysis().temp_size_in_bytes < square / 4
     assert any("splash" in name for name in kernels(program.as_text()))

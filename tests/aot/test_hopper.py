@@ -22,7 +22,7 @@ from pallas_kernels import (
     selected_decode_attention,
 )
 from raas_jax import ModelConfig, RaaS
-from raas_jax.aot.memory import Programs, compiled, target_mesh
+from raas_jax.aot.memory import abstract_session, compiled, target_mesh
 from raas_jax.aot.targets import target_devices
 from raas_jax.decode import cache_bytes
 
@@ -125,8 +125,8 @@ def compiled_loop(config: ModelConfig, rows, pages, budget=1024, new=32_768):
     # The tests' strict promotion is for float32; `jax.nn` mixes dtypes where weights are bfloat16.
     with jax.numpy_dtype_promotion("standard"):
         mesh = target_mesh(config, "h100")
-        programs = Programs.create(config, policy, [512] * rows, new, dtype, mesh)
-        return programs, programs.decode(pages).compile()
+        session = abstract_session(config, policy, [512] * rows, new, dtype, mesh)
+        return session, session.lower_advance(pages).compile()
 
 
 MODELS = ["Qwen2.5-7B-Instruct", "Llama-3.1-8B-Instruct"]
@@ -139,22 +139,22 @@ def loop(device, shared, request):
 
 
 def test_real_models_decode_through_the_kernel_and_fit(loop):
-    programs, program = loop
+    session, program = loop
     account = compiled(program.memory_analysis())
     assert "mosaic_gpu" in program.as_text()
     assert account.peak < MEMORY
-    said = cache_bytes(programs.state)
-    weights = size(programs.params.weights)
+    said = cache_bytes(session.shape)
+    weights = size(session.params.weights)
     assert abs(account.arguments - weights - said) <= 0.03 * said
     assert account.aliases >= said
     # Besides, a step takes less than a fiftieth of the cache and one layer of weights.
-    layer = weights / programs.params.config.num_hidden_layers
+    layer = weights / session.params.config.num_hidden_layers
     assert account.temporaries < said / 50 + layer
 
 
 def test_real_models_copy_no_cache_in_their_loop(loop):
-    programs, program = loop
-    cache = programs.state.cache
+    session, program = loop
+    cache = session.shape.cache
     assert (
         written_in_loops(program.as_text(), min(size(cache.prompt.k), size(cache.kept[0].k))) == []
     )
@@ -164,8 +164,8 @@ def test_real_models_copy_no_cache_in_their_loop(loop):
 def test_few_rows_copy_no_weights(device, shared, model, rows):
     """Where few rows share them, a step is bound by reading the weights: once, into no copy."""
     config = ModelConfig.from_file(shared / f"configs/{model}/config.json")
-    programs, program = compiled_loop(config, rows, pages=4)
-    layers = programs.params.weights["layers"]
+    session, program = compiled_loop(config, rows, pages=4)
+    layers = session.params.weights["layers"]
     of_layer = lambda tree: size(tree) // config.num_hidden_layers  # noqa: E731
     assert compiled(program.memory_analysis()).temporaries < of_layer(layers) / 20
     assert written_in_loops(program.as_text(), of_layer(layers["o"])) == []

@@ -45,7 +45,7 @@ def virtual(folder):
         kept = engine._state.cache.kept[0].k
         assert kept.sharding.shard_shape(kept.shape) == (2, 2, 1, *kept.shape[3:])
     # Of the cache, no more than the page of each row that is committed travels.
-    text = engine.programs.advance.lower(engine.params, engine._state).compile().as_text()
+    text = engine.session.lower_advance().compile().as_text()
     moved = re.findall(r"= f32\[([0-9,]+)\]\S* (?:all-gather|all-to-all|collective-perm)", text)
     assert all(eval(shape.replace(",", "*")) < kept.size // 2 for shape in moved), moved
 

@@ -14,7 +14,6 @@ from tiny import VOCAB, prompts_of, random_params
 import raas_jax
 from raas_jax import Engine, ModelConfig, RaaS, Request, Sampling, policies
 from raas_jax.engine.checkpoint import Saver
-from raas_jax.engine.rows import empty_admissions
 
 POLICY = RaaS(16, alpha=0.12, page_size=4)
 OPTIONS = {"policy": POLICY, "rows": 4, "max_new_tokens": 44, "max_prompt_tokens": 12}
@@ -93,8 +92,8 @@ def test_samples_share_a_prompt_and_are_rows_of_generate(params):
         for sample, output in enumerate(alone):
             assert found[request.id, sample] == output.tokens
     alone = Engine(params, **OPTIONS)
-    assert alone.programs.shape.cache.prompt.k.shape[1] == 4
-    assert engine.programs.shape.cache.prompt.k.shape[1] == 2
+    assert alone.session.shape.cache.prompt.k.shape[1] == 4
+    assert engine.session.shape.cache.prompt.k.shape[1] == 2
 
 
 def test_a_bad_request_fails_alone(params, undisturbed):
@@ -236,12 +235,11 @@ def test_a_row_joins_without_a_copy_of_the_cache(name):
         random_params(LARGE), policy=policy, rows=32, max_new_tokens=2048, max_prompt_tokens=256,
         prefill_rows=1,
     )  # fmt: skip
-    cache = engine.programs.shape.cache
+    cache = engine.session.shape.cache
     # The smaller of the segments, all rows of it.
     size = min(x.size * 4 for x in (cache.kept[0].k, cache.prompt.k) if x.size)
-    admissions = empty_admissions(1, 256, 1)
-    admit = engine.programs.admit.lower(engine.params, engine.programs.shape, admissions).compile()
-    advance = engine.programs.advance.lower(engine.params, engine.programs.shape).compile()
+    admit = engine.session.lower_admit(1, 256).compile()
+    advance = engine.session.lower_advance().compile()
     # To attend, a layer's pages may be copied; the cache has four layers.
     for program, large in ((admit, size), (advance, 4 * cache.kept[0].k.size // 2)):
         assert written_in_loops(program.as_text(), large) == []
@@ -257,7 +255,7 @@ def test_shared_prompts_take_an_eighth_of_the_bytes():
     bytes_of = {}
     for samples in (1, 16):
         engine = Engine(params, policy=POLICY, rows=32, samples=samples, max_new_tokens=64)
-        prompt = engine.programs.shape.cache.prompt
+        prompt = engine.session.shape.cache.prompt
         bytes_of[samples] = 2 * prompt.k.size * prompt.k.dtype.itemsize
     assert bytes_of[16] * 8 <= bytes_of[1]
     assert np.isclose(bytes_of[16] * 16, bytes_of[1])

@@ -5,32 +5,29 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-import numpy as np
 from tiny import VOCAB
 
 from raas_jax import Dense, Sampling
 from raas_jax.cache import page_bounds
 from raas_jax.config import ModelConfig
-from raas_jax.decode import Plan, empty_cache, init_metadata, prefill, request
-from raas_jax.sampling import Sampler, row_keys
+from raas_jax.decode import RowRequest, empty_cache, init_metadata
+from raas_jax.plan import Group, Plan
+from raas_jax.session import Session
 
 CONFIG = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 8, qk_norm=True, model_type="qwen3")
 
 
 def start(params, plan, prompts, *, seed, setting=None):
     """State and first tokens; `prefill` itself where the policy has a part in it, else Dense's."""
-    P, rows = plan.page_size, len(prompts)
-    tokens = np.zeros((rows, plan.prompt_slots * P), np.int32)
-    for line, prompt in zip(tokens, prompts, strict=True):
-        line[: len(prompt)] = prompt
-    lengths = jnp.asarray([len(prompt) for prompt in prompts], jnp.int32)
+    rows = len(prompts)
     setting = setting or Sampling(temperature=1.5)
-    sampler = Sampler.create([setting] * rows, row_keys(seed, rows))
-    asked = request(jnp.full(rows, 10_000), (), sampler)
+    request = RowRequest.create([10_000] * rows, (), setting, seed)
     plain = plan
     if not plan.policy.evicts_prompt:
-        plain = Plan(Dense(page_size=P), plan.prompt_slots, (1,))
-    state, first = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plain)
+        policy = Dense(page_size=plan.page_size)
+        group = Group(0, params.config.num_hidden_layers, policy, 1)
+        plain = Plan(policy, plan.prompt_slots, (group,))
+    state, first = Session(params, plain, rows).start(prompts, request)
     if plain is plan:
         return state, first
     empty = empty_cache(params.config, plan, rows, state.cache.prompt.k.dtype)

@@ -13,7 +13,8 @@ from cheap import CONFIG, start
 from tiny import calibration, prompts_of, random_params
 
 from raas_jax import policies
-from raas_jax.decode import EVICTION_STREAM, Plan, decode_page
+from raas_jax.decode import EVICTION_STREAM, decode_page
+from raas_jax.plan import Plan
 from raas_jax.policies.triattention import Centres
 from raas_jax.sampling import row_keys
 
@@ -130,7 +131,7 @@ class Library:
 
     def page(self, state, drawn):
         """Compares one page: log-probabilities of every token, then what is kept."""
-        fed = np.concatenate([np.asarray(self.state.token)[None], np.asarray(drawn.tokens)])
+        fed = np.concatenate([np.asarray(self.state.rows.token)[None], np.asarray(drawn.tokens)])
         for offset in range(self.plan.page_size):
             logits = [row.step(int(fed[offset, i])) for i, row in enumerate(self.rows)]
             check_logprobs(drawn.tokens[offset], drawn.logprobs[offset], logits)

@@ -14,7 +14,8 @@ from hlo import written_in_loops
 from tiny import calibration, prompts_of, random_params
 
 from raas_jax import ModelConfig, policies
-from raas_jax.decode import Plan, decode_pages
+from raas_jax.decode import decode_pages
+from raas_jax.plan import Plan
 
 # The cache is far larger than anything else: weights, activations, scores of one layer.
 CONFIG = ModelConfig(32, 16, 24, 4, 4, 2, 16, qk_norm=True, model_type="qwen3")

@@ -15,9 +15,10 @@ from tiny_lemma import save_tiny
 
 import raas_jax
 from raas_jax import Dense, policies
-from raas_jax.decode import Plan, cache_bytes, decode_pages
+from raas_jax.decode import cache_bytes, decode_pages
 from raas_jax.lab import runs as evaluate
 from raas_jax.lab.inspect.recording import record
+from raas_jax.plan import Plan
 from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, set_slot
 
 P, PAGES, LENGTHS = 2, 14, [9, 3, 1]
@@ -87,7 +88,7 @@ def run(policy, prompts, seeds):
     compiled = decode_pages.lower(params(), state, plan=plan, pages=PAGES).compile()
     allocated = compiled.memory_analysis().argument_size_in_bytes - others
     state, drawn = compiled(params(), state)
-    tokens, logprobs = (np.concatenate([a[None], b]).T for a, b in zip(first, drawn, strict=True))
+    tokens, logprobs = (np.concatenate(pair).T for pair in zip(first[:2], drawn[:2], strict=True))
     return tokens, logprobs, state, reported, allocated
 
 
@@ -105,9 +106,9 @@ def test_a_row_alone_and_the_bytes(name, options):
     alone = run(policy, prompts[1:2], [6])
     np.testing.assert_array_equal(alone[0][0], tokens[1])
     np.testing.assert_allclose(alone[1][0], logprobs[1], rtol=1e-3, atol=1e-4)
-    assert int(alone[2].evicted[0]) == int(state.evicted[1])
+    assert int(alone[2].rows.evicted[0]) == int(state.rows.evicted[1])
     keeps_all = name in ("dense", "quest")
-    assert np.all((np.asarray(state.evicted) > 0) != keeps_all)
+    assert np.all((np.asarray(state.rows.evicted) > 0) != keeps_all)
     assert name == "dense" or not np.allclose(logprobs, dense()[1], atol=1e-3)
     # The last group: the others are dense.
     kept = np.sum(np.asarray(state.cache.kept[-1].fill) > 0, axis=-1)
@@ -127,7 +128,7 @@ def test_a_budget_that_covers_the_length_is_dense(name, options):
     tokens, logprobs, state, _, _ = run(ample(name, options), prompts, [5, 6, 7])
     np.testing.assert_array_equal(tokens, dense()[0])
     np.testing.assert_allclose(logprobs, dense()[1], rtol=1e-3, atol=1e-4)
-    assert not np.any(state.evicted)
+    assert not np.any(state.rows.evicted)
 
 
 def test_a_trace_shows_the_clocks_of_policies_that_keep_them():

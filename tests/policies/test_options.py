@@ -10,7 +10,7 @@ from tiny import QWEN3, random_params
 
 import raas_jax
 from raas_jax import Dense, RaaS, policies
-from raas_jax.decode import Plan
+from raas_jax.plan import Plan
 from raas_jax.policies import bucket
 
 

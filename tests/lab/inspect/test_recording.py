@@ -9,13 +9,13 @@ import pytest
 from tiny import QWEN3, prompts_of, random_params
 
 import raas_jax
-from raas_jax.decode import Plan, cache_bytes, commit_page, prefill, request, token_step
+from raas_jax.decode import RowRequest, cache_bytes, commit_page, token_step
 from raas_jax.lab.inspect.recording import Recorded, Recording, row_bytes
 from raas_jax.lab.runs import record
 from raas_jax.lab.tasks.lemma import Knobs, draw, liveness
 from raas_jax.lab.tasks.lemma.milestones import recall, written
 from raas_jax.policies import Dense, RaaS
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.session import Session
 
 TOKENS = 38
 POLICIES = [
@@ -32,18 +32,11 @@ def params():
 
 def pages_by_content(params, prompts, policy):
     """Which pages are in which cache, from the keys alone: bool `[page now, L, B, K, page]`."""
-    plan = Plan.create(params.config, policy, [len(each) for each in prompts], TOKENS)
-    tokens = np.zeros((len(prompts), plan.prompt_slots * plan.page_size), np.int32)
-    for row, prompt in zip(tokens, prompts, strict=True):
-        row[: len(prompt)] = prompt
-    rows = len(prompts)
-    asked = request(
-        jnp.full(rows, TOKENS), (), Sampler.create([Sampling()] * rows, row_keys(0, rows))
-    )
-    lengths = jnp.asarray([len(each) for each in prompts], jnp.int32)
-    state, _ = prefill(params, jnp.asarray(tokens), lengths, asked, plan=plan)
+    session = Session.create(params, policy, [len(each) for each in prompts], TOKENS)
+    plan = session.plan
+    state, _ = session.start(prompts, RowRequest.create([TOKENS] * len(prompts)))
     step = jax.jit(partial(token_step, plan=plan))
-    commit = jax.jit(partial(commit_page, params.config, plan=plan))
+    commit = jax.jit(partial(commit_page, plan=plan))
     written_pages, seen = [], []
     count = -(-(TOKENS - 1) // plan.page_size)
     for page in range(count):
@@ -98,12 +91,9 @@ def test_recorded_pages_are_those_in_the_cache(params, policy):
 
 def test_bytes_are_those_of_a_run_without_the_diary(params):
     for policy in POLICIES:
-        plan = Plan.create(params.config, policy, [7], 30)
-        tokens = jax.ShapeDtypeStruct((1, plan.prompt_slots * plan.page_size), jnp.int32)
-        asked = request(jnp.full(1, 30), (), Sampler.create([Sampling()], row_keys(0, 1)))
-        state, _ = jax.eval_shape(
-            partial(prefill, plan=plan), params, tokens, jnp.asarray([7], jnp.int32), asked
-        )
+        session = Session.create(params, policy, [7], 30)
+        request = RowRequest.create([30])
+        state, _ = jax.eval_shape(partial(session.start, [[1] * 7], request))
         assert row_bytes(params.config, policy, 7, 30, "float32") == cache_bytes(state)
 
 

@@ -8,16 +8,15 @@ import pytest
 
 pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra eval)")
 
-import jax
 import numpy as np
 from lm_eval.api.instance import Instance
+from raas_jax.lab.tasks.likelihood import likelihoods
 from tiny_lemma import CONFIG
 
 import raas_jax
 from raas_jax.cli.main import main
 from raas_jax.lab.tasks.harness import RaasLM
-from raas_jax.lab.tasks.likelihood import likelihoods
-from raas_jax.model import merge
+from raas_jax.model import forward
 from raas_jax.weights import save_hf
 
 QUESTIONS = ["1+1=", "10-3+2=", "4*5="]
@@ -117,13 +116,11 @@ def test_a_local_task_of_each_kind(model, tasks, tmp_path, capsys):
     samples = _samples(tmp_path / "out", "local_generate")
     assert [each["resps"][0][0] for each in samples] == [each.text for each in wanted]
 
-    forward = jax.jit(merge(params.config, params.weights).__call__)
-
     def logprob(before, scored):
         ids = [1, *map(ord, before + scored)]
         padded = np.zeros((1, 16), np.int32)
         padded[0, : len(ids)] = ids
-        logits = np.asarray(forward(padded), np.float64)[0]
+        logits = np.asarray(forward(params.config, params.weights, padded), np.float64)[0]
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         return sum(logprobs[i - 1, ids[i]] for i in range(len(ids) - len(scored), len(ids)))
 

@@ -7,12 +7,12 @@ import pytest
 import yaml
 
 import raas_jax
+from raas_jax import model
 from raas_jax.lab.tasks.lemma.draws import split_of
 from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, decode
 from raas_jax.lab.train.batches import Bucket, batch
 from raas_jax.lab.train.forward import forward
 from raas_jax.lab.train.train import TrainConfig, arrays_of, initial_state, main, train_steps
-from raas_jax.model import merge
 
 TINY = {
     "seed": 3,
@@ -87,8 +87,7 @@ def test_forward_is_the_models_own(config_file):
     arrays = arrays_of(batch(config.buckets[1], "train", 0, 0))
     tokens, there = arrays["tokens"][:, :-1], arrays["segments"] > 0
     ours = forward(config.model, weights, tokens, arrays["positions"], arrays["segments"])
-    model = merge(config.model, weights)
-    own = model(tokens, arrays["positions"], arrays["segments"])
+    own = model.forward(config.model, weights, tokens, arrays["positions"], arrays["segments"])
     assert jnp.abs(jnp.where(there[..., None], ours - own, 0)).max() < 1e-5
 
 

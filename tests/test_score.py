@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from raas_jax.lab.tasks.likelihood import likelihoods, next_logprobs
 from tiny import random_params
 
-from raas_jax.lab.tasks.likelihood import likelihoods, next_logprobs
 from raas_jax.model import merge
 
 
