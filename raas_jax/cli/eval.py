@@ -172,7 +172,7 @@ class Eval:
             model=self.model,
             asking=asking,
             rows=self.rows,
-            share=self.granularity,
+            share=self.share,
             mesh=mesh,
             keep_tokens=self.tokens,
             workers=self.graders,
