@@ -26,7 +26,7 @@ from raas_jax.lab.train.forward import forward
 from raas_jax.model import init_weights
 
 State = dict[str, Any]
-"""Training state: `weights`, `average` (of the weights over steps), `optimizer`, `step` (int32, steps done)."""
+"""A training state: `weights`, their `average` over steps, `optimizer`, `step` (int32, done)."""
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
@@ -205,7 +205,7 @@ def main(
         if manager.latest_step() is not None:
             if fresh:
                 raise ValueError(
-                    f"checkpoints is {str(folder)!r}, which holds checkpoints; move them, or resume."
+                    f"checkpoints is {str(folder)!r}, which holds checkpoints; move it, or resume."
                 )
             state = restore(manager, state)
         begin = time.time()
