@@ -54,7 +54,7 @@ def test_texts(text, wanted):
         ("raas:budget=many", "budget of the policy raas is 'many'; expected a whole number"),
         ("raas:budget=64.0", "expected a whole number"),
         ("raas:top_fraction=half", "expected a number or None"),
-        ("raas:share=head", "share is 'head'; choose one of"),
+        ("raas:granularity=head", "granularity is 'head'; choose one of"),
         ("raas:budget=32:budget=64", "budget of policy raas is given twice"),
         ("raas:budget=33", "budget is 33, not a multiple"),
         ("nowhere_to_be_found:Mine", "nowhere_to_be_found:Mine', which cannot be imported"),
@@ -103,7 +103,7 @@ def test_flags():
         (["--policy-option", "every"], "--policy-option is 'every'; write OPTION=VALUE"),
         (["--policy-option", "every=64"], "every is not an option of the policy raas"),
         (["--policy", "raas:budget=64", "--budget", "32"], "budget of policy raas is given twice"),
-        (["--policy", "recent", "--prompt-pages", "evict"], "prompt is 'evict'"),
+        (["--policy", "recent", "--prompt-pages", "evict"], "--prompt-pages is 'evict'; choose"),
     ],
     ids=str,
 )
