@@ -44,26 +44,12 @@ class Bench:
     """Number of layers, in place of the one in the file."""
     repetitions: int = 15
     """Timed turns at every length; the median counts."""
-    against: Annotated[
-        str | None,
-        unset(
-            "transformers,dense",
-            help="Time others too, on the same weights and lengths: transformers (Hugging Face's "
-            "dense decode, on a GPU with a static cache and torch.compile), dense (this library, "
-            "forgetting nothing).",
-        ),
-    ] = None
+    against: Annotated[str | None, unset("transformers,dense")] = None
+    """Baselines to time too: transformers (Hugging Face's dense decode), dense (this library's)."""
     largest_batch: bool = False
     """Say also how many sequences fit, by the compiler's account; nothing more is run."""
-    policies: Annotated[
-        str | None,
-        unset(
-            "{all,NAMES}",
-            help="Compare policies instead, once their slots are full: all, or names with options "
-            "and commas as for eval. All take --budget and --page-size; --policy and --lengths do "
-            "not count.",
-        ),
-    ] = None
+    policies: Annotated[str | None, unset("{all,NAMES}")] = None
+    """Compare policies instead, all or named as for eval; --policy and --lengths do not count."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)

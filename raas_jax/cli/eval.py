@@ -35,15 +35,8 @@ BENCHMARK_ONLY = ("data", "limit", "no_chat")
 class Eval:
     """Measure policies on a task; a stopped run goes on."""
 
-    task: Annotated[
-        str,
-        tyro.conf.Positional,
-        tyro.conf.arg(
-            metavar="TASK",
-            help="Task to ask: lemma, gsm8k, math500, aime24, or your own, a JSONL file with "
-            '"prompt" and "answer", or a Python file.',
-        ),
-    ]
+    task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
+    """Task: lemma, gsm8k, math500, aime24, or your own: JSONL ("prompt", "answer") or Python."""
     out: Annotated[str | None, unset("DIR", aliases=["-o"])] = None
     """Folder for the samples and the tables."""
     config: File = None
@@ -62,15 +55,8 @@ class Eval:
     samples: int = 1
     """Answers per problem and policy, at a --temperature above 0."""
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
-    max_new_tokens: Annotated[
-        int | None,
-        unset(
-            "INT",
-            aliases=["-n"],
-            help="Most tokens of an answer; by default what the model's context leaves, at most "
-            "32768, and for lemma half as much again as the right answer takes.",
-        ),
-    ] = None
+    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    """Most tokens of an answer; by default as for generate, in lemma 1.5 times the right answer."""
     no_chat: bool = False
     """Ask without the model's chat template."""
     rows: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="{INT,auto}")] = 16

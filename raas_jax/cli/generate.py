@@ -14,6 +14,7 @@ import tyro
 import raas_jax
 from raas_jax.cli.options import (
     Dtype,
+    File,
     Model,
     PolicyOptions,
     SamplingOptions,
@@ -34,14 +35,8 @@ class Generate:
 
     prompt: Annotated[str | None, tyro.conf.Positional, unset("[PROMPT]")] = None
     """Text to answer; or give --prompt-file."""
-    prompt_file: Annotated[
-        str | None,
-        unset(
-            "FILE",
-            help='File with one prompt per line, as text or JSON ({"prompt": ...} or {"messages": '
-            "[...]}); - is standard input.",
-        ),
-    ] = None
+    prompt_file: File = None
+    """Prompts, one per line, as text or JSON ({"prompt": ...}, {"messages": [...]}); - is stdin."""
     model: Model = "demo"
     dtype: Dtype = None
     max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None

@@ -108,7 +108,7 @@ def table(account: Account) -> str:
         ("keys and values", account.kv, ""),
         ("  prompt", account.prompt, ""),
         ("  kept", account.kept, ""),
-        ("  open", account.open, ""),
+        ("  current", account.current, ""),
         ("  metadata", account.metadata, ""),
         ("  of it padding", account.padding, "no token of this run can fill it"),
         ("dense cache instead", account.dense, f"{account.dense / account.kv:.1f} x as much"),

@@ -28,29 +28,15 @@ def unset(metavar: str, default: str = "", **more: Any) -> Any:
 
 Int = Annotated[int | None, unset("INT")]
 File = Annotated[str | None, unset("FILE")]
-Model = Annotated[
-    str,
-    tyro.conf.arg(
-        aliases=["-m"],
-        metavar="SOURCE",
-        help="Model: hub id, Hugging Face or Orbax folder, or demo.",
-    ),
-]
+SOURCE = "Hub id, Hugging Face or Orbax folder, or demo."
+Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help=SOURCE)]
+DTYPE = "Data type of the weights; by default bfloat16 on accelerators, float32 on CPUs."
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    unset(
-        "{float32,bfloat16,float16}",
-        help="Data type of the weights; by default bfloat16 on accelerators, float32 on CPUs.",
-    ),
+    unset("{float32,bfloat16,float16}", help=DTYPE),
 ]
-Mesh = Annotated[
-    str | None,
-    unset(
-        "data=INT,model=INT",
-        help="Devices that share the rows (data) and those that share heads and mlp width (model), "
-        "as in data=4,model=2, or 4x2 for short.",
-    ),
-]
+MESH = "Devices that split rows (data) and heads (model), as in data=4,model=2, or 4x2 for short."
+Mesh = Annotated[str | None, unset("data=INT,model=INT", help=MESH)]
 
 
 def policy_help() -> str:
@@ -81,13 +67,9 @@ class PolicyOptions:
     """Decide per key/value head, or once per layer."""
     prompt_pages: Annotated[
         Literal["excluded", "included", "evict"] | None,
-        unset(
-            "{excluded,included,evict}",
-            "excluded",
-            help="Keep the prompt on top of the budget (excluded) or as part of it (included), or "
-            "let it go like any other page (evict: h2o, sink, tova).",
-        ),
+        unset("{excluded,included,evict}", "excluded"),
     ] = None
+    """Keep the prompt on top of the budget, as part of it, or evict it too (h2o, sink, tova)."""
     dense_layers: Annotated[int | None, unset("INT", "0")] = None
     """Number of first layers that keep everything."""
     alpha: Annotated[float | None, unset("FLOAT")] = None
@@ -111,12 +93,6 @@ class PolicyOptions:
                 raise ValueError(f"--policy-option is {pair!r}; write OPTION=VALUE.")
         if "prompt_pages" in given:
             given["prompt"] = given.pop("prompt_pages")
-        known = {field.name for field in dataclasses.fields(_kind(spec))}
-        for name in set(given) - known:
-            flag = "prompt-pages" if name == "prompt" else name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} is not an option of the policy {self.policy}; leave it out."
-            )
         try:
             return policies.parse(spec, **given)
         except ValueError as error:
@@ -144,7 +120,8 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
         given: dict[str, int] = {}
         if page_size is not None and not _names(spec, "page_size"):
             given["page_size"] = page_size
-        has_budget = any(field.name == "budget" for field in dataclasses.fields(_kind(spec)))
+        kind = policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
+        has_budget = any(field.name == "budget" for field in dataclasses.fields(kind))
         if has_budget and not _names(spec, "budget"):
             found += [policies.parse(spec, budget=budget, **given) for budget in sizes]
         else:
@@ -152,12 +129,6 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
     if not found:
         raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
     return found
-
-
-def _kind(spec: str) -> type[Policy]:
-    from raas_jax.policies import by_name
-
-    return by_name(":".join(part for part in spec.split(":") if "=" not in part))
 
 
 def _names(spec: str, option: str) -> bool:

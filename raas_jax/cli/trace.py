@@ -27,14 +27,8 @@ class Trace:
     definitions: Int = None
     """Definitions of a problem that the demo has not seen, in place of PROMPT."""
     model: Model = "demo"
-    heads: Annotated[
-        str | None,
-        unset(
-            "LAYER.HEAD,...",
-            help="Key/value heads to show, from 0; by default the one that looks up milestones "
-            "most and the one that reads the prompt most.",
-        ),
-    ] = None
+    heads: Annotated[str | None, unset("LAYER.HEAD,...")] = None
+    """Key/value heads to show, from 0; by default those that read milestones and prompt most."""
     max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
     """Most tokens of the answer; by default half as much again as the right derivation takes."""
     dtype: Dtype = None

@@ -15,7 +15,7 @@ def test_memory_does_not_depend_on_the_length(model, capsys):
     assert short["dense"] < long["dense"]
     del short["dense"], long["dense"]
     assert short == long
-    assert short["kv"] == sum(short[name] for name in ("prompt", "kept", "open", "metadata"))
+    assert short["kv"] == sum(short[name] for name in ("prompt", "kept", "current", "metadata"))
     # Prompt, kept and current pages of two layers, two heads of 8, keys and values, float32.
     assert short["kept"] == 2 * 2 * 256 * 8 * 2 * 4
     assert short["decode"]["aliases"] >= short["kv"]
@@ -24,5 +24,5 @@ def test_memory_does_not_depend_on_the_length(model, capsys):
 def test_memory_prints_a_table(model, capsys):
     assert main(["memory", "--model", model, "--policy", "dense", "-n", "1000"]) == 0
     text = capsys.readouterr().out
-    for name in ("weights", "prompt", "kept", "open", "metadata", "padding", "dense", "decode"):
+    for name in ("weights", "prompt", "kept", "current", "metadata", "padding", "dense", "decode"):
         assert name in text

@@ -228,30 +228,14 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
     return _finish(figure, file)
 
 
-_FOUND: dict[str, Any] = {
-    "marker": "o",
-    "color": "white",
-    "markeredgecolor": INK,
-    "markersize": 4.5,
-}
-_PARTLY: dict[str, Any] = {
-    "marker": "D",
-    "color": ORANGE,
-    "markeredgecolor": INK,
-    "markersize": 4.5,
-}
-_MISSED: dict[str, Any] = {
-    "marker": "X",
-    "color": VERMILLION,
-    "markeredgecolor": INK,
-    "markersize": 6,
-}
-_MISSED_BLACK: dict[str, Any] = {
-    "marker": "X",
-    "color": INK,
-    "markeredgecolor": "white",
-    "markersize": 7,
-}
+def _spot(marker: str, color: str, edge: str, size: float) -> dict[str, Any]:
+    return {"marker": marker, "color": color, "markeredgecolor": edge, "markersize": size}
+
+
+_FOUND = _spot("o", "white", INK, 4.5)
+_PARTLY = _spot("D", ORANGE, INK, 4.5)
+_MISSED = _spot("X", VERMILLION, INK, 6)
+_MISSED_BLACK = _spot("X", INK, "white", 7)
 
 
 def name(trace: Trace) -> str:

@@ -43,13 +43,8 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 
 # Stacked matrices: which axes of [L, ...] a vector goes in by, and which it comes out by.
 _MATRICES = {
-    "q": MuonDimensionNumbers((3,), (1, 2)),
-    "k": MuonDimensionNumbers((3,), (1, 2)),
-    "v": MuonDimensionNumbers((3,), (1, 2)),
-    "o": MuonDimensionNumbers((2,), (1,)),
-    "gate": MuonDimensionNumbers((2,), (1,)),
-    "up": MuonDimensionNumbers((2,), (1,)),
-    "down": MuonDimensionNumbers((2,), (1,)),
+    **dict.fromkeys("qkv", MuonDimensionNumbers((3,), (1, 2))),
+    **dict.fromkeys(("o", "gate", "up", "down"), MuonDimensionNumbers((2,), (1,))),
 }
 
 
@@ -100,15 +95,12 @@ def loss_and_scores(
 
 
 def arrays_of(item: Batch) -> dict[str, Any]:
-    return {
-        "tokens": item.tokens,
-        "positions": item.positions,
-        "segments": item.segments,
-        "scored": item.scored,
-    }
+    """The arrays of a batch by name, for the compiled steps."""
+    return {name: getattr(item, name) for name in ("tokens", "positions", "segments", "scored")}
 
 
 def initial_state(config: TrainConfig) -> State:
+    """The state before the first step."""
     weights = init_weights(config.model, jax.random.key(config.seed))
     # Sharper attention from the start: the look-ups come sooner.
     for name in ("q_norm", "k_norm"):
@@ -148,6 +140,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(config: ModelConfig, weights: Any, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The scores alone, compiled."""
     return loss_and_scores(config, weights, arrays)[1]
 
 
