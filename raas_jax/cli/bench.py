@@ -18,8 +18,8 @@ from raas_jax.cli.options import (
     read_config,
     readable_bytes,
     split_names,
+    unset,
 )
-from raas_jax.params import Params
 
 if TYPE_CHECKING:
     from raas_jax.lab.bench.policies import Comparison
@@ -31,31 +31,25 @@ class Bench:
     """Measure the time per token beside what memory allows."""
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE")]
-    """Shape of the model (weights are random): a config.json, or YAML as configs/bench_25m.yaml."""
-    prompt_tokens: Annotated[int, tyro.conf.arg(metavar="INT")] = 128
+    """Shape of the model, with random weights: config.json, or YAML as configs/bench_25m.yaml."""
+    prompt_tokens: int = 128
     """Length of the prompt."""
     lengths: Annotated[str, tyro.conf.arg(metavar="INT,INT,...")] = "256,1024,4096"
     """Generated lengths at which to measure."""
-    batch: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    batch: int = 1
     """Sequences at once."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of weights and cache."""
+    """Data type of weights and cache."""
     layers: Int = None
-    """Instead of the number of layers in the file."""
-    repetitions: Annotated[int, tyro.conf.arg(metavar="INT")] = 15
+    """Number of layers, in place of the one in the file."""
+    repetitions: int = 15
     """Timed turns at every length; the median counts."""
-    against: Annotated[
-        str | None, tyro.conf.arg(metavar="transformers,dense", help_behavior_hint="")
-    ] = None
-    """Also time, on the same weights and lengths: transformers (Hugging Face's dense decode, on
-    a GPU with a static cache and torch.compile), dense (this library, forgetting nothing)."""
+    against: Annotated[str | None, unset("transformers,dense")] = None
+    """Baselines to time too: transformers (Hugging Face's dense decode), dense (this library's)."""
     largest_batch: bool = False
-    """Also say how many sequences fit, by the compiler's account; nothing more is run."""
-    policies: Annotated[str | None, tyro.conf.arg(metavar="{all,NAMES}", help_behavior_hint="")] = (
-        None
-    )
-    """Compare policies instead, once their slots are full: all, or names with options and commas as
-    for eval. --budget and --page-size are of all, --policy and --lengths of none."""
+    """Say also how many sequences fit, by the compiler's account; nothing more is run."""
+    policies: Annotated[str | None, unset("{all,NAMES}")] = None
+    """Compare policies instead, all or named as for eval; --policy and --lengths do not count."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
@@ -69,6 +63,7 @@ class Bench:
         config = read_config(self.config, self.layers)
         load = os.getloadavg()[0]
         from raas_jax.lab.bench.steps import bench
+        from raas_jax.params import Params
 
         report = bench(
             Params.random(config, dtype=self.dtype),
@@ -91,6 +86,7 @@ class Bench:
         budget, page_size = self.policy.budget or 1024, self.policy.page_size or 16
         load = os.getloadavg()[0]
         from raas_jax.lab.bench.policies import compare, every_policy
+        from raas_jax.params import Params
 
         params = Params.random(config, dtype=self.dtype)
         with contextlib.ExitStack() as stack:
@@ -148,6 +144,8 @@ def parse_against(text: str | None) -> list[str]:
 
 def table(report: Report) -> str:
     """The report as Markdown, which reads well on a terminal too."""
+    from raas_jax.lab.runs.tables import markdown_table
+
     baselines = any(timing.transformers_ms_per_token for timing in report.timings)
     heads = ["generated", "ms/token", "floor ms", "of floor", "compile s", "KV memory"]
     rows = [
@@ -190,15 +188,19 @@ def table(report: Report) -> str:
             f"prompt of {report.prompt_tokens}, {report.device}, jax {report.jax}, "
             f"reads {report.read_bandwidth / 1e9:.1f} GB/s",
             "",
-            *_lines(heads, rows),
+            markdown_table(heads, rows, labels=0).rstrip(),
         ]
     )
 
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as Markdown; a dash where a ratio has no meaning."""
+    from raas_jax.lab.runs.tables import markdown_table
+
+    def ratio(value: float | None) -> str:
+        return "-" if value is None else f"{value:.2f} x"
+
     heads = ["policy", "tokens held", "ms/token", "of attention", "of RaaS", "KV memory"]
-    ratio = lambda value: "-" if value is None else f"{value:.2f} x"  # noqa: E731
     rows = [
         [
             line.policy,
@@ -216,18 +218,6 @@ def comparison_table(comparison: Comparison) -> str:
             f"{c.parameters / 1e6:.1f} M parameters, {c.dtype}, batch {c.batch}, prompt of "
             f"{c.prompt_tokens}, {c.generated} generated, {c.device}, jax {c.jax}",
             "",
-            *_lines(heads, rows),
+            markdown_table(heads, rows, labels=0).rstrip(),
         ]
     )
-
-
-def _lines(heads: list[str], rows: list[list[str]]) -> list[str]:
-    """A table in Markdown, its columns padded, the numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
-    return [_line(heads, widths), rule, *(_line(row, widths) for row in rows)]
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
-    return "| " + " | ".join(padded) + " |"

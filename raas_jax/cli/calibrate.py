@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from raas_jax.cli.options import Dtype
+from raas_jax.cli.options import Dtype, File, Model
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 
@@ -16,15 +16,13 @@ class Calibrate:
     """Learn where a model's queries lie, for triattention."""
 
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")]
-    """Where to write, as safetensors."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """Hub id, Hugging Face or Orbax folder, or demo."""
-    prompts: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """One prompt per line, as for generate --prompt-file; the demo has its own."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="INT")] = 256
-    """Each prompt is read with the model's greedy answer up to this length; 0 for prompts alone."""
+    """File to write, as safetensors."""
+    model: Model = "demo"
+    prompts: File = None
+    """File with one prompt per line, as for generate --prompt-file; the demo has its own."""
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 256
+    """Most tokens of the greedy answer that is read after each prompt; 0 reads prompts alone."""
     dtype: Dtype = None
-    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
 
     def run(self) -> int:
         """Writes the file and says what it was made of."""

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 import raas_jax
+from raas_jax.cli.options import unset
 
 
 @dataclasses.dataclass
@@ -16,19 +17,13 @@ class Convert:
     """Convert weights between Hugging Face safetensors and Orbax."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Hub id, Hugging Face or Orbax folder, or demo."""
+    """Model to convert: hub id, Hugging Face or Orbax folder, or demo."""
     dst: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """The folder to make; it appears only once it is complete."""
-    to: Annotated[
-        Literal["orbax", "hf"] | None,
-        tyro.conf.arg(metavar="{orbax,hf}", help_behavior_hint=""),
-    ] = None
-    """The format to write; by default the one that SRC does not have."""
-    dtype: Annotated[
-        Literal["source", "float32", "bfloat16", "float16"],
-        tyro.conf.arg(metavar="{source,float32,bfloat16,float16}"),
-    ] = "source"
-    """Of the weights."""
+    """Folder to make; it appears only once it is complete."""
+    to: Annotated[Literal["orbax", "hf"] | None, unset("{orbax,hf}")] = None
+    """Format to write; by default the one that SRC does not have."""
+    dtype: Literal["source", "float32", "bfloat16", "float16"] = "source"
+    """Data type of the weights; source keeps the one they have."""
 
     def run(self) -> int:
         """Writes DST."""

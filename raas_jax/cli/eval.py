@@ -7,12 +7,24 @@ import dataclasses
 import re
 import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from raas_jax.cli.options import Dtype, Int, SamplingOptions, parse_policies
-from raas_jax.policies import Policy
+from raas_jax.cli.options import (
+    Dtype,
+    File,
+    Int,
+    Mesh,
+    Model,
+    SamplingOptions,
+    parse_mesh,
+    parse_policies,
+    unset,
+)
+
+if TYPE_CHECKING:
+    from raas_jax.policies import Policy
 
 # Options of one kind of task; given for the other, they are refused.
 LEMMA_ONLY = ("problems", "definitions", "late_facts", "split")
@@ -24,60 +36,51 @@ class Eval:
     """Measure policies on a task; a stopped run goes on."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
-    """lemma, gsm8k, math500, aime24, or your own: a JSONL file with "prompt" and "answer", or a
-    Python file."""
-    out: Annotated[
-        str | None, tyro.conf.arg(aliases=["-o"], metavar="DIR", help_behavior_hint="")
-    ] = None
+    """Task: lemma, gsm8k, math500, aime24, or your own: JSONL ("prompt", "answer") or Python."""
+    out: Annotated[str | None, unset("DIR", aliases=["-o"])] = None
     """Folder for the samples and the tables."""
-    config: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """A study, as configs/study_tradeoff.yaml: it says all that the other options say, but for
-    --model and --dtype."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """Hub id, Hugging Face or Orbax folder, or demo."""
+    config: File = None
+    """Study, such as configs/study_tradeoff.yaml; only --out, --model and --dtype go with it."""
+    model: Model = "demo"
     policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "dense,raas"
-    """Separated by commas, each with options if it has any, as in
-    raas:alpha=0.01:granularity=layer."""
-    budgets: Annotated[str | None, tyro.conf.arg(metavar="INTS", help_behavior_hint="")] = None
-    """Of the policies that have one, separated by commas; 32,64,128,256 for lemma, else 1024."""
-    page_size: Int = None
-    """Tokens per page, for all policies; 16."""
-    data: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """JSONL file with the problems, instead of the hub."""
+    """Policies with commas, each with its options, as in raas:alpha=0.01:granularity=layer."""
+    budgets: Annotated[str | None, unset("INTS", "32,64,128,256 for lemma, else 1024")] = None
+    """Budgets, with commas, of the policies that have one."""
+    page_size: Annotated[int | None, unset("INT", "16")] = None
+    """Tokens per page, for all policies."""
+    data: File = None
+    """JSONL file with the problems, in place of the hub."""
     limit: Int = None
-    """Only the first N problems."""
-    samples: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Number of problems to ask, from the first; by default all."""
+    samples: int = 1
     """Answers per problem and policy, at a --temperature above 0."""
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
-    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
-    """Cap of every answer; by default what the model's context leaves, at most 32768, and for lemma
-    half as much again as the right answer takes."""
+    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    """Most tokens of an answer; by default as for generate, in lemma 1.5 times the right answer."""
     no_chat: bool = False
     """Ask without the model's chat template."""
     rows: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="{INT,auto}")] = 16
-    """Answers at once; auto: as many as fit the device's memory."""
-    share: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Answers at once; auto is as many as fit the device's memory."""
+    share: int = 1
     """Samples of a problem that share one copy of its prompt; divides --rows."""
-    mesh: Annotated[str | None, tyro.conf.arg(metavar="DATAxMODEL", help_behavior_hint="")] = None
-    """Several devices, as in 4x2: rows over 4, heads and mlp width over 2."""
+    mesh: Mesh = None
     tokens: bool = False
     """Keep the token ids of every answer too."""
-    graders: Annotated[int, tyro.conf.arg(metavar="N")] = 2
+    graders: int = 2
     """Processes that grade."""
-    grading_seconds: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = 10.0
-    """After which an answer counts as wrong."""
+    grading_seconds: float = 10.0
+    """Time after which an answer that is still being graded counts as wrong."""
     check_grader: bool = False
-    """Grade the reference answers and near misses instead, and count what is marked rightly."""
-    problems: Annotated[int, tyro.conf.arg(metavar="INT")] = 200
-    """lemma: how many."""
+    """Grade the reference answers and near misses instead, and count the right verdicts."""
+    problems: int = 200
+    """Number of problems (lemma)."""
     definitions: Annotated[str, tyro.conf.arg(metavar="FROM-TO")] = "24-48"
-    """lemma: of each problem."""
-    late_facts: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """lemma: values that are found early and needed only at the end."""
+    """Definitions of each problem (lemma)."""
+    late_facts: int = 0
+    """Values that are found early and needed only at the end (lemma)."""
     split: Annotated[str, tyro.conf.arg(metavar="{test,validation}")] = "test"
-    """lemma: problems that the demo was not trained on."""
+    """Split of the problems, none of which the demo was trained on (lemma)."""
     dtype: Dtype = None
-    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
 
     def run(self) -> int:
         """Runs what is missing, then prints the table and saves it beside the samples."""
@@ -153,6 +156,7 @@ class Eval:
     def _ask(self, out: str, benchmark: Any, problems: Any, tried: list[Policy]) -> None:
         from raas_jax import load
         from raas_jax.lab.runs.benchmark import Asking, run_benchmark
+        from raas_jax.sharding import make_mesh
 
         asking = Asking(
             samples=self.samples,
@@ -162,7 +166,8 @@ class Eval:
             chat=False if self.no_chat else None,
             grading_seconds=self.grading_seconds,
         )
-        mesh = parse_mesh(self.mesh)
+        sizes = parse_mesh(self.mesh)
+        mesh = make_mesh(sizes.get("data", 1), sizes.get("model", 1)) if sizes else None
         run_benchmark(
             load(self.model, dtype=self.dtype, sharding=mesh),
             benchmark,
@@ -172,7 +177,7 @@ class Eval:
             model=self.model,
             asking=asking,
             rows=self.rows,
-            share=self.granularity,
+            share=self.share,
             mesh=mesh,
             keep_tokens=self.tokens,
             workers=self.graders,
@@ -217,7 +222,7 @@ class Report:
     """Make the tables of an evaluation again from its samples."""
 
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The --out of `raas-jax eval`."""
+    """Folder that `raas-jax eval` was given as --out."""
 
     def run(self) -> int:
         """Prints the table and saves it as Markdown and CSV."""
@@ -248,18 +253,6 @@ def print_report(folder: str) -> int:
     for remark in remarks:
         print(f"raas-jax: note: {remark}", file=sys.stderr)
     return 0
-
-
-def parse_mesh(text: str | None) -> Any:
-    """`4x2` → a mesh of eight devices; None stays None. Raises ValueError."""
-    if text is None:
-        return None
-    from raas_jax.sharding import make_mesh
-
-    found = re.fullmatch(r"(\d+)x(\d+)", text.strip())
-    if not found:
-        raise ValueError(f"--mesh is {text!r}; write for example 4x2, or 1x8.")
-    return make_mesh(int(found[1]), int(found[2]))
 
 
 def parse_range(text: str) -> tuple[int, int]:

@@ -7,14 +7,24 @@ import json
 import sys
 import time
 from collections.abc import Generator, Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
-from tqdm import tqdm
 
 import raas_jax
-from raas_jax.cli.options import Dtype, Int, PolicyOptions, SamplingOptions, readable_bytes
+from raas_jax.cli.options import (
+    Dtype,
+    File,
+    Model,
+    PolicyOptions,
+    SamplingOptions,
+    readable_bytes,
+    unset,
+)
 from raas_jax.cli.prompts import Prompt, read_prompts
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 INTERRUPTED = 130
 
@@ -23,27 +33,22 @@ INTERRUPTED = 130
 class Generate:
     """Answer a prompt, or a file of them."""
 
-    prompt: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
-    ] = None
-    """What to answer; or give --prompt-file."""
-    prompt_file: Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")] = None
-    """One prompt per line, as text or JSON ({"prompt": ...} or {"messages": [...]}); - is
-    standard input."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """Hub id, Hugging Face or Orbax folder, or demo."""
+    prompt: Annotated[str | None, tyro.conf.Positional, unset("[PROMPT]")] = None
+    """Text to answer; or give --prompt-file."""
+    prompt_file: File = None
+    """Prompts, one per line, as text or JSON ({"prompt": ...}, {"messages": [...]}); - is stdin."""
+    model: Model = "demo"
     dtype: Dtype = None
-    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
-    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
-    """Stop after this many; by default what the model's context leaves, at most 32768."""
+    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    """Most tokens of an answer; by default what the model's context leaves, at most 32768."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
-    """Stop before this text."""
+    """Text before which an answer stops."""
     chat: bool = False
     """Put PROMPT into the model's chat template, as the user's message."""
     json: bool = False
     """Print one JSON object per prompt instead of streaming text."""
-    rows: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
-    """With --json: this many prompts at once."""
+    rows: int = 1
+    """Prompts that are answered at once, with --json."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
     sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
 
@@ -85,6 +90,8 @@ class Generate:
         self, params: raas_jax.Params, prompts: list[Prompt], options: dict[str, Any]
     ) -> bool:
         """Prints each answer as it comes; gives whether it was interrupted."""
+        from tqdm import tqdm
+
         # Where the text itself does not go to the terminal, a bar shows that something happens.
         hidden = sys.stdout.isatty() or not sys.stderr.isatty()
         for number, prompt in enumerate(prompts):

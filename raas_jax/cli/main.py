@@ -15,6 +15,7 @@ from raas_jax.cli import lm_eval
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
 from raas_jax.cli.convert import Convert
+from raas_jax.cli.errors import in_flags
 from raas_jax.cli.eval import Eval, Report
 from raas_jax.cli.generate import Generate
 from raas_jax.cli.memory import Memory
@@ -35,11 +36,12 @@ COMMANDS: dict[str, type[Command]] = {
     "trace": Trace,
 }
 DESCRIPTION = """Decode long chains of thought in constant memory.
+  raas-jax generate "a=4; b=9; c=a+b; ? c" --policy raas --budget 128
+  raas-jax COMMAND --help   explains a command
+  raas-jax lm-eval ...      is lm-evaluation-harness, which then knows this library
+  raas-jax --version        says which one this is
 
-raas-jax generate "a=4; b=9; c=a+b; ? c" --policy raas --budget 128
-
-raas-jax COMMAND --help explains a command; --version; --debug shows where an error came from;
-raas-jax lm-eval ... is lm-evaluation-harness with this library as a model."""
+With --debug, anywhere, an error shows where it came from."""
 FAILED, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
 
 
@@ -65,13 +67,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     # Where no framework of its own is installed, transformers says so at length.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    command: Command | None = None
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
         try:
             if args[:1] == [lm_eval.NAME]:
                 # Its options are those of another program.
                 return lm_eval.run(args[1:])
-            code = parse(args or ["--help"]).run()
+            command = parse(args or ["--help"])
+            code = command.run()
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
@@ -82,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return BROKEN_PIPE
         except (ValueError, TypeError, OSError) as error:
-            return _explain(error, str(error), debug)
+            return _explain(error, in_flags(str(error), type(command)), debug)
         except RuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -106,14 +110,11 @@ def parse(args: Sequence[str]) -> Command:
     choices: Any = Union[  # noqa: UP007 - made of a list
         tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     ]
-    return tyro.cli(
+    command: Command = tyro.cli(
         choices,
         prog="raas-jax",
         description=DESCRIPTION,
         args=args,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return command

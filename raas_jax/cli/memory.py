@@ -6,21 +6,25 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from raas_jax.cli.options import Dtype, Int, PolicyOptions, read_config, readable_bytes
+from raas_jax.cli.options import (
+    File,
+    Int,
+    Mesh,
+    PolicyOptions,
+    parse_mesh,
+    read_config,
+    readable_bytes,
+    unset,
+)
 from raas_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from raas_jax.aot.memory import Compiled
     from raas_jax.aot.memory import Memory as Account
-
-File = Annotated[str | None, tyro.conf.arg(metavar="FILE", help_behavior_hint="")]
-Source = Annotated[
-    str | None, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help_behavior_hint="")
-]
 
 
 @dataclasses.dataclass
@@ -29,24 +33,23 @@ class Memory:
 
     config: File = None
     """Shape of the model: a config.json, or YAML with the same fields."""
-    model: Source = None
-    """Instead of --config: hub id (only its config.json is fetched), folder, or demo."""
-    batch: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    model: Annotated[str | None, unset("SOURCE", aliases=["-m"])] = None
+    """Model in place of --config: hub id (only config.json is fetched), folder, or demo."""
+    batch: int = 1
     """Sequences at once."""
-    prompt_tokens: Annotated[int, tyro.conf.arg(metavar="INT")] = 128
+    prompt_tokens: int = 128
     """Length of every prompt."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"], metavar="INT")] = 32768
+    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 32768
     """Tokens generated per sequence."""
-    dtype: Dtype = None
-    """Of weights and cache; the model's own."""
-    layers: Int = None
-    """Instead of the model's number of layers."""
-    target: Annotated[str | None, tyro.conf.arg(metavar="KIND:SHAPE", help_behavior_hint="")] = None
-    """Compile for this instead of the device at hand, for instance v5e:2x4; nothing is run."""
-    mesh: Annotated[
-        str | None, tyro.conf.arg(metavar="data=INT,model=INT", help_behavior_hint="")
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, unset("{float32,bfloat16,float16}")
     ] = None
-    """How the target's devices share rows (data) and heads (model)."""
+    """Data type of weights and cache; by default the model's own."""
+    layers: Int = None
+    """Number of layers, in place of the model's own."""
+    target: Annotated[str | None, unset("KIND:SHAPE")] = None
+    """Hardware to compile for, in place of what is at hand, such as v5e:2x4; nothing is run."""
+    mesh: Mesh = None
     json: bool = False
     """Print JSON instead of a table."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
@@ -76,17 +79,6 @@ class Memory:
             raise ValueError("give one of --config FILE and --model SOURCE.")
         file = self.config if self.config is not None else config_file(str(self.model))
         return read_config(file, self.layers)
-
-
-def parse_mesh(text: str | None) -> dict[str, int]:
-    """`data=2,model=4` as a dictionary; raises ValueError for anything else."""
-    found = {}
-    for part in text.split(",") if text else ():
-        name, _, size = part.partition("=")
-        if name not in ("data", "model") or not size.isdigit() or not int(size):
-            raise ValueError(f"--mesh is {text!r}; write it like data=2,model=4.")
-        found[name] = int(size)
-    return found
 
 
 def config_file(source: str) -> str:

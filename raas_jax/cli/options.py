@@ -3,71 +3,89 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from raas_jax import policies
 from raas_jax.config import ModelConfig, read_yaml
-from raas_jax.sampling import Sampling
 
-# Options that are left to the library's defaults; "None" in a help text would explain nothing.
-Int = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-Float = Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")]
+if TYPE_CHECKING:
+    from raas_jax.policies import Policy
+    from raas_jax.sampling import Sampling
+
+
+def unset(metavar: str, default: str = "", **more: Any) -> Any:
+    """An option that None leaves to the library, whose own default the help text shows."""
+
+    def hint(value: str) -> str:
+        shown = default if value == "None" else value
+        return f"(default: {shown})" if shown else ""
+
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **more)
+
+
+Int = Annotated[int | None, unset("INT")]
+File = Annotated[str | None, unset("FILE")]
+SOURCE = "Hub id, Hugging Face or Orbax folder, or demo."
+Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help=SOURCE)]
+DTYPE = "Data type of the weights; by default bfloat16 on accelerators, float32 on CPUs."
 Dtype = Annotated[
     Literal["float32", "bfloat16", "float16"] | None,
-    tyro.conf.arg(metavar="{float32,bfloat16,float16}", help_behavior_hint=""),
+    unset("{float32,bfloat16,float16}", help=DTYPE),
 ]
+MESH = "Devices that split rows (data) and heads (model), as in data=4,model=2, or 4x2 for short."
+Mesh = Annotated[str | None, unset("data=INT,model=INT", help=MESH)]
+
+
+def policy_help() -> str:
+    """The help text of `--policy`, asked for only where it is shown."""
+    from raas_jax.policies import available
+
+    return f"Name of the policy: {', '.join(available())}; or your own, as file.py:MyPolicy."
 
 
 @dataclasses.dataclass
 class PolicyOptions:
     """Which keys and values to keep."""
 
-    policy: Annotated[
-        str,
-        tyro.conf.arg(
-            metavar="NAME[:OPTION=VALUE...]",
-            help=f"One of {', '.join(policies.available())}; or your own, as file.py:MyPolicy.",
-        ),
-    ] = "raas"
+    policy: Annotated[str, tyro.conf.arg(metavar="NAME[:OPTION=VALUE...]", help=policy_help())] = (
+        "raas"
+    )
     policy_option: Annotated[
         tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="OPTION=VALUE")
     ] = ()
-    """Any other option of the policy, such as recent=64; may be repeated. A wrong one lists all."""
-    budget: Int = None
-    """Tokens kept for each sequence, layer and key/value head; 1024."""
-    page_size: Int = None
-    """Tokens per page, the unit that is kept or forgotten; 16."""
-    share: Annotated[
-        Literal["kv_head", "layer"] | None,
-        tyro.conf.arg(metavar="{kv_head,layer}", help_behavior_hint=""),
+    """Any other option of the policy, such as recent=64; a wrong one lists all."""
+    budget: Annotated[int | None, unset("INT", "1024")] = None
+    """Tokens kept for each sequence, layer and key/value head."""
+    page_size: Annotated[int | None, unset("INT", "16")] = None
+    """Tokens per page, the unit that is kept or forgotten."""
+    granularity: Annotated[
+        Literal["kv_head", "layer"] | None, unset("{kv_head,layer}", "kv_head; tova: layer")
     ] = None
-    """Decide per key/value head or once per layer; kv_head (tova: layer)."""
+    """Decide per key/value head, or once per layer."""
     prompt_pages: Annotated[
         Literal["excluded", "included", "evict"] | None,
-        tyro.conf.arg(metavar="{beside,within,evict}", help_behavior_hint=""),
+        unset("{excluded,included,evict}", "excluded"),
     ] = None
-    """The prompt is kept beside the budget, or within it, or (h2o, sink, tova) may go as published;
-    beside."""
-    dense_layers: Int = None
-    """This many first layers keep everything; 0."""
-    alpha: Float = None
-    """raas, lazy_eviction: a page with a larger share of the attention is in use (paper: 1e-4)."""
-    top_fraction: Float = None
-    """raas: this share of the pages is in use, those of the most attention; 0.25."""
-    score: Annotated[
-        Literal["mass", "bound"] | None,
-        tyro.conf.arg(metavar="{mass,bound}", help_behavior_hint=""),
-    ] = None
-    """raas: exact attention (mass), or the paper's upper bound; mass."""
+    """Keep the prompt on top of the budget, as part of it, or evict it too (h2o, sink, tova)."""
+    dense_layers: Annotated[int | None, unset("INT", "0")] = None
+    """Number of first layers that keep everything."""
+    alpha: Annotated[float | None, unset("FLOAT")] = None
+    """Share of the attention above which a page is in use (raas, lazy_eviction; paper: 1e-4)."""
+    top_fraction: Annotated[float | None, unset("FLOAT", "0.25")] = None
+    """Share of the pages that are in use, those of the most attention (raas)."""
+    score: Annotated[Literal["mass", "bound"] | None, unset("{mass,bound}", "mass")] = None
+    """Attention of a page: exact (mass), or the paper's upper bound (raas)."""
 
-    def create(self) -> policies.Policy:
+    def create(self) -> Policy:
         """The policy with the options that were given.
 
         Raises ValueError for an unknown policy or option (near matches), and for a wrong value.
         """
+        from raas_jax import policies
+
         given = {name: value for name, value in vars(self).items() if value is not None}
         spec = ":".join([given.pop("policy"), *given.pop("policy_option")])
         for pair in self.policy_option:
@@ -75,34 +93,35 @@ class PolicyOptions:
                 raise ValueError(f"--policy-option is {pair!r}; write OPTION=VALUE.")
         if "prompt_pages" in given:
             given["prompt"] = given.pop("prompt_pages")
-        known = {field.name for field in dataclasses.fields(_kind(spec))}
-        for name in set(given) - known:
-            flag = "prompt-pages" if name == "prompt" else name.replace("_", "-")
-            raise ValueError(
-                f"--{flag} is not an option of the policy {self.policy}; leave it out."
-            )
-        return policies.parse(spec, **given)
+        try:
+            return policies.parse(spec, **given)
+        except ValueError as error:
+            if self.prompt_pages is None:
+                raise
+            raise ValueError(re.sub("^prompt is", "--prompt-pages is", str(error))) from error
 
 
-def parse_policies(names: str, budgets: str, page_size: int | None) -> list[policies.Policy]:
+def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Policy]:
     """Every named policy, once for each budget if it has one.
 
     Args:
-      names: separated by commas, each with options, as in
-        `dense,raas:alpha=0.01:granularity=layer`.
-      budgets: whole numbers, separated by commas.
-      page_size: of all policies that do not name their own; None is each one's default.
+      names: names with commas, each with options, as in `dense,raas:alpha=0.01:granularity=layer`.
+      budgets: whole numbers with commas.
+      page_size: tokens per page where a policy does not name its own; None is its default.
 
     Raises:
       ValueError: for an unknown policy or option (near matches), and for a wrong value.
     """
+    from raas_jax import policies
+
     sizes = _whole_numbers(budgets)
-    found: list[policies.Policy] = []
+    found: list[Policy] = []
     for spec in split_names(names):
         given: dict[str, int] = {}
         if page_size is not None and not _names(spec, "page_size"):
             given["page_size"] = page_size
-        has_budget = any(field.name == "budget" for field in dataclasses.fields(_kind(spec)))
+        kind = policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
+        has_budget = any(field.name == "budget" for field in dataclasses.fields(kind))
         if has_budget and not _names(spec, "budget"):
             found += [policies.parse(spec, budget=budget, **given) for budget in sizes]
         else:
@@ -110,10 +129,6 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[poli
     if not found:
         raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
     return found
-
-
-def _kind(spec: str) -> type[policies.Policy]:
-    return policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
 
 
 def _names(spec: str, option: str) -> bool:
@@ -129,27 +144,45 @@ def _whole_numbers(text: str) -> list[int]:
 
 
 def split_names(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The parts between the commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """`data=2,model=4`, or `2x4`, as the arguments of `make_mesh`; none for None.
+
+    Raises ValueError for anything else.
+    """
+    if text is None:
+        return {}
+    short = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    parts = [f"data={short[1]}", f"model={short[2]}"] if short else split_names(text)
+    found = [re.fullmatch(r"(data|model)=([1-9]\d*)", part) for part in parts]
+    sizes = {each[1]: int(each[2]) for each in found if each}
+    if not parts or len(sizes) < len(parts):
+        raise ValueError(f"--mesh is {text!r}; write for example data=2,model=4, or 2x4.")
+    return sizes
 
 
 @dataclasses.dataclass
 class SamplingOptions:
     """How the next token is drawn."""
 
-    temperature: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = 0.0
-    """0 is greedy."""
-    top_k: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """Only the k likeliest tokens; 0 is all."""
-    top_p: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = 1.0
-    """Only the likeliest tokens that reach this probability together."""
-    min_p: Annotated[float, tyro.conf.arg(metavar="FLOAT")] = 0.0
-    """Only tokens at least this likely relative to the likeliest."""
-    seed: Annotated[int, tyro.conf.arg(metavar="INT")] = 0
-    """The same seed gives the same text."""
+    temperature: float = 0.0
+    """Temperature of the draw; 0 is greedy."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 is all."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that reach this probability together."""
+    min_p: float = 0.0
+    """Draw from the tokens at least this likely relative to the likeliest."""
+    seed: int = 0
+    """Seed of the draws; the same one gives the same text."""
 
     def create(self) -> Sampling:
         """The settings. Raises ValueError for one that is out of range."""
+        from raas_jax.sampling import Sampling
+
         return Sampling(self.temperature, self.top_k, self.top_p, self.min_p)
 
 
@@ -159,8 +192,8 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
     A YAML file may hold the shape under `model:`, as the training configurations do.
 
     Args:
-      file: the path.
-      layers: replaces the number of layers.
+      file: path of the file or folder.
+      layers: number of layers, in place of the one in the file.
 
     Raises:
       FileNotFoundError: there is no such file. ValueError: it is not such a configuration.

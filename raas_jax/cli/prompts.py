@@ -86,4 +86,5 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
         raise ValueError(
             f'{where}: "messages" must be a list of {{"role": "...", "content": "..."}}.'
         )
-    return value
+    messages: list[dict[str, str]] = value
+    return messages

@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from raas_jax.cli.options import Dtype, PolicyOptions, readable_bytes
-from raas_jax.lab.bench.throughput import Age, Sharing
-from raas_jax.lab.bench.throughput import Throughput as Way
-from raas_jax.policies import Policy
+from raas_jax.cli.options import Dtype, PolicyOptions, readable_bytes, unset
+
+if TYPE_CHECKING:
+    from raas_jax.lab.bench.throughput import Age, Sharing
+    from raas_jax.lab.bench.throughput import Throughput as Way
+    from raas_jax.policies import Policy
 
 
 @dataclasses.dataclass
@@ -20,30 +22,26 @@ class Throughput:
     """Measure the engine beside plain batches of rows."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """A model that answers lemma problems: demo, or one that `raas-jax train` made."""
-    problems: Annotated[int, tyro.conf.arg(metavar="INT")] = 200
-    """How many."""
+    """Model that answers lemma problems: demo, or one that `raas-jax train` made."""
+    problems: int = 200
+    """Number of problems."""
     definitions: Annotated[str, tyro.conf.arg(metavar="FROM-TO")] = "2-48"
-    """Of each problem, drawn evenly."""
-    rows: Annotated[int, tyro.conf.arg(metavar="INT")] = 16
+    """Definitions of each problem, drawn evenly."""
+    rows: int = 16
     """Answers at once."""
-    turns: Annotated[int, tyro.conf.arg(metavar="INT")] = 1
+    turns: int = 1
     """Runs of each, in turn; the medians are shown."""
-    against: Annotated[
-        Literal["transformers"] | None,
-        tyro.conf.arg(metavar="{transformers}", help_behavior_hint=""),
-    ] = None
-    """Also Hugging Face's batched generate on the same weights and problems (needs torch)."""
-    old: Annotated[int, tyro.conf.arg(metavar="INT")] = 4096
+    against: Annotated[Literal["transformers"] | None, unset("{transformers}")] = None
+    """Time Hugging Face's batched generate too, on the same weights and problems (needs torch)."""
+    old: int = 4096
     """Tokens after which rows count as old."""
-    samples: Annotated[int, tyro.conf.arg(metavar="INT")] = 16
+    samples: int = 16
     """Answers that share a prompt."""
-    prompt_tokens: Annotated[int, tyro.conf.arg(metavar="INT")] = 1024
-    """Of the prompts that are shared."""
+    prompt_tokens: int = 1024
+    """Length of the prompts that are shared."""
     json: bool = False
     """Print JSON lines instead of tables."""
     dtype: Dtype = None
-    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
     policy: PolicyOptions = dataclasses.field(default_factory=lambda: PolicyOptions(budget=256))
 
     def run(self) -> int:
@@ -53,9 +51,8 @@ class Throughput:
         from raas_jax.lab.bench import throughput as bench_engine
 
         for name in ("problems", "rows", "turns", "old", "samples", "prompt_tokens"):
-            value, option = getattr(self, name), name.replace("_", "-")
-            if value < 1:
-                raise ValueError(f"--{option} is {value}; it must be at least 1.")
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         smallest, largest = parse_range(self.definitions)
         policy = self.policy.create()
         problems = bench_engine.mixed_problems(self.problems, smallest, largest)
@@ -82,10 +79,12 @@ class Throughput:
         return 0
 
     def _print(self, policy: Policy, ways: list[Way], aged: Age, shared: Sharing) -> None:
+        from raas_jax.lab.runs.tables import markdown_table
+
         engine = ways[0]
         print(f"{self.problems} problems of {self.definitions} definitions, {policy}\n")
         print(
-            _table(
+            markdown_table(
                 ["", "problems/min", "tokens/s", "row-steps", "useful", "right", "engine faster"],
                 [
                     [
@@ -99,20 +98,22 @@ class Throughput:
                     ]
                     for way in ways
                 ],
+                labels=0,
             )
         )
         print(
-            _table(
+            markdown_table(
                 [f"{aged.rows} rows after", "ms/step", "ratio"],
                 [
                     [f"{aged.young} tokens", f"{aged.young_ms:.2f}", ""],
                     [f"{aged.old} tokens", f"{aged.old_ms:.2f}", f"{aged.ratio:.3f}"],
                 ],
+                labels=0,
             )
         )
         batch = f"{shared.rows} rows, prompts of {shared.prompt_tokens}"
         print(
-            _table(
+            markdown_table(
                 [batch, "prompt bytes", "ms/step", "ratio"],
                 [
                     [
@@ -128,14 +129,6 @@ class Throughput:
                         "",
                     ],
                 ],
+                labels=0,
             )
         )
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    """Markdown that reads well on a terminal too, with an empty line after it."""
-    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
-    rule = ["-" * (width - 1) + ":" for width in widths]
-    lines = ([cell.rjust(width) for cell, width in zip(row, widths, strict=True)] for row in rows)
-    heads = [head.rjust(width) for head, width in zip(heads, widths, strict=True)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heads, rule, *lines)) + "\n"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from raas_jax.cli.options import Dtype, Int, PolicyOptions, readable_bytes
+from raas_jax.cli.options import Dtype, Int, Model, PolicyOptions, readable_bytes, unset
 
 if TYPE_CHECKING:
     from raas_jax.lab.trace import Trace as Traced
@@ -22,23 +22,16 @@ class Trace:
 
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="DIR")]
     """Folder for the pictures and the page."""
-    prompt: Annotated[
-        str | None, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT", help_behavior_hint="")
-    ] = None
-    """What to answer, as in "a=4; b=9; c=a+b; ? c"."""
+    prompt: Annotated[str | None, tyro.conf.Positional, unset("[PROMPT]")] = None
+    """Text to answer, as in "a=4; b=9; c=a+b; ? c"."""
     definitions: Int = None
-    """Instead of PROMPT: a problem of this many definitions that the demo has not seen."""
-    model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """Hugging Face or Orbax folder, or demo."""
-    heads: Annotated[str | None, tyro.conf.arg(metavar="LAYER.HEAD,...", help_behavior_hint="")] = (
-        None
-    )
-    """Key/value heads to show, from 0; by default the one that looks up milestones most and the
-    one that reads the prompt most."""
-    max_new_tokens: Annotated[Int, tyro.conf.arg(aliases=["-n"])] = None
-    """Stop after this many; by default half as much again as the right derivation takes."""
+    """Definitions of a problem that the demo has not seen, in place of PROMPT."""
+    model: Model = "demo"
+    heads: Annotated[str | None, unset("LAYER.HEAD,...")] = None
+    """Key/value heads to show, from 0; by default those that read milestones and prompt most."""
+    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    """Most tokens of the answer; by default half as much again as the right derivation takes."""
     dtype: Dtype = None
-    """Of the weights; bfloat16 on accelerators, float32 on CPUs."""
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
 
     def run(self) -> int:
@@ -83,7 +76,7 @@ class Trace:
 
 
 def write(traces: list[Traced], folder: Path) -> list[str]:
-    """Draws the pictures and the page of the last trace, beside the others; gives what to say."""
+    """Draws the pictures and the page of the last trace, beside the others; gives what to print."""
     from raas_jax.lab.trace import draw_milestones, draw_pages, draw_waterfall, write_page
 
     last = traces[-1]

@@ -16,9 +16,9 @@ class Train:
     """Train a small reasoner; a stopped run goes on."""
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """As configs/lemma.yaml."""
+    """Configuration of the run, such as configs/lemma.yaml."""
     until: Int = None
-    """Stop after this many steps in all."""
+    """Stop after this many steps in all; by default the configuration's."""
     fresh: bool = False
     """Refuse to go on from checkpoints."""
 

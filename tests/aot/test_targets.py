@@ -8,7 +8,6 @@ import pytest
 
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices, target_names
 from raas_jax.cli.main import main
-from raas_jax.cli.memory import parse_mesh
 
 
 @pytest.mark.parametrize(
@@ -32,11 +31,6 @@ def test_names_are_of_chips_and_shapes():
     slices = [name for name in target_names() if name != "h100"]
     assert all(":" in name and "x" in name for name in slices)
     assert all(size > 1 << 33 for size in DEVICE_MEMORY.values())
-
-
-def test_a_mesh_is_read():
-    assert parse_mesh("data=2,model=4") == {"data": 2, "model": 4}
-    assert parse_mesh("model=8") == {"model": 8} and parse_mesh(None) == {}
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_flags():
         (["--policy-option", "every"], "--policy-option is 'every'; write OPTION=VALUE"),
         (["--policy-option", "every=64"], "every is not an option of the policy raas"),
         (["--policy", "raas:budget=64", "--budget", "32"], "budget of policy raas is given twice"),
-        (["--policy", "recent", "--prompt-pages", "evict"], "prompt is 'evict'"),
+        (["--policy", "recent", "--prompt-pages", "evict"], "--prompt-pages is 'evict'; choose"),
     ],
     ids=str,
 )

@@ -49,9 +49,9 @@ def draw_waterfall(
     that light up again after long are phoenix tokens.
 
     Args:
-      traces: of one prompt, under different policies.
-      file: where to save a PNG; None returns the figure, for a notebook.
-      heads: by default those of the first trace.
+      traces: one prompt under different policies.
+      file: PNG to write; None only returns the figure, for a notebook.
+      heads: the heads to show; by default those of the first trace.
     """
     plt = pyplot()
     from matplotlib.colors import LinearSegmentedColormap, PowerNorm
@@ -228,30 +228,14 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
     return _finish(figure, file)
 
 
-_FOUND: dict[str, Any] = {
-    "scorer": "o",
-    "color": "white",
-    "markeredgecolor": INK,
-    "markersize": 4.5,
-}
-_PARTLY: dict[str, Any] = {
-    "scorer": "D",
-    "color": ORANGE,
-    "markeredgecolor": INK,
-    "markersize": 4.5,
-}
-_MISSED: dict[str, Any] = {
-    "scorer": "X",
-    "color": VERMILLION,
-    "markeredgecolor": INK,
-    "markersize": 6,
-}
-_MISSED_BLACK: dict[str, Any] = {
-    "scorer": "X",
-    "color": INK,
-    "markeredgecolor": "white",
-    "markersize": 7,
-}
+def _spot(marker: str, color: str, edge: str, size: float) -> dict[str, Any]:
+    return {"marker": marker, "color": color, "markeredgecolor": edge, "markersize": size}
+
+
+_FOUND = _spot("o", "white", INK, 4.5)
+_PARTLY = _spot("D", ORANGE, INK, 4.5)
+_MISSED = _spot("X", VERMILLION, INK, 6)
+_MISSED_BLACK = _spot("X", INK, "white", 7)
 
 
 def name(trace: Trace) -> str:
@@ -434,7 +418,7 @@ def _pooled(matrix: np.ndarray, factor: int) -> np.ndarray:
     rows, columns = (-(-size // factor) for size in matrix.shape)
     padded = np.zeros((rows * factor, columns * factor), matrix.dtype)
     padded[: matrix.shape[0], : matrix.shape[1]] = matrix
-    return padded.reshape(rows, factor, columns, factor).max((1, 3))
+    return np.asarray(padded.reshape(rows, factor, columns, factor).max((1, 3)))
 
 
 def _enlarged(matrix: np.ndarray, size: int) -> np.ndarray:

@@ -24,9 +24,7 @@ def write_page(trace: Trace, pictures: Sequence[tuple[str, str, Path]], file: st
       pictures: title, explanation and PNG of each.
       file: where to write.
     """
-    template = (
-        resources.files("raas_jax.lab.trace").joinpath("page.html").read_text(encoding="utf-8")
-    )
+    template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     figures = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>"
         f'<img alt="{html.escape(title)}" src="data:image/png;base64,'
@@ -54,7 +52,7 @@ def page_data(trace: Trace) -> dict[str, Any]:
         "pageSize": trace.recording.page_size,
         "pages": trace.pages,
         "outcome": outcome,
-        "first_error": trace.first_error,
+        "firstError": trace.first_error,
         "kvBytes": trace.kv_bytes,
         "denseBytes": trace.dense_kv_bytes,
         "needed": None if trace.milestones is None else trace.milestones.needed_until,

@@ -27,9 +27,9 @@ class Trace:
     """What one answer did with its cache.
 
     Attributes:
-      policy: that chose what to keep.
+      policy: the one that chose what to keep.
       words: text of every token, prompt and answer.
-      prompt_tokens: how many of them are the prompt.
+      prompt_tokens: number of them that are the prompt.
       recording: tokens, pages and stamps.
       attention: for each chosen head float32 `[G, T]`: as token `g` of the answer was drawn, the
         share that position `t` received.
@@ -56,7 +56,7 @@ class Trace:
     @property
     def pages(self) -> int:
         """Pages of the answer."""
-        return self.recording.present.shape[0]
+        return int(self.recording.present.shape[0])
 
     @property
     def first_error(self) -> int | None:
@@ -100,10 +100,10 @@ def trace(
       params: the model, with its tokenizer.
       prompt: text.
       policy: which pages to keep.
-      heads: whose attention to keep; by default two: the one that looks up milestones most, and
-        the one that reads the prompt most.
-      max_new_tokens: by default, for a lemma problem half as much again as the right derivation
-        takes, else what the context leaves, at most 4096.
+      heads: those whose attention to keep; by default two: the one that looks up milestones most,
+        and the one that reads the prompt most.
+      max_new_tokens: most tokens of the answer; by default, for a lemma problem half as much again
+        as the right derivation takes, else what the context leaves, at most 4096.
 
     Raises:
       ValueError: a head that the model does not have, an empty prompt, or a policy that cannot
@@ -113,7 +113,7 @@ def trace(
     for layer, head in heads or ():
         if not (0 <= layer < config.num_hidden_layers and 0 <= head < config.num_key_value_heads):
             raise ValueError(
-                f"head {layer}.{head} does not exist; layers are 0 to "
+                f"heads has {layer}.{head}, which does not exist; layers are 0 to "
                 f"{config.num_hidden_layers - 1}, key/value heads 0 to "
                 f"{config.num_key_value_heads - 1}."
             )

@@ -39,22 +39,3 @@ def export(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
     (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
     save_tokenizer(folder)
-
-
-def export_checkpoint(
-    config_path: str, folder: Path, *, checkpoints: str | None = None, step: int | None = None
-) -> int:
-    """Export the averaged weights of a checkpoint, by default the newest; gives its step."""
-    import orbax.checkpoint as ocp
-
-    from raas_jax.lab.train.train import TrainConfig, initial_state, restore
-
-    config = TrainConfig.from_file(config_path)
-    source = Path(checkpoints or config.checkpoints).expanduser().absolute()
-    with ocp.CheckpointManager(source) as manager:
-        step = manager.latest_step() if step is None else step
-        if step is None:
-            raise ValueError(f"checkpoints={source}: holds no checkpoint; train first")
-        state = restore(manager, initial_state(config), step)
-    export(config.model, state["average"], folder)
-    return step

@@ -2,8 +2,8 @@
 
 A derivation is exact under greedy decoding just where every token is the model's first choice
 given the right ones before it, so one pass tells the share of exact derivations. The share of
-right answers can only be higher: a first_error in a line that the answer does not need costs
-  nothing.
+right answers can only be higher: a wrong token in a line that the answer does not need costs
+nothing.
 """
 
 import functools
@@ -56,9 +56,3 @@ def wrong_tokens(
             missed = choices[row, prompt - 1 : len(each) - 1] != np.asarray(each[prompt:])
             found[index] = prompt + np.flatnonzero(missed)
     return [found[index] for index in range(len(problems))]
-
-
-def exact_share(config: ModelConfig, weights: Any, problems: Sequence[Problem]) -> float:
-    """Share of problems whose greedy derivation is right in every token."""
-    wrong = wrong_tokens(config, weights, problems)
-    return sum(not len(each) for each in wrong) / len(problems)

@@ -4,10 +4,8 @@
 step, and the state holds everything else, so a run that was killed goes on to the same weights.
 """
 
-import dataclasses
 import functools
 import json
-import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,78 +15,18 @@ import jax
 import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
-import yaml
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
 from raas_jax.config import ModelConfig
-from raas_jax.lab.train.batches import Batch, Bucket, batch
+from raas_jax.lab.train.batches import Batch, batch
+from raas_jax.lab.train.config import TrainConfig
 from raas_jax.lab.train.export import export
 from raas_jax.lab.train.forward import forward
 from raas_jax.model import init_weights
 
 State = dict[str, Any]
-"""`weights`, `average` (of the weights over steps), `optimizer`, `step` (int32, steps done)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stage:
-    """From step `start` on, each step draws one of the buckets with these weights."""
-
-    start: int
-    weights: tuple[float, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """A training run, as `configs/lemma.yaml` writes it."""
-
-    seed: int
-    steps: int
-    model: ModelConfig
-    buckets: tuple[Bucket, ...]
-    stages: tuple[Stage, ...]
-    validation: tuple[Bucket, ...]
-    matrix_learning_rate: float  # Muon
-    other_learning_rate: float  # AdamW: embedding and norms
-    warmup_steps: int
-    decay_from: int  # the step at which the learning rates begin to fall, linearly to 0 at `steps`
-    clip_norm: float
-    average_decay: float
-    attention_scale: float  # initial value of the q and k norm weights
-    validate_every: int
-    checkpoint_every: int
-    checkpoints: str
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "TrainConfig":
-        """Read a YAML file; a field that is unknown or missing is an error that names it."""
-        fields = yaml.safe_load(Path(path).read_text())
-        known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise ValueError(
-                f"{path}: unknown fields {sorted(set(fields) - known)}, missing fields "
-                f"{sorted(known - set(fields))}; see configs/lemma.yaml"
-            )
-        fields["model"] = ModelConfig.from_hf(fields["model"])
-        fields["buckets"] = tuple(Bucket(**each) for each in fields["buckets"])
-        fields["validation"] = tuple(Bucket(**each) for each in fields["validation"])
-        fields["stages"] = tuple(
-            Stage(each["start"], tuple(map(float, each["weights"]))) for each in fields["stages"]
-        )
-        for stage in fields["stages"]:
-            if len(stage.weights) != len(fields["buckets"]):
-                raise ValueError(
-                    f"{path}: the stage that starts at {stage.start} has {len(stage.weights)} "
-                    f"weights for {len(fields['buckets'])} buckets; give one to each"
-                )
-        return cls(**fields)
-
-    def bucket(self, step: int) -> Bucket:
-        """The bucket of this step: a draw of its own, so it does not depend on the past."""
-        stage = [stage for stage in self.stages if stage.start <= step][-1]
-        source = random.Random(f"bucket/{self.seed}/{step}")
-        return source.choices(self.buckets, stage.weights)[0]
+"""A training state: `weights`, their `average` over steps, `optimizer`, `step` (int32, done)."""
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
@@ -105,13 +43,8 @@ def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:
 
 # Stacked matrices: which axes of [L, ...] a vector goes in by, and which it comes out by.
 _MATRICES = {
-    "q": MuonDimensionNumbers((3,), (1, 2)),
-    "k": MuonDimensionNumbers((3,), (1, 2)),
-    "v": MuonDimensionNumbers((3,), (1, 2)),
-    "o": MuonDimensionNumbers((2,), (1,)),
-    "gate": MuonDimensionNumbers((2,), (1,)),
-    "up": MuonDimensionNumbers((2,), (1,)),
-    "down": MuonDimensionNumbers((2,), (1,)),
+    **dict.fromkeys("qkv", MuonDimensionNumbers((3,), (1, 2))),
+    **dict.fromkeys(("o", "gate", "up", "down"), MuonDimensionNumbers((2,), (1,))),
 }
 
 
@@ -162,15 +95,12 @@ def loss_and_scores(
 
 
 def arrays_of(item: Batch) -> dict[str, Any]:
-    return {
-        "tokens": item.tokens,
-        "positions": item.positions,
-        "segments": item.segments,
-        "scored": item.scored,
-    }
+    """The arrays of a batch by name, for the compiled steps."""
+    return {name: getattr(item, name) for name in ("tokens", "positions", "segments", "scored")}
 
 
 def initial_state(config: TrainConfig) -> State:
+    """The state before the first step."""
     weights = init_weights(config.model, jax.random.key(config.seed))
     # Sharper attention from the start: the look-ups come sooner.
     for name in ("q_norm", "k_norm"):
@@ -210,6 +140,7 @@ def train_step(
 
 @functools.partial(jax.jit, static_argnums=0)
 def score(config: ModelConfig, weights: Any, arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The scores alone, compiled."""
     return loss_and_scores(config, weights, arrays)[1]
 
 
@@ -225,7 +156,9 @@ def validate(config: TrainConfig, weights: Any) -> dict[str, float]:
     return result
 
 
-def train_steps(config: TrainConfig, state: State, until: int) -> Iterator[tuple[State, dict]]:
+def train_steps(
+    config: TrainConfig, state: State, until: int
+) -> Iterator[tuple[State, dict[str, Any]]]:
     """Runs steps up to `until`, giving the state and the scores after each."""
     for step in range(int(state["step"]), until):
         bucket = config.bucket(step)
@@ -244,14 +177,17 @@ def main(
     """Train as the YAML file says, going on from its newest checkpoint.
 
     Args:
-      config_path: as `configs/lemma.yaml`.
+      config_path: YAML file such as `configs/lemma.yaml`.
       checkpoints: folder to use in place of the config's.
-      until: stop after this many steps in all; the config's `steps` by default.
-      fresh: refuse to resume, so that a folder with checkpoints is an error.
+      until: number of steps in all after which to stop; the config's `steps` by default.
+      fresh: whether to refuse to resume, so that a folder with checkpoints is an error.
 
     Returns:
       The folder of checkpoints, with `metrics.jsonl` in it. Once the last step is done, the model
       lies beside it as a Hugging Face folder of the same name and `-model`.
+
+    Raises:
+      ValueError: a wrong configuration, or `fresh` and a folder with checkpoints.
     """
     config = TrainConfig.from_file(config_path)
     folder = Path(checkpoints or config.checkpoints).expanduser().absolute()
@@ -261,14 +197,16 @@ def main(
         state = initial_state(config)
         if manager.latest_step() is not None:
             if fresh:
-                raise ValueError(f"checkpoints={folder}: holds checkpoints; move it, or resume")
+                raise ValueError(
+                    f"checkpoints is {str(folder)!r}, which holds checkpoints; move it, or resume."
+                )
             state = restore(manager, state)
         begin = time.time()
         with (
             open(folder / "metrics.jsonl", "a") as metrics,
             tqdm(total=last, initial=int(state["step"]), unit="step", mininterval=5) as bar,
         ):
-            recent: list[dict] = []
+            recent: list[dict[str, Any]] = []
             for now, scores in train_steps(config, state, last):
                 step = scores["step"]
                 recent = [*recent[-24:], scores]
@@ -294,4 +232,20 @@ def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None
     """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`."""
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     step = manager.latest_step() if step is None else step
-    return manager.restore(step, args=ocp.args.StandardRestore(target))
+    found: State = manager.restore(step, args=ocp.args.StandardRestore(target))
+    return found
+
+
+def export_checkpoint(
+    config_path: str, folder: Path, *, checkpoints: str | None = None, step: int | None = None
+) -> int:
+    """Export the averaged weights of a checkpoint, by default the newest; gives its step."""
+    config = TrainConfig.from_file(config_path)
+    source = Path(checkpoints or config.checkpoints).expanduser().absolute()
+    with ocp.CheckpointManager(source) as manager:
+        step = manager.latest_step() if step is None else step
+        if step is None:
+            raise ValueError(f"checkpoints is {str(source)!r}, which holds none; train first.")
+        state = restore(manager, initial_state(config), step)
+    export(config.model, state["average"], folder)
+    return step

@@ -1,6 +1,7 @@
 """Traces: the replayed attention against the decode, the pictures' numbers, and the files."""
 
 import dataclasses
+import json
 import re
 
 import numpy as np
@@ -119,7 +120,7 @@ def test_what_the_pictures_say_about_milestones(params):
 
 
 def test_heads_and_prompts_are_checked(params):
-    with pytest.raises(ValueError, match="head 2.0 does not exist; layers are 0 to 1"):
+    with pytest.raises(ValueError, match="heads has 2.0, which does not exist; layers are 0 to 1"):
         trace(params, PROMPT, RaaS(8, page_size=4), heads=[(2, 0)], max_new_tokens=8)
     plain = trace(params, "a a a", RaaS(8, page_size=4), heads=[(1, 1)], max_new_tokens=20)
     assert plain.milestones is None and list(plain.attention) == [(1, 1)]
@@ -136,6 +137,8 @@ def test_the_command_writes_pictures_and_one_page(model, tmp_path, capsys):
     for picture in ("waterfall.png", "pages.png"):
         assert (out / picture).read_bytes().startswith(b"\x89PNG")
     page = (out / "index.html").read_text()
+    data = json.loads(page.split('id="data">')[1].split("</script>")[0])
+    assert set(re.findall(r"\bD\.(\w+)", page)) <= set(data)
     # Nothing is fetched: every source is inlined, and there is no address in it.
     assert "http://" not in page and "https://" not in page and "{{" not in page
     sources = re.findall(r'(?:src|href)="([^"]{0,22})', page)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import yaml
 
@@ -11,8 +12,16 @@ from raas_jax import model
 from raas_jax.lab.tasks.lemma.draws import split_of
 from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, decode
 from raas_jax.lab.train.batches import Bucket, batch
+from raas_jax.lab.train.config import TrainConfig
 from raas_jax.lab.train.forward import forward
-from raas_jax.lab.train.train import TrainConfig, arrays_of, initial_state, main, train_steps
+from raas_jax.lab.train.train import (
+    arrays_of,
+    export_checkpoint,
+    initial_state,
+    main,
+    restore,
+    train_steps,
+)
 
 TINY = {
     "seed": 3,
@@ -64,10 +73,6 @@ def test_two_steps_and_resume_are_four_in_a_row(config_file):
     *_, (straight, _) = train_steps(config, initial_state(config), 4)
     straight = jax.tree.map(np.asarray, straight)
 
-    import orbax.checkpoint as ocp
-
-    from raas_jax.lab.train.train import restore
-
     main(str(path), until=2)
     folder = main(str(path))
     with ocp.CheckpointManager(folder) as manager:
@@ -75,8 +80,10 @@ def test_two_steps_and_resume_are_four_in_a_row(config_file):
         resumed = restore(manager, initial_state(config))
     jax.tree.map(np.testing.assert_array_equal, straight, jax.tree.map(np.asarray, resumed))
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
-    exported = raas_jax.load(folder.with_name("resumed-model")).weights["embedding"]
-    np.testing.assert_allclose(exported, straight["average"]["embedding"], rtol=0.01)
+    assert export_checkpoint(str(path), folder.with_name("by-hand")) == 4
+    for name in ("resumed-model", "by-hand"):
+        exported = raas_jax.load(folder.with_name(name)).weights["embedding"]
+        np.testing.assert_allclose(exported, straight["average"]["embedding"], rtol=0.01)
     with pytest.raises(ValueError, match="holds checkpoints"):
         main(str(path), fresh=True)
 

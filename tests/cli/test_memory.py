@@ -1,0 +1,28 @@
+"""`raas-jax memory`."""
+
+import json
+
+from raas_jax.cli.main import main
+
+
+def test_memory_does_not_depend_on_the_length(model, capsys):
+    accounts = []
+    for tokens in ("1024", "65536"):
+        args = ["memory", "--model", model, "--budget", "256", "-n", tokens, "--json"]
+        assert main(args) == 0
+        accounts.append(json.loads(capsys.readouterr().out))
+    short, long = accounts
+    assert short["dense"] < long["dense"]
+    del short["dense"], long["dense"]
+    assert short == long
+    assert short["kv"] == sum(short[name] for name in ("prompt", "kept", "current", "metadata"))
+    # Prompt, kept and current pages of two layers, two heads of 8, keys and values, float32.
+    assert short["kept"] == 2 * 2 * 256 * 8 * 2 * 4
+    assert short["decode"]["aliases"] >= short["kv"]
+
+
+def test_memory_prints_a_table(model, capsys):
+    assert main(["memory", "--model", model, "--policy", "dense", "-n", "1000"]) == 0
+    text = capsys.readouterr().out
+    for name in ("weights", "prompt", "kept", "current", "metadata", "padding", "dense", "decode"):
+        assert name in text
