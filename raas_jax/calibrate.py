@@ -12,7 +12,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.attention import causal_attention
-from raas_jax.generate import generate
+from raas_jax.generation import generate
 from raas_jax.model import Layer, ends, rope_frequencies, rope_rotation, run_layers
 from raas_jax.params import Params
 from raas_jax.policies.dense import Dense, bucket

@@ -14,7 +14,7 @@ import raas_jax
 from raas_jax import Dense, RaaS, Sampling
 
 # Not `import raas_jax.generate`: that name is the function.
-module = importlib.import_module("raas_jax.generate")
+module = importlib.import_module("raas_jax.generation")
 
 
 @pytest.fixture(scope="module")

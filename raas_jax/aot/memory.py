@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
 from raas_jax.config import ModelConfig
 from raas_jax.decode import dense_bytes
-from raas_jax.generate import TOKENS_PER_SYNC
+from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.policies import Policy

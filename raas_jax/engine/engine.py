@@ -20,7 +20,7 @@ from raas_jax.engine import checkpoint
 from raas_jax.engine.autosize import largest_batch
 from raas_jax.engine.requests import Id, Job, Request, Result, check
 from raas_jax.engine.scheduler import Row, Schedule, Start
-from raas_jax.generate import checked
+from raas_jax.generation import checked
 from raas_jax.outputs import Answer, default_limit
 from raas_jax.params import Params
 from raas_jax.plan import Plan

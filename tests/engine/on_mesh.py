@@ -12,8 +12,10 @@ import sys
 import warnings
 
 import jax
+import numpy as np
 from tiny import prompts_of, random_params
 
+import raas_jax
 from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
 
 OPTIONS = {"rows": 8, "max_new_tokens": 40, "max_prompt_tokens": 12, "prefill_rows": 1}
@@ -37,6 +39,7 @@ def answers(engine, **options):
 def virtual(folder):
     jax.config.update("jax_num_cpu_devices", 8)
     params = random_params(sharpness=3.0)
+    check_scores(params)
     expected = {}
     for name, policy in POLICIES.items():
         expected[name] = answers(Engine(params, policy=policy, **OPTIONS))
@@ -66,6 +69,16 @@ def virtual(folder):
         assert again._schedule.busy()
         assert found | answers(again) == expected["raas"]
     print("same")
+
+
+def check_scores(params):
+    """Log-probabilities under a policy are those of one device, in ragged batches."""
+    prompts, continuations = prompts_of([5, 9, 1, 7]), prompts_of([41, 30, 44, 1], 1)
+    policy, mesh = POLICIES["raas"], make_mesh(data=4, model=2)
+    alone = raas_jax.score(params, prompts, continuations, policy=policy)
+    found = raas_jax.score(params, prompts, continuations, policy=policy, rows=3, mesh=mesh)
+    for one, other in zip(alone, found, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
 
 
 def process(port, number):

@@ -21,7 +21,7 @@ from raas_jax import tokenizer
 from raas_jax.decode import Plan
 from raas_jax.engine import Engine, Request
 from raas_jax.engine.rows import Programs, empty_admissions
-from raas_jax.generate import TOKENS_PER_SYNC
+from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for

@@ -26,7 +26,7 @@ from raas_jax.decode import (
     cache_bytes,
     empty_state,
 )
-from raas_jax.generate import TOKENS_PER_SYNC
+from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import (

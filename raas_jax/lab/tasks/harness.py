@@ -22,7 +22,7 @@ from raas_jax import tokenizer
 from raas_jax.engine import Engine, Request, Result
 from raas_jax.policies import Dense, Policy, parse
 from raas_jax.sampling import Sampling
-from raas_jax.score import scores
+from raas_jax.scoring import scores
 from raas_jax.weights import load
 
 DEFAULT_ROWS = 16

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from raas_jax import tokenizer
 from raas_jax.decode import RowRequest
-from raas_jax.generate import TOKENS_PER_SYNC, checked
+from raas_jax.generation import TOKENS_PER_SYNC, checked
 from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.plan import Plan
