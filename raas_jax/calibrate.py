@@ -73,8 +73,8 @@ def _sum_queries(
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         q, k, v = layer.block.qkv(x, rotation)
-        plain, _, _ = layer.block.qkv(x, still)
-        plain = jnp.where(counts, plain[0].astype(jnp.float32), 0.0)
+        plain = layer.block.qkv(x, still)[0][0].astype(jnp.float32)
+        plain = jnp.where(counts, plain, 0.0)
         real, imaginary = jnp.split(plain, 2, axis=-1)
         lengths = jnp.sqrt(real * real + imaginary * imaginary)
         sums = jnp.sum(plain, axis=0), jnp.sum(lengths, axis=0)

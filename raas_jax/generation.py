@@ -21,7 +21,7 @@ from raas_jax.plan import Plan
 from raas_jax.policies import Policy, RaaS
 from raas_jax.sampling import Sampling
 from raas_jax.session import Session
-from raas_jax.tokenizer import Prompt, Prompts
+from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 TOKENS_PER_SYNC = 32  # How often the host looks: often enough to stream, too rarely to matter.
 
@@ -65,10 +65,12 @@ class Piece:
 @overload
 def generate(params: Params, prompt: Prompt, **options: Unpack[Options]) -> Output: ...
 @overload
-def generate(params: Params, prompt: Prompts, **options: Unpack[Options]) -> list[Output]: ...
+def generate(
+    params: Params, prompt: Prompts[PromptT], **options: Unpack[Options]
+) -> list[Output]: ...
 def generate(
     params: Params,
-    prompt: Prompt | Prompts,
+    prompt: Prompt | Prompts[Prompt],
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -132,7 +134,7 @@ def generate(
 
 def stream(
     params: Params,
-    prompt: Prompt | Prompts,
+    prompt: Prompt | Prompts[Prompt],
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -212,8 +214,8 @@ def generate_ids(
     if lengths is None:
         lengths = jnp.full(prompts, T, jnp.int32)
     state, first = prefill(params, tokens.astype(jnp.int32), lengths, request, plan=plan)
-    _, drawn = decode_until_done(params, state, first, plan, max_new_tokens)
-    return jax.tree.map(jnp.transpose, drawn)
+    _, sampled = decode_until_done(params, state, first, plan, max_new_tokens)
+    return Sampled(sampled.tokens.T, sampled.logprobs.T)
 
 
 def _is_integer(seed: Any) -> bool:
@@ -268,7 +270,7 @@ class _Run:
     def __init__(
         self,
         params: Params,
-        prompt: Prompt | Prompts,
+        prompt: Prompt | Prompts[Prompt],
         policy: Policy | None,
         sampling: Sampling | Sequence[Sampling] | None,
         max_new_tokens: int | None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ from raas_jax.plan import Plan
 from raas_jax.policies import Dense, Policy, bucket, pages_for
 from raas_jax.session import Session
 from raas_jax.sharding import place_weights, target_of
-from raas_jax.tokenizer import Prompt, Prompts
+from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 SHORTEST = 64  # Tokens; shorter texts are padded to it, and longer ones to a power of two.
 POSITIONS_AT_ONCE = 64  # The logits of all positions of a long text would not fit into memory.
@@ -68,8 +68,8 @@ def score(
 @overload
 def score(
     params: Params,
-    prompt: Prompts,
-    continuation: list[str] | list[list[int]],
+    prompt: Prompts[PromptT],
+    continuation: Sequence[str | Ids],
     *,
     policy: Policy | None = None,
     rows: int = 16,
@@ -77,8 +77,8 @@ def score(
 ) -> list[Score]: ...
 def score(
     params: Params,
-    prompt: Prompt | Prompts,
-    continuation: str | Ids | list[str] | list[list[int]],
+    prompt: Prompt | Prompts[Prompt],
+    continuation: str | Ids | Sequence[str | Ids],
     *,
     policy: Policy | None = None,
     rows: int = 16,
@@ -105,7 +105,7 @@ def score(
     if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
         raise ValueError(f"rows is {rows!r}; it must be an int of at least 1.")
     prompts, single = tokenizer.encode(params, prompt)
-    given = [continuation] if single else continuation
+    given: Any = [continuation] if single else continuation
     if isinstance(given, str) or len(given) != len(prompts):
         raise ValueError(
             f"continuation is {continuation!r} for {len(prompts)} prompts; give one for each."

@@ -130,9 +130,8 @@ class Session:
         arguments = (self.params, *pad_prompts(prompts, self.plan), request)
         if force is None and "start" in self._compiled:
             return self._given(self._compiled["start"](*arguments))
-        forced = None if force is None else jnp.asarray(force, jnp.int32)
-        program = self._program(prefill)
-        return self._given(program(*arguments, plan=self.plan, force=forced))
+        given = {} if force is None else {"force": jnp.asarray(force, jnp.int32)}
+        return self._given(self._program(prefill)(*arguments, plan=self.plan, **given))
 
     def empty(self) -> DecodeState:
         """A state in which no row runs, for rows that `admit` brings."""
@@ -174,11 +173,11 @@ class Session:
         """
         if force is None and probe is None and pages in self._compiled:
             return self._given(self._compiled[pages](self.params, state))
-        forced = None if force is None else jnp.asarray(force, jnp.int32)
+        given: dict[str, Any] = {} if probe is None else {"probe": probe}
+        if force is not None:
+            given["force"] = jnp.asarray(force, jnp.int32)
         program = self._program(decode_pages)
-        return self._given(
-            program(self.params, state, plan=self.plan, pages=pages, force=forced, probe=probe)
-        )
+        return self._given(program(self.params, state, plan=self.plan, pages=pages, **given))
 
     def read(self, progress: Any) -> Any:
         """Brings a `Progress`, or several in a list, to the host: one transfer, NumPy arrays."""
@@ -212,12 +211,12 @@ class Session:
         tokens = np.zeros((prompts, self.plan.prompt_slots * self.plan.page_size), np.int32)
         request = RowRequest.create([1] * self.rows, self.params.config.eos_token_ids)
         arguments = self._whole((tokens, np.zeros(prompts, np.int32), request))
-        return self._program(prefill).lower(self.params, *arguments, plan=self.plan, force=None)
+        return self._program(prefill).lower(self.params, *arguments, plan=self.plan)
 
     def lower_advance(self, pages: int = 1) -> Any:
         """The program of `advance`, likewise."""
         return self._program(decode_pages).lower(
-            self.params, self.shape, plan=self.plan, pages=pages, force=None, probe=None
+            self.params, self.shape, plan=self.plan, pages=pages
         )
 
     def lower_admit(self, size: int, bucket: int) -> Any:

@@ -6,7 +6,7 @@ import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import jax
 import numpy as np
@@ -20,7 +20,8 @@ Message = Mapping[str, str]
 """One turn of a chat: its "role" and "content"."""
 Prompt = str | Sequence[Message] | Sequence[int] | jax.Array | np.ndarray
 """One prompt: text, a chat, or token ids, as integers or an integer array `[T]`."""
-Prompts = list[str] | list[list[dict[str, str]]] | list[list[int]] | list[Prompt]
+PromptT = TypeVar("PromptT", bound=Prompt)
+Prompts = list[PromptT] | tuple[PromptT, ...]
 """Several prompts."""
 
 # A folder has a tokenizer if it has one of these; transformers makes an empty one up otherwise.

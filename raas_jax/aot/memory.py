@@ -236,4 +236,4 @@ def _bytes(*trees: Any) -> int:
 
 
 def _whole_bytes(leaf: Any) -> int:
-    return leaf.size * leaf.dtype.itemsize
+    return math.prod(leaf.shape) * int(leaf.dtype.itemsize)

@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 @register_model("raas_jax")
-class RaasLM(TemplateLM):
+class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
     """`raas_jax` for the harness; the arguments are those of `--model_args`.
 
     Attributes:
@@ -244,7 +244,8 @@ class RaasLM(TemplateLM):
             max_prompt_tokens=max(len(request.prompt) for request in requests),
         )
         # Long prompts first, so that what does not fit shows at once.
-        yield from engine.run(sorted(requests, key=lambda request: -len(request.prompt)))
+        longest_first: list[Request] = sorted(requests, key=lambda each: -len(each.prompt))
+        yield from engine.run(longest_first)
 
     def _cut(self, answer: str, arguments: dict[str, Any]) -> str:
         stops = _stops(normalize_gen_kwargs(arguments, self.max_gen_toks))
