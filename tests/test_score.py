@@ -106,9 +106,7 @@ def test_a_small_budget_is_the_oracle_forced(params):
     np.testing.assert_allclose(alone.logprobs, found[1].logprobs, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "policy", [Recent(2 * P, page_size=P), H2O(3 * P, page_size=P), Quest(2 * P, page_size=P)]
-)
+@pytest.mark.parametrize("kind", [Recent, H2O, Quest])
 def test_any_policy_scores_what_it_generated(params, kind):
     """Greedy answers have the log-probabilities that generation gave them, and are all greedy."""
     prompts, policy = prompts_of([5, 9, 2]), kind(3 * P, page_size=P)
