@@ -120,16 +120,10 @@ class Budgeted(Policy):
                 "prompt='excluded'."
             )
 
-    def newest(self, written: jax.Array, now: jax.Array, pages: int) -> jax.Array:
-        """Whether a page is among these newest ones; before a page is written, it is one of them.
+    def newest(self, written: jax.Array, now: jax.Array, pages: int | jax.Array) -> jax.Array:
+        """Whether a page is among the `pages` newest ones, the one being written included.
 
-        Args:
-          written: int32 `[L, B, K, S]`, the clock when each page was full.
-          now: int32 `[B]`.
-          pages: how many.
-
-        Returns:
-          bool `[L, B, K, S]`.
+        written: int32 `[L, B, K, S]`, the clock when each page was full; now: int32 `[B]`.
         """
         return now[:, None, None] - written <= (pages - 1) * self.page_size
 
