@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -23,20 +25,20 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": (
-        *("factor", "low_freq_factor", "high_freq_factor"),
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
         "original_max_position_embeddings",
     ),
 }
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Named fields of the YAML file of a configuration.
+    """Named fields of a configuration, from its YAML file.
 
     Raises:
       FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
-    import yaml
-
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"config is {str(file)!r}; there is no such file.")

@@ -128,7 +128,7 @@ class Budgeted(Policy):
         return now[:, None, None] - written <= (pages - 1) * self.page_size
 
     def pool(self, x: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
-        """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like; over the layer if shared."""
+        """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like, at "layer" over all heads."""
         x = how(x, axis=2)
         if self.granularity == "layer":
             x = jnp.broadcast_to(how(x, axis=1, keepdims=True), x.shape)
