@@ -12,23 +12,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ROPE_TYPES = ("default", "linear", "llama3")
+# Each with the fields that are its own, by their names in a config.json and in `Rope`.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+}
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Named fields of the YAML file of a configuration.
+    """Named fields of a configuration, from its YAML file.
 
     Raises:
       FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
-    import yaml
-
     path = Path(file)
     if not path.is_file():
         raise FileNotFoundError(f"config is {str(file)!r}; there is no such file.")
@@ -70,32 +80,15 @@ class Rope:
                 f"{', '.join(ROPE_TYPES)}. Choose a model with one of these."
             )
         theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
-        if kind == "default":
-            return cls(theta)
-        if kind == "linear":
-            return cls(theta, kind, float(fields["factor"]))
-        return cls(
-            theta,
-            kind,
-            float(fields["factor"]),
-            float(fields["low_freq_factor"]),
-            float(fields["high_freq_factor"]),
-            int(fields["original_max_position_embeddings"]),
-        )
+        own = {name: type(getattr(cls, name))(fields[name]) for name in ROPE_TYPES[kind]}
+        return cls(theta, kind, **own)
 
     def to_hf(self) -> dict[str, Any] | None:
         """The `rope_scaling` entry of a config.json, or None where there is no scaling."""
         if self.kind == "default":
             return None
-        if self.kind == "linear":
-            return {"rope_type": self.kind, "factor": self.factor}
-        return {
-            "rope_type": self.kind,
-            "factor": self.factor,
-            "low_freq_factor": self.low_freq_factor,
-            "high_freq_factor": self.high_freq_factor,
-            "original_max_position_embeddings": self.original_max_position_embeddings,
-        }
+        own = {name: getattr(self, name) for name in ROPE_TYPES[self.kind]}
+        return {"rope_type": self.kind, **own}
 
 
 @dataclasses.dataclass(frozen=True)

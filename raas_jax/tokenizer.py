@@ -244,8 +244,10 @@ def _is_array(value: object) -> TypeGuard[jax.Array | np.ndarray]:
     return hasattr(value, "ndim") and hasattr(value, "dtype")
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+def _is_integer(value: object) -> bool:
+    if _is_array(value):
+        return np.issubdtype(value.dtype, np.integer)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_one(prompt: object) -> bool:
@@ -290,7 +292,7 @@ def _encode_one(params: Params, prompt: Any, name: str) -> list[int]:
 
 def _checked_prompt_ids(params: Params, prompt: Any, name: str) -> list[int]:
     if _is_array(prompt):
-        if not np.issubdtype(prompt.dtype, np.integer):
+        if not _is_integer(prompt):
             raise TypeError(f"{name} is an array of {prompt.dtype}; token ids are integers.")
         prompt = np.asarray(prompt).tolist()
     if not prompt:
@@ -301,7 +303,7 @@ def _checked_prompt_ids(params: Params, prompt: Any, name: str) -> list[int]:
 def _checked_ids(params: Params, ids: Sequence[Any], name: str) -> list[int]:
     size = params.config.vocab_size
     for i, value in enumerate(ids):
-        if not (_is_int(value) or (_is_array(value) and np.issubdtype(value.dtype, np.integer))):
+        if not _is_integer(value):
             raise TypeError(f"{name}[{i}] is {value!r}; token ids are integers.")
         if not 0 <= int(value) < size:
             raise ValueError(

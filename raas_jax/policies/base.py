@@ -140,7 +140,7 @@ class Policy:
 
     @property
     def prompt_queries(self) -> int:
-        """Of how many of the prompt's last tokens `PromptPages.mass` is wanted; 0 costs nothing."""
+        """The number of last tokens of the prompt that `PromptPages.mass` sums; 0 costs nothing."""
         return 0
 
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:

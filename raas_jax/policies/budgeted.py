@@ -120,21 +120,15 @@ class Budgeted(Policy):
                 "prompt='excluded'."
             )
 
-    def newest(self, written: jax.Array, now: jax.Array, pages: int) -> jax.Array:
-        """Whether a page is among these newest ones; before a page is written, it is one of them.
+    def newest(self, written: jax.Array, now: jax.Array, pages: int | jax.Array) -> jax.Array:
+        """Whether a page is among the `pages` newest ones, the one being written included.
 
-        Args:
-          written: int32 `[L, B, K, S]`, the clock when each page was full.
-          now: int32 `[B]`.
-          pages: how many.
-
-        Returns:
-          bool `[L, B, K, S]`.
+        written: int32 `[L, B, K, S]`, the clock when each page was full; now: int32 `[B]`.
         """
         return now[:, None, None] - written <= (pages - 1) * self.page_size
 
     def pool(self, x: jax.Array, how: Callable[..., jax.Array]) -> jax.Array:
-        """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like; over the layer if shared."""
+        """`[B, K, G, ...]` → `[B, K, ...]` by `jnp.max` or the like, at "layer" over all heads."""
         x = how(x, axis=2)
         if self.granularity == "layer":
             x = jnp.broadcast_to(how(x, axis=1, keepdims=True), x.shape)

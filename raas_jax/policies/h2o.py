@@ -82,8 +82,8 @@ class H2O(Budgeted):
 
     def victim(self, meta: Heavy, boundary: Boundary) -> jax.Array:
         pages = jnp.sum(boundary.allowed, axis=-1)
-        age = boundary.now[:, None, None] - meta.written
-        recent = age <= (self._recent_pages(pages)[:, None, None] - 1) * self.page_size
+        count = self._recent_pages(pages)[:, None, None]
+        recent = self.newest(meta.written, boundary.now, count)
         return lowest(jnp.where(recent, jnp.inf, meta.mass), boundary)
 
     def _recent_pages(self, pages: jax.Array) -> jax.Array:

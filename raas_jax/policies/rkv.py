@@ -74,16 +74,9 @@ class RKV(Batched):
 
 
 def _redundancy(k: jax.Array, fill: jax.Array, written: jax.Array, similar: float) -> jax.Array:
-    """Softmax over pages of their mean similarity, of one layer.
+    """Softmax over one layer's pages of their mean similarity: float32 `[B, K, S]`, 0 if empty.
 
-    Args:
-      k: `[B, K, S, P, H]`.
-      fill: int32 `[B, K, S]`.
-      written: int32 `[B, K, S]`, the clock when each page was full.
-      similar: threshold on the cosine.
-
-    Returns:
-      float32 `[B, K, S]`, 0 for empty slots.
+    k: `[B, K, S, P, H]`; fill and written, the clock when each page was full: int32 `[B, K, S]`.
     """
     S, P = k.shape[2:4]
     filled = fill > 0

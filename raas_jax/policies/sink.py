@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.policies.base import Boundary, Page, PromptPages, lowest, set_slot
-from raas_jax.policies.budgeted import Budgeted, check_count
+from raas_jax.policies.base import Boundary, PromptPages, lowest
+from raas_jax.policies.budgeted import check_count
+from raas_jax.policies.recent import Recent
 from raas_jax.policies.sizes import pages_for
 
 
 @dataclasses.dataclass(frozen=True)
-class Sink(Budgeted):
+class Sink(Recent):
     """Keeps the pages with the first `sinks` tokens of the sequence, and the most recent ones.
 
     With `prompt="evict"` it is the published method: a prompt longer than the budget is cut to its
@@ -22,8 +23,7 @@ class Sink(Budgeted):
     (but for the shortest prompts), so that it does what `Recent` does.
 
     Departs from the paper: keys keep the positions of the text, where StreamingLLM renumbers them
-    by their place in the cache. Metadata: the clock when each page was written, int32
-    `[L, B, K, S]`.
+    by their place in the cache. Metadata is that of `Recent`.
 
     Attributes:
       sinks: first tokens of the sequence that stay for ever, in whole pages; the paper uses 4.
@@ -42,21 +42,12 @@ class Sink(Budgeted):
         pages = pages_for(self.sinks, self.page_size) + spare
         return pages + 1, f"with sinks={self.sinks}"
 
-    def init(self, shape: tuple[int, int, int, int]) -> jax.Array:
-        return jnp.zeros(shape, jnp.int32)
-
     def insert_prompt(self, meta: jax.Array, prompt: PromptPages) -> tuple[jax.Array, jax.Array]:
         index = jnp.arange(prompt.fill.shape[-1])
         score = jnp.where(index * self.page_size < self.sinks, jnp.inf, index.astype(jnp.float32))
         return self.insert_best(score, prompt, meta.shape)
 
-    def commit(self, meta: jax.Array, slot: jax.Array, page: Page, now: jax.Array) -> jax.Array:
-        return set_slot(meta, slot, now[:, None])
-
     def victim(self, meta: jax.Array, boundary: Boundary) -> jax.Array:
         # A page that was full at clock t ends with the token number prompt + t - 2 of the text.
         first = boundary.prompt_lengths[:, None, None] + meta - 1 - boundary.fill
         return lowest(jnp.where(first < self.sinks, np.iinfo(np.int32).max, meta), boundary)
-
-    def stamps(self, meta: jax.Array) -> jax.Array:
-        return meta

@@ -21,18 +21,7 @@ _WORDS = {"none": None, "null": None, "true": True, "false": False}
 
 
 def from_text(spec: str, kinds: Kinds, given: Mapping[str, Any] | None = None) -> Policy:
-    """The policy that a text names.
-
-    Args:
-      spec: a name of `kinds`, or an import path as `kind` takes it, then options as
-        `:name=value`, each in any order.
-      kinds: the classes by name.
-      given: more options, which the text may not repeat.
-
-    Raises:
-      ValueError: for an unknown name or option (with near matches), a value of the wrong kind, an
-        option given twice, and whatever the policy refuses.
-    """
+    """The policy that a text names, with `given` options besides; see `raas_jax.policies.parse`."""
     parts = spec.split(":")
     named = [part for part in parts if "=" not in part]
     made = kind(":".join(named), kinds)
@@ -63,12 +52,9 @@ def kind(name: str, kinds: Kinds) -> type[Policy]:
 
 
 def make(kind: type[Policy], options: Mapping[str, Any], name: str) -> Policy:
-    """The policy with these options. Raises ValueError for one that is unknown or of another kind.
+    """The policy with these options, by the names of its fields; `name` is for the errors.
 
-    Args:
-      kind: the class.
-      options: by the names of its fields.
-      name: of the policy, for the errors.
+    Raises ValueError for an option that is unknown or whose value is of another kind.
     """
     fields = {field.name for field in dataclasses.fields(kind) if field.repr}
     hints = typing.get_type_hints(kind)

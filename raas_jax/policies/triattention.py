@@ -66,7 +66,7 @@ class TriAttention(Batched):
     Keys are taken as they lie in the cache, rotated: turning the centre by the positions to come
     and not by the distances gives the same products, with nothing to turn back.
 
-    Departs from the authors' code: the newest page stays, and shared heads are averaged.
+    Departs from the authors' code: the newest page stays, and granularity "layer" averages heads.
 
     Attributes:
       calibration: file of the model's `Centres`, made by `raas-jax calibrate`.

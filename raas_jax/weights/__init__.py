@@ -10,6 +10,7 @@ from pathlib import Path
 from jax.typing import DTypeLike
 
 from raas_jax.params import Params
+from raas_jax.weights.files import check_vacant
 from raas_jax.weights.hf import Shardings, load_hf, save_hf
 from raas_jax.weights.orbax import is_orbax, load_orbax, save_orbax
 
@@ -83,11 +84,7 @@ def convert(
     if to is not None and to not in writers:
         raise ValueError(f"to is {to!r}; expected 'orbax', 'hf' or None.")
     target = Path(dst).expanduser()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(
-            f"dst is {str(dst)!r}, which exists and is not an empty folder. "
-            "Choose another one, or remove it first."
-        )
+    check_vacant(target, "dst")
     folder = locate(src)
     to = to or ("hf" if is_orbax(folder) else "orbax")
     writers[to](load(folder, dtype=dtype), target)

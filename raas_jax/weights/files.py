@@ -41,8 +41,17 @@ def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
             shutil.copyfile(file, folder / name)
 
 
+def check_vacant(folder: Path, argument: str) -> None:
+    """Raises FileExistsError unless `folder` is absent or empty."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(
+            f"{argument} is {str(folder)!r}, which exists and is not an empty folder. "
+            "Choose another one, or remove it first."
+        )
+
+
 @contextlib.contextmanager
-def new_folder(folder: str | Path, argument: str = "folder") -> Iterator[Path]:
+def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that takes the name `folder` only once all of it is written.
 
     With several processes each must call this; the first one makes and renames the folder.
@@ -52,12 +61,7 @@ def new_folder(folder: str | Path, argument: str = "folder") -> Iterator[Path]:
       OSError: it cannot be written, in the words of the operating system.
     """
     folder = Path(folder).expanduser().absolute()
-    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
-    if occupied:
-        raise FileExistsError(
-            f"{argument} is {str(folder)!r}, which exists and is not an empty folder. "
-            "Choose another one, or remove it first."
-        )
+    check_vacant(folder, "folder")
     first, several = jax.process_index() == 0, jax.process_count() > 1
     suffix = "partial" if several else f"partial-{os.getpid()}"
     partial = folder.with_name(f".{folder.name}.{suffix}")
@@ -75,7 +79,7 @@ def new_folder(folder: str | Path, argument: str = "folder") -> Iterator[Path]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"{argument} is {str(folder)!r}, which cannot be written ({error.strerror or error}). "
+            f"folder is {str(folder)!r}, which cannot be written ({error.strerror or error}). "
             "Choose a folder on a disk with room where you may write",
         ) from error
     finally:

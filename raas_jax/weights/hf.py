@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,7 +43,7 @@ TRANSFORMS: dict[str, Callable[[Shape], Shape]] = {
 }
 
 # Hugging Face name → (our path, transform). `{layer}` numbers the leading axis of our array.
-# A row counts only where the model has that array.
+# In Hugging Face's order. A row counts only where the model has that array.
 TABLE: dict[str, tuple[str, str]] = {
     "model.embed_tokens.weight": ("embedding", "same"),
     "model.layers.{layer}.input_layernorm.weight": ("layers.attention_norm", "same"),
@@ -88,22 +89,13 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
     rows = {name: rule for name, rule in TABLE.items() if rule[0] in leaves}
     assert {path for path, _ in rows.values()} == set(leaves), "TABLE lacks an array of the model"
     found: dict[str, Destination] = {}
-
-    def add(name: str, layer: int | None) -> None:
-        path, transform = rows[name]
-        shape = leaves[path].shape if layer is None else leaves[path].shape[1:]
-        full = name.format(layer=layer)
-        found[full] = Destination(path, layer, TRANSFORMS[transform](shape))
-
-    stacked = [name for name in rows if "{layer}" in name]
-    first = "model.embed_tokens.weight"
-    add(first, None)
-    for layer in range(config.num_hidden_layers):
-        for name in stacked:
-            add(name, layer)
-    for name in rows:
-        if name not in stacked and name != first:
-            add(name, None)
+    for per_layer, group in itertools.groupby(rows, lambda name: "{layer}" in name):
+        layers: Iterable[int | None] = range(config.num_hidden_layers) if per_layer else (None,)
+        for layer, name in itertools.product(layers, group):
+            path, transform = rows[name]
+            shape = leaves[path].shape[1:] if per_layer else leaves[path].shape
+            place = Destination(path, layer, TRANSFORMS[transform](shape))
+            found[name.format(layer=layer)] = place
     return found
 
 
@@ -177,11 +169,7 @@ def load_hf(
 
     Args:
       folder: the local folder.
-      dtype: float32, float16 or bfloat16; "source" keeps that of the files; None is bfloat16 on an
-        accelerator and float32 on a CPU.
-      sharding: None for the default device; a mesh, on which the weights lie by their logical axes;
-        one `Sharding` for every array; a tree of them in the structure of `Params.weights`; or a
-        function from the config to any of these.
+      dtype, sharding: as for `raas_jax.load`.
 
     Returns:
       `Params` whose `source` is the folder and whose config has the dtype that was loaded.

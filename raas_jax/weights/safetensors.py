@@ -67,18 +67,11 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length), object_pairs_hook=pairs)
-        start = 8 + length
         header.pop("__metadata__", None)
-        entries = {
-            name: Entry(
-                file,
-                tensor["dtype"],
-                tuple(tensor["shape"]),
-                start + tensor["data_offsets"][0],
-                start + tensor["data_offsets"][1],
-            )
-            for name, tensor in header.items()
-        }
+        entries: dict[str, Entry] = {}
+        for name, tensor in header.items():
+            begin, end = (8 + length + offset for offset in tensor["data_offsets"])
+            entries[name] = Entry(file, tensor["dtype"], tuple(tensor["shape"]), begin, end)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{file} is not a whole safetensors file ({error}); it is cut short or corrupt. "

@@ -64,24 +64,15 @@ def poisoned(state):
         dead = np.arange(P) >= np.asarray(fill)[..., None]
         return jnp.where(jnp.asarray(dead)[..., None], jnp.nan, x)
 
-    def bounds(found, fill):
+    def segment(found, fill):
         dead = jnp.asarray(np.asarray(fill) == 0)[..., None]
-        return found and jax.tree.map(lambda x: jnp.where(dead, jnp.nan, x), found)
+        bounds = found.bounds and jax.tree.map(lambda x: jnp.where(dead, jnp.nan, x), found.bounds)
+        k, v = poison(found.k, fill), poison(found.v, fill)
+        return dataclasses.replace(found, k=k, v=v, bounds=bounds)
 
     prompt, kept = cache.prompt, cache.kept[0]
-    fill = jnp.broadcast_to(prompt.fill()[None], prompt.k.shape[:4])
-    prompt = dataclasses.replace(
-        prompt,
-        k=poison(prompt.k, fill),
-        v=poison(prompt.v, fill),
-        bounds=bounds(prompt.bounds, fill),
-    )
-    kept = dataclasses.replace(
-        kept,
-        k=poison(kept.k, kept.fill),
-        v=poison(kept.v, kept.fill),
-        bounds=bounds(kept.bounds, kept.fill),
-    )
+    prompt = segment(prompt, jnp.broadcast_to(prompt.fill()[None], prompt.k.shape[:4]))
+    kept = segment(kept, kept.fill)
     current = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.current)
     cache = dataclasses.replace(cache, prompt=prompt, kept=(kept,), current=current)
     return dataclasses.replace(state, cache=cache)

@@ -77,20 +77,15 @@ def test_the_page_with_least_left_goes(half_life, recent):
 
 
 def test_a_short_half_life_is_the_last_use():
-    """One large score long ago against a small one just now."""
-    meta = RaaS(4, half_life=0.1, page_size=2).init((1, 1, 1, 2))
-    meta = jax.tree.map(lambda x: x[0], meta)
-    policy, fill = RaaS(4, half_life=0.1, page_size=2), jnp.full((1, 1, 2), 2)
-    for now, mass in ((1, [0.9, 0.0]), (9, [0.0, 0.01])):
-        mass = jnp.asarray(mass).reshape(1, 1, 1, 2)
-        meta = policy.observe(meta, Evidence(mass, None, fill), jnp.asarray([now]))
-    assert float(meta.stamp[0, 0, 1]) > float(meta.stamp[0, 0, 0])
-    long = RaaS(4, half_life=1000.0, page_size=2)
-    meta = jax.tree.map(lambda x: x[0], long.init((1, 1, 1, 2)))
-    for now, mass in ((1, [0.9, 0.0]), (9, [0.0, 0.01])):
-        mass = jnp.asarray(mass).reshape(1, 1, 1, 2)
-        meta = long.observe(meta, Evidence(mass, None, fill), jnp.asarray([now]))
-    assert float(meta.stamp[0, 0, 1]) < float(meta.stamp[0, 0, 0])
+    """One large score long ago against a small one just now; a long half-life prefers the large."""
+    fill = jnp.full((1, 1, 2), 2)
+    for half_life, preferred in (0.1, 1), (1000.0, 0):
+        policy = RaaS(4, half_life=half_life, page_size=2)
+        meta = jax.tree.map(lambda x: x[0], policy.init((1, 1, 1, 2)))
+        for now, mass in ((1, [0.9, 0.0]), (9, [0.0, 0.01])):
+            mass = jnp.asarray(mass).reshape(1, 1, 1, 2)
+            meta = policy.observe(meta, Evidence(mass, None, fill), jnp.asarray([now]))
+        assert float(meta.stamp[0, 0, preferred]) > float(meta.stamp[0, 0, 1 - preferred])
 
 
 @pytest.mark.parametrize(
