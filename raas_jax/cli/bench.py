@@ -23,7 +23,7 @@ from raas_jax.params import Params
 
 if TYPE_CHECKING:
     from raas_jax.lab.bench.policies import Comparison
-    from raas_jax.lab.bench.steps import Report
+    from raas_jax.lab.bench.steps import StepReport
 
 
 @dataclasses.dataclass
@@ -77,8 +77,7 @@ class Bench:
             lengths=lengths,
             batch=self.batch,
             repetitions=self.repetitions,
-            transformers="transformers" in against,
-            dense="dense" in against,
+            against=against,
             largest_batch=self.largest_batch,
             progress=sys.stderr.isatty(),
         )
@@ -146,7 +145,7 @@ def parse_against(text: str | None) -> list[str]:
     return names
 
 
-def table(report: Report) -> str:
+def table(report: StepReport) -> str:
     """The report as Markdown, which reads well on a terminal too."""
     baselines = any(timing.transformers_ms_per_token for timing in report.timings)
     heads = ["generated", "ms/token", "floor ms", "of floor", "compile s", "KV memory"]
