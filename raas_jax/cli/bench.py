@@ -23,7 +23,7 @@ from raas_jax.cli.options import (
 
 if TYPE_CHECKING:
     from raas_jax.lab.bench.policies import Comparison
-    from raas_jax.lab.bench.steps import Report
+    from raas_jax.lab.bench.steps import StepReport
 
 
 @dataclasses.dataclass
@@ -72,8 +72,7 @@ class Bench:
             lengths=lengths,
             batch=self.batch,
             repetitions=self.repetitions,
-            transformers="transformers" in against,
-            dense="dense" in against,
+            against=against,
             largest_batch=self.largest_batch,
             progress=sys.stderr.isatty(),
         )
@@ -142,7 +141,7 @@ def parse_against(text: str | None) -> list[str]:
     return names
 
 
-def table(report: Report) -> str:
+def table(report: StepReport) -> str:
     """The report as Markdown, which reads well on a terminal too."""
     from raas_jax.lab.runs.tables import markdown_table
 

@@ -72,8 +72,9 @@ class Throughput:
             params, policy, rows=rows, samples=self.samples, prompt_tokens=self.prompt_tokens
         )
         if self.json:
-            for found in (*ways, aged, shared):
-                print(json.dumps({"kind": type(found).__name__, **bench_engine.as_json(found)}))
+            tables: list[Way | Age | Sharing] = [*ways, aged, shared]
+            for found in tables:
+                print(json.dumps({"kind": type(found).__name__, **dataclasses.asdict(found)}))
             return 0
         self._print(policy, ways, aged, shared)
         return 0

@@ -3,7 +3,6 @@
 import json
 
 import jax
-import numpy as np
 import pytest
 
 from raas_jax.cli.main import main
@@ -47,7 +46,7 @@ def test_bench_against_a_dense_cache_and_the_rows_that_fit(model, capsys, monkey
         asked.append(sum(leaf.size for leaf in jax.tree.leaves(program.in_avals)))
         return 7
 
-    monkeypatch.setattr("raas_jax.lab.bench.baselines.largest", largest)
+    monkeypatch.setattr("raas_jax.engine.autosize.largest_batch", largest)
     args = ["bench", "--config", model, "--budget", "64", "--prompt-tokens", "20"]
     args += ["--lengths", "128", "--repetitions", "1", "--layers", "1", "--against", "dense"]
     assert main([*args, "--largest-batch", "--json"]) == 0
@@ -59,41 +58,3 @@ def test_bench_against_a_dense_cache_and_the_rows_that_fit(model, capsys, monkey
     assert timing["largest_batch"] == timing["dense_largest_batch"] == 7
     ours, dense = asked
     assert ours < dense
-
-
-def test_a_static_cache_decodes_as_a_growing_one():
-    """The baseline that is timed on GPUs, without its compiler: every step sees all tokens."""
-    torch = pytest.importorskip("torch", reason="transformers needs torch")
-    import transformers
-
-    from raas_jax.lab.bench.baselines import _StaticCache
-    from raas_jax.lab.bench.run import Run
-
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    rng = np.random.default_rng(0)
-    prompt, tokens = rng.integers(0, 50, (2, 7)), rng.integers(0, 50, (2, 5))
-    baseline = _StaticCache(model, prompt, Run(None, None, 6, tokens, 0.0, 0.0), compiled=False)
-    seen = []
-    baseline.forward = lambda token, **kwargs: seen.append(token) or model(token, **kwargs)
-    for _ in range(2):
-        seen.clear()
-        assert baseline.time_chunk() > 0
-        with torch.no_grad():
-            wanted = model.generate(
-                torch.as_tensor(np.concatenate([prompt, tokens], 1)),
-                attention_mask=torch.ones(2, 12, dtype=torch.long),
-                max_new_tokens=5,
-                min_new_tokens=5,
-                do_sample=False,
-                pad_token_id=0,
-            )
-        np.testing.assert_array_equal(torch.cat(seen[1:], 1), wanted[:, 12:])

@@ -10,19 +10,15 @@ import copy
 import os
 import tempfile
 import time
+from functools import partial
 from typing import Any, Protocol
 
-import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.aot.memory import Programs
-from raas_jax.decode import Plan, decode_pages, prefill, request
-from raas_jax.engine.autosize import largest_batch as largest
-from raas_jax.lab.bench.run import CHUNK, Run
+from raas_jax.lab.bench.turns import TimedDecode, timed
 from raas_jax.params import Params
-from raas_jax.policies import Dense, Policy
-from raas_jax.policies.base import pages_for
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.policies import Dense, pages_for
+from raas_jax.session import Session
 
 WHOLE_RUNS = 2048
 """Up to this length, transformers' generate is also timed from the first token to the last."""
@@ -35,23 +31,23 @@ class Baseline(Protocol):
 
     def time_chunk(self) -> float:
         """Seconds per step."""
+        ...
 
 
 class _Generate:
     """Hugging Face's dense generate, brought to a generated length by reading it as a prompt."""
 
-    def __init__(self, model: Any, prompt: np.ndarray, run: Run, whole: bool) -> None:
+    def __init__(self, model: Any, tokens: np.ndarray, chunk: int, prompt_tokens: int) -> None:
         import torch
 
-        self.model, self.chunk = model, run.chunk
+        self.model, self.chunk = model, chunk
+        self.tokens = torch.as_tensor(tokens.astype(np.int64))
         self.whole_seconds: float | None = None
-        if whole:
-            start = time.perf_counter()
-            count = run.tokens.shape[1] + run.chunk
-            self._generate(torch.as_tensor(prompt.astype(np.int64)), None, count)
-            self.whole_seconds = time.perf_counter() - start
-        tokens = np.concatenate([prompt, run.tokens], axis=1).astype(np.int64)
-        self.tokens = torch.as_tensor(tokens)
+        generated = tokens.shape[1] - prompt_tokens
+        if generated < WHOLE_RUNS:
+            prompt = self.tokens[:, :prompt_tokens]
+            whole = partial(self._generate, prompt, None, generated + chunk)
+            _, self.whole_seconds = timed(whole)
         with torch.no_grad():
             self.cache = model(self.tokens[:, :-1], logits_to_keep=1).past_key_values
 
@@ -88,14 +84,13 @@ class _StaticCache:
 
     whole_seconds: float | None = None
 
-    def __init__(self, model: Any, prompt: np.ndarray, run: Run, *, compiled: bool) -> None:
+    def __init__(self, model: Any, tokens: np.ndarray, chunk: int, *, compiled: bool) -> None:
         import torch
         from transformers import StaticCache
 
-        self.model, self.chunk = model, run.chunk
-        tokens = np.concatenate([prompt, run.tokens], axis=1).astype(np.int64)
-        self.tokens = torch.as_tensor(tokens).to(model.device)
-        self.cache = StaticCache(model.config, max_cache_len=tokens.shape[1] + run.chunk)
+        self.model, self.chunk = model, chunk
+        self.tokens = torch.as_tensor(tokens.astype(np.int64)).to(model.device)
+        self.cache = StaticCache(model.config, max_cache_len=tokens.shape[1] + chunk)
         self.forward = model.forward
         if compiled:
             self.forward = torch.compile(model.forward, mode="reduce-overhead", fullgraph=True)
@@ -125,73 +120,48 @@ class _StaticCache:
             torch.cuda.synchronize()
 
 
-def transformers(params: Params, prompt: np.ndarray, runs: dict[int, Run]) -> dict[int, Baseline]:
-    """The same weights in transformers, for every length.
+class Transformers:
+    """The same weights in transformers."""
 
-    Raises:
-      ValueError: torch is not installed.
-    """
-    try:
-        import torch
-    except ImportError:
-        raise ValueError(
-            "--against transformers needs torch. Install it: pip install 'raas-jax[dev]'."
-        ) from None
-    import transformers
+    def __init__(self, params: Params) -> None:
+        """Writes the weights to a temporary folder and reads them from there.
 
-    from raas_jax.weights.hf import save_hf
+        Raises:
+          ValueError: torch is not installed.
+        """
+        try:
+            import torch
+        except ImportError:
+            raise ValueError(
+                "against has 'transformers'; it needs torch: pip install 'raas-jax[dev]'."
+            ) from None
+        import transformers
 
-    transformers.logging.set_verbosity_error()
-    torch.set_num_threads(os.cpu_count() or 1)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "model")
-        save_hf(params, path)
-        model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
+        from raas_jax.weights.hf import save_hf
+
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(os.cpu_count() or 1)
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "model")
+            save_hf(params, path)
+            model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
         model.generation_config.eos_token_id = None
-    if torch.cuda.is_available():
-        model = model.to("cuda")
-        return {
-            length: _StaticCache(model, prompt, run, compiled=True) for length, run in runs.items()
-        }
-    return {
-        length: _Generate(model, prompt, run, whole=length <= WHOLE_RUNS)
-        for length, run in runs.items()
-    }
+        self._model: Any = model.to("cuda") if torch.cuda.is_available() else model
+
+    def begin(self, prompt_tokens: int, tokens: np.ndarray, chunk: int) -> Baseline:
+        """After these tokens `[B, T]`, of which the first `prompt_tokens` are the prompt."""
+        if self._model.device.type == "cuda":
+            return _StaticCache(self._model, tokens, chunk, compiled=True)
+        return _Generate(self._model, tokens, chunk, prompt_tokens)
 
 
-def dense(params: Params, prompt: np.ndarray, runs: dict[int, Run]) -> dict[int, Run]:
-    """This library's own steps with a cache that forgets nothing, for every length.
+def dense(params: Params, tokens: np.ndarray, chunk: int) -> TimedDecode:
+    """This library's own steps after tokens `[B, T]`, with a cache that forgets nothing.
 
     Its slots are a bucket, up to half as many again as the tokens need.
     """
-    return {length: _dense(params, prompt, run) for length, run in runs.items()}
-
-
-def _dense(params: Params, prompt: np.ndarray, run: Run) -> Run:
-    tokens = np.concatenate([prompt, run.tokens], axis=1)
     batch, length = tokens.shape
     policy = Dense()
-    plan = Plan.create(params.config, policy, [length] * batch, 2 * run.chunk)
-    sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
-    asked = request(jnp.full(batch, 4 * run.chunk), (), sampler)
-    lengths = jnp.full(batch, length, jnp.int32)
-    start = time.perf_counter()
-    state, _ = prefill(params, jnp.asarray(tokens, jnp.int32), lengths, asked, plan=plan)
-    pages = pages_for(run.chunk, policy.page_size)
-    step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
-    compiled = time.perf_counter() - start
-    return Run(step, state, pages * policy.page_size, run.tokens, compiled, compiled)
-
-
-def largest_batch(params: Params, prompt_tokens: int, generated: int, policy: Policy) -> int:
-    """Rows that fit on this device when each generates so many tokens; nothing is run."""
-    dtype = params.weights["embedding"].dtype
-    pages = pages_for(CHUNK, policy.page_size)
-
-    def account(rows: int) -> list[Any]:
-        programs = Programs.create(
-            params.config, policy, [prompt_tokens] * rows, generated, dtype, None
-        )
-        return [programs.decode(pages)]
-
-    return largest(account, 1, None)
+    session = Session.create(params, policy, [length] * batch, 2 * chunk)
+    pages = pages_for(chunk, policy.page_size)
+    return TimedDecode.start(session, tokens.tolist(), 0, pages)

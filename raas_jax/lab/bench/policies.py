@@ -2,7 +2,7 @@
 
 A policy costs what it reads and what it computes. The first is seen in a window: the last tokens in
 the same number of slots, with no marks and no scores, written over in turn. All take turns in one
-process, so that a busy moment hits all of them alike, and medians of paired ratios are reported.
+process, and medians of paired ratios are reported.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,18 @@ from tqdm import tqdm
 
 from raas_jax import policies
 from raas_jax.calibrate import calibrate
-from raas_jax.decode import (
-    DecodeState,
-    Plan,
-    cache_bytes,
-    decode_pages,
-    empty_cache,
-    init_metadata,
-    prefill,
-    request,
+from raas_jax.decode import cache_bytes
+from raas_jax.lab.bench.turns import (
+    Contender,
+    TimedDecode,
+    check_positive,
+    median_ratio,
+    take_turns,
 )
-from raas_jax.lab.bench.run import seconds_per_step
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import Boundary, Dense, Policy, RaaS, TriAttention, pages_for
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.session import Session
 
 EVERY = (
     "raas",
@@ -46,7 +44,7 @@ EVERY = (
     "dense",
 )
 """What `all` stands for: those of constant memory first. "fifo" is "recent"."""
-CHUNK = 128
+ROUND = 128
 """Tokens that are timed together: whole rounds of the policies that evict every 64 or 128."""
 
 
@@ -66,7 +64,7 @@ class SlidingWindow(Policy):
 
 
 @dataclasses.dataclass
-class Line:
+class PolicyTiming:
     """One policy.
 
     Attributes:
@@ -99,7 +97,7 @@ class Comparison:
     batch: int
     prompt_tokens: int
     generated: int
-    lines: list[Line]
+    lines: list[PolicyTiming]
 
 
 def compare(
@@ -119,65 +117,54 @@ def compare(
         which the last of the others is full.
       prompt_tokens: length of the random prompt of every row.
       batch: rows.
-      repetitions: timed turns of `CHUNK` tokens.
+      repetitions: timed turns of `ROUND` tokens.
       progress: a bar on stderr.
 
     Raises:
       ValueError: no policies, a number below 1, or more tokens than the model's context.
     """
-    named = {"prompt_tokens": prompt_tokens, "batch": batch, "repetitions": repetitions}
-    for name, value in named.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
+    check_positive(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions)
     if not tried:
         raise ValueError("tried is empty; name at least one policy.")
     warm = _tokens_to_fill(params, list(tried.values()), prompt_tokens)
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
-    windows = {
-        name: window
-        for name, policy in tried.items()
-        if (window := _window(params, policy, prompt_tokens, warm))
-    }
+    shape = batch, prompt_tokens
+    prompts = rng.integers(0, params.config.vocab_size, shape, dtype=np.int32).tolist()
+    windows = {name: _window(params, policy, prompt_tokens, warm) for name, policy in tried.items()}
     # Next to its window, so that a busy moment hits both.
-    order = [*dict.fromkeys(windows.values()), None]
-    entries: list[str | SlidingWindow] = []
-    for window in order:
-        entries += ([window] if window else []) + [
-            name for name in tried if windows.get(name) == window
-        ]
-    steps = len(entries) * (warm + repetitions * CHUNK)
-    runs: dict[str | SlidingWindow, _Run] = {}
-    times: dict[str | SlidingWindow, list[float]] = {entry: [] for entry in entries}
-    with tqdm(total=steps, disable=not progress, unit="token") as bar:
-        for entry in entries:
-            bar.set_description(str(entry))
-            policy = tried[entry] if isinstance(entry, str) else entry
-            runs[entry] = _Run.create(params, policy, prompt, warm)
-            bar.update(warm)
-        bar.set_description("timing")
-        for _ in range(repetitions):
-            for entry in entries:
-                times[entry].append(runs[entry].time(params))
-                bar.update(CHUNK)
+    entries: dict[str, Policy] = {}
+    for window in dict.fromkeys(windows.values()):
+        if window is not None:
+            entries[repr(window)] = window
+        entries |= {name: tried[name] for name, own in windows.items() if own == window}
+    decodes = {
+        name: _full(params, policy, prompts, warm)
+        for name, policy in tqdm(entries.items(), "filling", unit="policy", disable=not progress)
+    }
+    contenders = [Contender(name, warm, decode.time_chunk) for name, decode in decodes.items()]
+    times = dict(zip(decodes, take_turns(contenders, repetitions, progress), strict=True))
     raas = next((name for name, policy in tried.items() if isinstance(policy, RaaS)), None)
+
+    def ratio(name: str, other: object | None) -> float | None:
+        return None if other is None else median_ratio(times[name], times[str(other)])
+
     lines = [
-        Line(
+        PolicyTiming(
             name,
-            runs[name].plan.slots[-1] * runs[name].plan.page_size,
+            decodes[name].session.plan.slots[-1] * policy.page_size,
             1e3 * statistics.median(times[name]),
-            _ratio(times, name, windows.get(name)),
-            _ratio(times, name, raas),
-            runs[name].kv_bytes,
+            ratio(name, windows[name]),
+            ratio(name, raas),
+            cache_bytes(decodes[name].state),
         )
-        for name in tried
+        for name, policy in tried.items()
     ]
     device = jax.devices()[0]
     return Comparison(
         f"{device.platform} ({device.device_kind})",
         jax.__version__,
         params.size,
-        params.weights["embedding"].dtype.name,
+        params.dtype.name,
         batch,
         prompt_tokens,
         warm,
@@ -214,9 +201,9 @@ def _tokens_to_fill(params: Params, tried: Sequence[Policy], prompt_tokens: int)
     """Tokens until all slots are full and more, so that every timed step may evict."""
     far = params.config.max_position_embeddings - prompt_tokens
     held = [_slots(params, policy, prompt_tokens, far) * policy.page_size for policy in tried]
-    full = max((tokens for tokens in held if tokens < far), default=CHUNK)
-    warm = -(-(full + 2 * max(policy.page_size for policy in tried)) // CHUNK) * CHUNK
-    if warm + CHUNK > far:
+    full = max((tokens for tokens in held if tokens < far), default=ROUND)
+    warm = pages_for(full + 2 * max(policy.page_size for policy in tried), ROUND) * ROUND
+    if warm + ROUND > far:
         raise ValueError(
             f"the policies hold {full} tokens, more than the model's max_position_embeddings = "
             f"{params.config.max_position_embeddings} leaves. Use smaller budgets."
@@ -232,61 +219,15 @@ def _window(params: Params, policy: Policy, prompt_tokens: int, warm: int) -> Sl
     grouped = len(policy.groups(params.config.num_hidden_layers)) > 1
     if grouped or policy.selects or policy.evicts_prompt or isinstance(policy, Dense):
         return None
-    slots = _slots(params, policy, prompt_tokens, warm + 2 * CHUNK)
+    slots = _slots(params, policy, prompt_tokens, warm + 2 * ROUND)
     return SlidingWindow(slots * policy.page_size, page_size=policy.page_size)
 
 
-def _ratio(
-    times: dict[str | SlidingWindow, list[float]],
-    mine: str | SlidingWindow,
-    other: str | SlidingWindow | None,
-) -> float | None:
-    if other is None:
-        return None
-    pairs = zip(times[mine], times[other], strict=True)
-    return statistics.median(one / two for one, two in pairs)
-
-
-def _start(params: Params, plan: Plan, prompt: np.ndarray, limit: int) -> DecodeState:
-    """After the prompt; the same compiled prefill for all that keep the prompt as it is."""
-    batch, prompt_tokens = prompt.shape
-    sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
-    # No row may finish, since a finished row keeps nothing.
-    asked = request(jnp.full(batch, limit), (), sampler)
-    shared = plan
-    if not (plan.policy.evicts_prompt or plan.policy.needs_prompt_bounds):
-        shared = Plan(Dense(page_size=plan.page_size), plan.prompt_slots, (1,))
-    lengths = jnp.full(batch, prompt_tokens, jnp.int32)
-    state, _ = prefill(params, jnp.asarray(prompt), lengths, asked, plan=shared)
-    if shared is plan:
-        return state
-    empty = empty_cache(params.config, plan, batch, state.cache.prompt.k.dtype)
-    cache = dataclasses.replace(empty, prompt=state.cache.prompt)
-    return dataclasses.replace(state, cache=cache, meta=init_metadata(params.config, plan, batch))
-
-
-@dataclasses.dataclass
-class _Run:
-    """A decode that was generated until its slots were filled."""
-
-    plan: Plan
-    step: Callable[..., Any]
-    state: DecodeState
-    chunk: int
-    kv_bytes: int
-
-    @classmethod
-    def create(cls, params: Params, policy: Policy, prompt: np.ndarray, warm: int) -> _Run:
-        batch, prompt_tokens = prompt.shape
-        pages = pages_for(CHUNK, policy.page_size)
-        chunk = pages * policy.page_size
-        plan = Plan.create(params.config, policy, [prompt_tokens] * batch, warm + 2 * chunk)
-        state = _start(params, plan, prompt, 2 * (warm + chunk))
-        step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
-        for _ in range(0, warm, chunk):
-            state, _ = step(params, state)
-        return cls(plan, step, jax.block_until_ready(state), chunk, cache_bytes(state))
-
-    def time(self, params: Params) -> float:
-        """Seconds per step over a chunk."""
-        return seconds_per_step(self.step, params, self.state, self.chunk)
+def _full(
+    params: Params, policy: Policy, prompts: Sequence[Sequence[int]], warm: int
+) -> TimedDecode:
+    """A decode that has filled its slots."""
+    pages = pages_for(ROUND, policy.page_size)
+    new = warm + 2 * pages * policy.page_size
+    session = Session.create(params, policy, list(map(len, prompts)), new)
+    return TimedDecode.start(session, prompts, warm, pages)

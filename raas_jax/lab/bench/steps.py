@@ -11,22 +11,34 @@ import concurrent.futures
 import dataclasses
 import os
 import statistics
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from raas_jax.decode import DecodeState, Plan, cache_bytes, decode_pages, prefill, request
+from raas_jax.decode import DecodeState, cache_bytes
+from raas_jax.engine import autosize
 from raas_jax.lab.bench import baselines
-from raas_jax.lab.bench.run import CHUNK, Run, copied
+from raas_jax.lab.bench.turns import (
+    Contender,
+    TimedDecode,
+    check_positive,
+    copied,
+    endless,
+    take_turns,
+    timed,
+)
 from raas_jax.params import Params
-from raas_jax.policies import Dense, Policy
-from raas_jax.policies.base import pages_for
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.plan import Plan
+from raas_jax.policies import Dense, Policy, pages_for
+from raas_jax.session import Session
+
+CHUNK = 64
+"""Tokens that are timed together, in whole pages."""
 
 
 @dataclasses.dataclass
@@ -68,7 +80,7 @@ class Timing:
 
 
 @dataclasses.dataclass
-class Report:
+class StepReport:
     """All lengths of one run, and what they were measured on; bandwidth in bytes per second."""
 
     device: str
@@ -91,16 +103,14 @@ def bench(
     lengths: Sequence[int],
     batch: int = 1,
     repetitions: int = 15,
-    transformers: bool = False,
-    dense: bool = False,
+    against: Collection[str] = (),
     largest_batch: bool = False,
     progress: bool = False,
-) -> Report:
+) -> StepReport:
     """Measures the time per token at each generated length.
 
     A run generates up to each length and keeps a copy of the state there. Then lengths (and
-    transformers, and the bandwidth) take turns, so that a busy moment hits all of them alike, and
-    the medians over `repetitions` turns are reported.
+    baselines, and the bandwidth) take turns, and the medians over `repetitions` turns are reported.
 
     Args:
       params: the model, usually `Params.random`.
@@ -109,80 +119,116 @@ def bench(
       lengths: generated tokens at which to measure.
       batch: rows.
       repetitions: timed turns.
-      transformers: also run the same weights in Hugging Face transformers (needs torch): its dense
-        generate, and on a GPU a static cache and torch.compile.
-      dense: also run this library with a dense cache.
+      against: also run the same weights in "transformers" (needs torch): its dense generate, and on
+        a GPU a static cache and torch.compile; or in this library with a "dense" cache.
       largest_batch: also say how many rows fit, for which programs are compiled but not run.
       progress: a bar on stderr.
 
     Raises:
-      ValueError: a number below 1, or lengths beyond the model's context.
+      ValueError: a number below 1, lengths beyond the model's context, an unknown baseline, or
+        transformers without torch.
     """
-    _check(params, prompt_tokens, lengths, batch, repetitions)
+    check_positive(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions)
+    if not lengths or min(lengths) < CHUNK:
+        raise ValueError(f"lengths are {list(lengths)}; each must be at least {CHUNK} tokens.")
+    longest, context = max(lengths) + 2 * CHUNK, params.config.max_position_embeddings
+    if prompt_tokens + longest > context:
+        raise ValueError(
+            f"prompt_tokens + the longest of lengths (+ {2 * CHUNK}) is {prompt_tokens + longest}, "
+            f"beyond the model's max_position_embeddings = {context}."
+        )
+    if unknown := set(against) - {"transformers", "dense"}:
+        raise ValueError(f"against has {sorted(unknown)}; there are 'transformers' and 'dense'.")
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
-    with tqdm(total=_steps(lengths, repetitions), unit="token", disable=not progress) as bar:
-        bar.set_description("generating")
-        runs = _generate(params, policy, prompt, sorted(set(lengths)), bar)
-        rivals = baselines.transformers(params, prompt, runs) if transformers else {}
-        beside = baselines.dense(params, prompt, runs) if dense else {}
-        bar.set_description("timing")
-        times: dict[int, list[float]] = {length: [] for length in runs}
-        theirs: dict[int, list[float]] = {length: [] for length in rivals}
-        of_dense: dict[int, list[float]] = {length: [] for length in beside}
-        reader = _reader()
-        speeds = []
-        for _ in range(repetitions):
-            speeds.append(reader())
-            for length, run in runs.items():
-                times[length].append(run.time_chunk(params))
-                if length in rivals:
-                    theirs[length].append(rivals[length].time_chunk())
-                if length in beside:
-                    of_dense[length].append(beside[length].time_chunk(params))
-                bar.update(run.chunk)
-    bandwidth = statistics.median(speeds)
-    report = Report(
+    prompts = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
+    reached = list(_reach(params, policy, prompts, sorted(set(lengths)), progress))
+    if "transformers" in against:
+        begin = partial(baselines.Transformers(params).begin, prompt_tokens)
+        reached = [
+            each._replace(transformers=begin(each.tokens, each.own.chunk)) for each in reached
+        ]
+    if "dense" in against:
+        dense = partial(baselines.dense, params)
+        reached = [each._replace(dense=dense(each.tokens, each.own.chunk)) for each in reached]
+    contenders = [Contender("bandwidth", 0, _reader())]
+    for each in reached:
+        contenders += each.contenders()
+    times = zip(contenders, take_turns(contenders, repetitions, progress), strict=True)
+    seconds = {(name, length): statistics.median(own) for (name, length, _), own in times}
+    bandwidth = 1 / seconds["bandwidth", 0]
+    timings = {each.length: each.timing(seconds, bandwidth) for each in reached}
+    if largest_batch:
+        for length, timing in timings.items():
+            most = partial(_largest_batch, params, prompt_tokens, length)
+            timing.largest_batch = most(policy)
+            if "dense" in against:
+                timing.dense_largest_batch = most(Dense(page_size=policy.page_size))
+    return StepReport(
         device=_device(),
         jax=jax.__version__,
         policy=repr(policy),
         parameters=params.size,
-        weight_bytes=sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights)),
-        dtype=params.weights["embedding"].dtype.name,
+        weight_bytes=_bytes(params),
+        dtype=params.dtype.name,
         batch=batch,
         prompt_tokens=prompt_tokens,
         read_bandwidth=bandwidth,
-        timings=[],
+        timings=[timings[length] for length in lengths],
     )
-    for length in lengths:
-        run = runs[length]
-        seconds = statistics.median(times[length])
-        floor = step_bytes(params, run.state) / bandwidth
+
+
+class _AtLength(NamedTuple):
+    """All that is timed at one length.
+
+    Attributes:
+      length: generated tokens.
+      own: a decode before the chunk in which the length is reached.
+      tokens: int32 `[B, T]`, prompts and what was generated before that chunk.
+      compile_seconds: of prefill and decode together.
+      whole_seconds: from the prompts to the end of the chunk, nothing compiled.
+      transformers, dense: the baselines that are wanted.
+    """
+
+    length: int
+    own: TimedDecode
+    tokens: np.ndarray
+    compile_seconds: float
+    whole_seconds: float
+    transformers: baselines.Baseline | None = None
+    dense: TimedDecode | None = None
+
+    def contenders(self) -> list[Contender]:
+        """Named as the fields are."""
+        decodes = {"own": self.own, "transformers": self.transformers, "dense": self.dense}
+        return [
+            Contender(name, self.length, decode.time_chunk)
+            for name, decode in decodes.items()
+            if decode is not None
+        ]
+
+    def timing(self, seconds: Mapping[tuple[str, int], float], bandwidth: float) -> Timing:
+        """From the median seconds per step of every contender and length."""
+        own = seconds["own", self.length]
+        floor = step_bytes(self.own.session.params, self.own.state) / bandwidth
         timing = Timing(
-            generated=length,
-            ms_per_token=1e3 * seconds,
+            generated=self.length,
+            ms_per_token=1e3 * own,
             floor_ms=1e3 * floor,
-            over_floor=seconds / floor,
-            compile_seconds=run.compile_seconds,
-            kv_bytes=cache_bytes(run.state),
+            over_floor=own / floor,
+            compile_seconds=self.compile_seconds,
+            kv_bytes=cache_bytes(self.own.state),
         )
-        if length in rivals:
-            baseline = statistics.median(theirs[length])
-            timing.transformers_ms_per_token = 1e3 * baseline
-            timing.speedup = baseline / seconds
-            whole = rivals[length].whole_seconds
-            timing.whole_run_speedup = whole / run.whole_seconds if whole else None
-        if length in beside:
-            slower = statistics.median(of_dense[length])
-            timing.dense_ms_per_token = 1e3 * slower
-            timing.over_dense = slower / seconds
-            timing.dense_kv_bytes = cache_bytes(beside[length].state)
-        if largest_batch:
-            most = partial(baselines.largest_batch, params, prompt_tokens, length)
-            timing.largest_batch = most(policy)
-            timing.dense_largest_batch = most(Dense(page_size=policy.page_size)) if dense else None
-        report.timings.append(timing)
-    return report
+        if self.transformers is not None:
+            theirs, whole = seconds["transformers", self.length], self.transformers.whole_seconds
+            timing.transformers_ms_per_token = 1e3 * theirs
+            timing.speedup = theirs / own
+            timing.whole_run_speedup = whole / self.whole_seconds if whole else None
+        if self.dense is not None:
+            dense = seconds["dense", self.length]
+            timing.dense_ms_per_token = 1e3 * dense
+            timing.over_dense = dense / own
+            timing.dense_kv_bytes = cache_bytes(self.dense.state)
+        return timing
 
 
 def step_bytes(params: Params, state: DecodeState) -> int:
@@ -190,39 +236,30 @@ def step_bytes(params: Params, state: DecodeState) -> int:
 
     An embedding table that is not also the output head does not count: a step reads one row of it.
     """
-    config = params.config
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights))
+    config, current = params.config, state.cache.current.k
+    weights = _bytes(params)
     if not config.tie_word_embeddings:
         weights -= params.weights["embedding"].nbytes
-    per_token = 2 * config.head_dim * state.cache.current.k.dtype.itemsize
+    per_token = 2 * config.head_dim * current.dtype.itemsize
     per_layer = config.num_key_value_heads * config.num_hidden_layers
     prompt = int(jnp.sum(state.cache.prompt.lengths)) * per_layer
     kept = sum(int(jnp.sum(group.fill)) for group in state.cache.kept)
     # The current page is half full on average.
-    current = state.cache.current.k.size // config.head_dim // 2
-    return weights + (prompt + kept + current) * per_token
+    return weights + (prompt + kept + current.size // config.head_dim // 2) * per_token
 
 
-def read_bandwidth(repetitions: int = 5) -> float:
-    """Bytes per second that the default device reads from its memory; a median."""
-    reader = _reader()
-    return statistics.median(reader() for _ in range(repetitions))
+def _bytes(params: Params) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights))
 
 
 def _reader(size: int = 2**28) -> Callable[[], float]:
-    """A function that reads `size` bytes once, on all cores, and returns bytes per second."""
+    """A function that reads `size` bytes once, on all cores, and returns seconds per byte."""
     if jax.default_backend() != "cpu":
         array = jnp.ones((size // 2**12, 2**10), jnp.float32)
         reduce = jax.jit(lambda x: jnp.max(x, axis=-1))
         reduce(array).block_until_ready()
-
-        def read() -> float:
-            start = time.perf_counter()
-            # Several at once, so that launching them does not count.
-            jax.block_until_ready([reduce(array) for _ in range(16)])
-            return 16 * array.nbytes / (time.perf_counter() - start)
-
-        return read
+        # Several at once, so that launching them does not count.
+        return lambda: timed(lambda: [reduce(array) for _ in range(16)])[1] / (16 * array.nbytes)
 
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -238,74 +275,56 @@ def _reader(size: int = 2**28) -> Callable[[], float]:
     def read_cpu() -> float:
         with concurrent.futures.ThreadPoolExecutor(cores) as pool:
             list(pool.map(read_part, own))
-            start = time.perf_counter()
-            list(pool.map(read_part, own))
-            return blocks.nbytes / (time.perf_counter() - start)
+            return timed(lambda: list(pool.map(read_part, own)))[1] / blocks.nbytes
 
     return read_cpu
 
 
-def _generate(
-    params: Params, policy: Policy, prompt: np.ndarray, lengths: list[int], bar: tqdm
-) -> dict[int, Run]:
+def _reach(
+    params: Params, policy: Policy, prompts: np.ndarray, lengths: Sequence[int], progress: bool
+) -> Iterator[_AtLength]:
     """One generation per distinct shape of the cache, with the state kept at every length."""
-    batch, prompt_tokens = prompt.shape
-    pages = pages_for(CHUNK, policy.page_size)
-    chunk = pages * policy.page_size
-    plans: dict[Plan, list[int]] = {}
+    batch, prompt_tokens = prompts.shape
+    sessions: dict[Plan, tuple[Session, list[int]]] = {}
     for length in lengths:
-        plan = Plan.create(params.config, policy, [prompt_tokens] * batch, length)
-        plans.setdefault(plan, []).append(length)
-    runs = {}
-    for plan, of_plan in plans.items():
-        sampler = Sampler.create([Sampling()] * batch, row_keys(0, batch))
-        # No row may finish, since a finished row keeps nothing.
-        asked = request(jnp.full(batch, max(of_plan) + 2 * chunk), (), sampler)
-        args = (params, jnp.asarray(prompt), jnp.full(batch, prompt_tokens, jnp.int32), asked)
-        start = time.perf_counter()
-        read_prompt = prefill.lower(*args, plan=plan).compile()
-        compiled = time.perf_counter() - start
-        start = time.perf_counter()
-        state, drawn = jax.block_until_ready(read_prompt(*args))
-        spent = time.perf_counter() - start
-        start = time.perf_counter()
-        step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
-        compiled += time.perf_counter() - start
-        tokens = [np.asarray(drawn.tokens)[None]]
-        for length in of_plan:
-            while chunk * (len(tokens) - 1) + 1 < length:
-                kept = copied(state)
-                start = time.perf_counter()
-                state, drawn = jax.block_until_ready(step(params, state))
-                spent += time.perf_counter() - start
-                tokens.append(np.asarray(drawn.tokens))
-                bar.update(chunk)
-            before = np.concatenate(tokens[:-1]).T
-            runs[length] = Run(step, kept, chunk, before, compiled, spent)
-    return runs
+        session = Session.create(params, policy, [prompt_tokens] * batch, length)
+        sessions.setdefault(session.plan, (session, []))[1].append(length)
+    with tqdm(total=max(lengths), desc="generating", unit="token", disable=not progress) as bar:
+        for session, of_session in sessions.values():
+            yield from _generate(session, prompts, of_session, bar)
 
 
-def _steps(lengths: Sequence[int], repetitions: int) -> int:
-    return max(lengths) + len(set(lengths)) * repetitions * CHUNK
+def _generate(
+    session: Session, prompts: np.ndarray, lengths: Sequence[int], bar: tqdm
+) -> Iterator[_AtLength]:
+    """At each of the lengths, which grow."""
+    pages = pages_for(CHUNK, session.plan.page_size)
+    _, compile_seconds = timed(partial(session.compile, pages))
+    start = partial(session.start, prompts.tolist(), endless(len(prompts)))
+    (state, progress), spent = timed(start)
+    tokens, generated = [prompts, session.read(progress.tokens).T], 1
+    for length in lengths:
+        while generated < length:
+            before = TimedDecode(session, copied(state), pages)
+            (state, progress), seconds = timed(partial(session.advance, state, pages))
+            spent += seconds
+            tokens.append(session.read(progress.tokens).T)
+            generated += before.chunk
+            bar.update(before.chunk)
+        so_far = np.concatenate(tokens[:-1], axis=1)
+        yield _AtLength(length, before, so_far, compile_seconds, spent)
+
+
+def _largest_batch(params: Params, prompt_tokens: int, generated: int, policy: Policy) -> int:
+    """Rows that fit on this device when each generates so many tokens; nothing is run."""
+
+    def account(rows: int) -> list[Any]:
+        session = Session.create(params, policy, [prompt_tokens] * rows, generated)
+        return [session.lower_advance(pages_for(CHUNK, policy.page_size))]
+
+    return autosize.largest_batch(account, 1, None)
 
 
 def _device() -> str:
     device = jax.devices()[0]
     return f"cpu, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
-
-
-def _check(
-    params: Params, prompt_tokens: int, lengths: Sequence[int], batch: int, repetitions: int
-) -> None:
-    named = {"prompt_tokens": prompt_tokens, "batch": batch, "repetitions": repetitions}
-    for name, value in named.items():
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1.")
-    if not lengths or min(lengths) < CHUNK:
-        raise ValueError(f"lengths are {list(lengths)}; each must be at least {CHUNK} tokens.")
-    longest = prompt_tokens + max(lengths) + 2 * CHUNK
-    if longest > params.config.max_position_embeddings:
-        raise ValueError(
-            f"prompt_tokens + the longest of lengths (+ {2 * CHUNK}) is {longest}, beyond the "
-            f"model's max_position_embeddings = {params.config.max_position_embeddings}."
-        )

@@ -1,31 +1,29 @@
 """What the engine gains: against plain batches, against transformers, over time, by sharing.
 
-Everything is compiled before it is timed, and what is compared takes turns in one process, so that
-a busy moment of the machine hits all alike.
+Everything is compiled before it is timed.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import statistics
-import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import partial
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
 import raas_jax
 from raas_jax import tokenizer
-from raas_jax.decode import Plan
+from raas_jax.admission import empty_admissions
 from raas_jax.engine import Engine, Request
-from raas_jax.engine.rows import Programs, empty_admissions
 from raas_jax.generation import TOKENS_PER_SYNC
+from raas_jax.lab.bench.turns import Contender, TimedDecode, median_ratio, take_turns, timed
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
 from raas_jax.params import Params
-from raas_jax.policies import Policy, pages_for
-from raas_jax.policies.dense import bucket
+from raas_jax.plan import Plan
+from raas_jax.policies import Policy, bucket, pages_for
+from raas_jax.sampling import Sampler, Sampling
+from raas_jax.session import Session
 
 SLACK = 32  # Tokens that an answer may have beyond twice the longest right one's.
 
@@ -131,8 +129,8 @@ def throughput(
     # Batches whose longest prompts share a bucket share a program; one of each compiles it.
     batches = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
     ways: dict[str, Callable[[], list[list[int]]]] = {
-        "engine": lambda: _by_engine(engine, ids, limit),
-        "plain batches": lambda: _by_batches(params, policy, ids, limit, batches),
+        "engine": partial(_by_engine, engine, ids, limit),
+        "plain batches": partial(_by_batches, params, policy, ids, limit, batches),
     }
     shapes = {
         (len(ids[batch]), bucket(pages_for(max(map(len, ids[batch])), policy.page_size))): batch
@@ -142,24 +140,21 @@ def throughput(
     if transformers:
         baseline = _Transformers(params)
         baseline.answer(ids, 16, batches[:1])
-        ways["transformers"] = lambda: baseline.answer(ids, limit, batches)
+        ways["transformers"] = partial(baseline.answer, ids, limit, batches)
     answers: dict[str, list[list[int]]] = {}
-    seconds: dict[str, list[float]] = {how: [] for how in ways}
-    with tqdm(total=len(ways) * turns, unit="run", disable=not progress) as bar:
-        for _ in range(turns):
-            for how, answer in ways.items():
-                bar.set_description(how)
-                began = time.perf_counter()
-                answers[how] = answer()
-                seconds[how].append(time.perf_counter() - began)
-                bar.update()
+
+    def seconds(how: str) -> float:
+        return timed(lambda: answers.update({how: ways[how]()}))[1]
+
+    contenders = [Contender(how, limit, partial(seconds, how)) for how in ways]
+    times = take_turns(contenders, turns, progress)
     steps = _batch_steps(answers["plain batches"], batches, policy.page_size)
     counted: dict[str, int] = {
         "engine": engine.usage.row_steps // turns,
         "plain batches": steps * rows,
     }
     found = []
-    for how, tokens in answers.items():
+    for (how, tokens), of_turns in zip(answers.items(), times, strict=True):
         drawn = sum(map(len, tokens))
         row_steps = counted.get(how)
         found.append(
@@ -171,7 +166,7 @@ def throughput(
                     for problem, answer in zip(problems, tokens, strict=True)
                 ),
                 tokens=drawn,
-                seconds=statistics.median(seconds[how]),
+                seconds=statistics.median(of_turns),
                 row_steps=row_steps,
                 # The first token of each answer comes from the prompt.
                 useful=None if row_steps is None else (drawn - len(prompts)) / row_steps,
@@ -202,9 +197,9 @@ def _by_batches(
 
 
 def _batch_steps(answers: list[list[int]], batches: list[slice], page_size: int) -> int:
-    """Token steps of the plain batches: whole looks of `generate` to each longest answer."""
-    look = max(1, TOKENS_PER_SYNC // page_size) * page_size
-    return sum(pages_for(max(map(len, answers[batch])) - 1, look) * look for batch in batches)
+    """Token steps of the plain batches: whole syncs of `generate` to each longest answer."""
+    sync = max(1, TOKENS_PER_SYNC // page_size) * page_size
+    return sum(pages_for(max(map(len, answers[batch])) - 1, sync) * sync for batch in batches)
 
 
 class _Transformers:
@@ -252,18 +247,15 @@ def _to_stop(tokens: list[int], stops: list[int]) -> list[int]:
 def age(params: Params, policy: Policy, *, rows: int = 64, old: int = 4096, turns: int = 15) -> Age:
     """Time per step of a batch that has filled its budget, and of one at `old` tokens."""
     young = getattr(policy, "budget", 0) + 2 * policy.page_size
-    batches = [_Batch(params, policy, rows, 1, 64), _Batch(params, policy, rows, 1, 64)]
-    batches[0].decode(young)
-    batches[1].decode(old)
-    times = _take_turns([batch.step for batch in batches], turns)
-    return Age(
-        rows=rows,
-        young=young,
-        old=old,
-        young_ms=statistics.median(times[0]),
-        old_ms=statistics.median(times[1]),
-        ratio=statistics.median(b / a for a, b in zip(*times, strict=True)),
+    times = take_turns(
+        [
+            Contender("rows", tokens, _begun(params, policy, rows, 1, 64).after(tokens).time_chunk)
+            for tokens in (young, old)
+        ],
+        turns,
     )
+    young_ms, old_ms = (1e3 * statistics.median(of_batch) for of_batch in times)
+    return Age(rows, young, old, young_ms, old_ms, median_ratio(*reversed(times)))
 
 
 def sharing(
@@ -275,78 +267,47 @@ def sharing(
     prompt_tokens: int = 1024,
     turns: int = 15,
 ) -> Sharing:
-    """Bytes and time per step of a batch whose rows share prompts, and of one whose do not."""
-    shared = _Batch(params, policy, rows, samples, prompt_tokens)
-    unshared = _Batch(params, policy, rows, 1, prompt_tokens)
-    times = _take_turns([shared.step, unshared.step], turns)
+    """Bytes and time per step of a batch whose rows share prompts, and of one whose do not.
+
+    Raises:
+      ValueError: the rows are not a multiple of `samples`.
+    """
+    if rows % samples:
+        raise ValueError(f"rows is {rows}; it must be a multiple of samples, {samples}.")
+    batches = [_begun(params, policy, rows, each, prompt_tokens).after(1) for each in (samples, 1)]
+    contenders = [Contender("rows", batch.chunk, batch.time_chunk) for batch in batches]
+    times = take_turns(contenders, turns)
+    shared_bytes, unshared_bytes = (
+        batch.state.cache.prompt.k.nbytes + batch.state.cache.prompt.v.nbytes for batch in batches
+    )
+    shared_ms, unshared_ms = (1e3 * statistics.median(of_batch) for of_batch in times)
     return Sharing(
         rows=rows,
         samples=samples,
         prompt_tokens=prompt_tokens,
-        shared_bytes=shared.prompt_bytes,
-        unshared_bytes=unshared.prompt_bytes,
-        shared_ms=statistics.median(times[0]),
-        unshared_ms=statistics.median(times[1]),
-        ratio=statistics.median(a / b for a, b in zip(*times, strict=True)),
+        shared_bytes=shared_bytes,
+        unshared_bytes=unshared_bytes,
+        shared_ms=shared_ms,
+        unshared_ms=unshared_ms,
+        ratio=median_ratio(*times),
     )
 
 
-class _Batch:
-    """Rows of an engine that never end, with random prompts of one length."""
-
-    def __init__(self, params: Params, policy: Policy, rows: int, samples: int, length: int):
-        engine = Engine(
-            params,
-            policy=policy,
-            rows=rows,
-            samples=samples,
-            max_new_tokens=2**20,
-            max_prompt_tokens=length,
-            prefill_rows=1,
-        )
-        self._params: Params = params
-        self._plan: Plan = engine.plan
-        self._programs: Programs = engine.programs
-        self._state = self._programs.empty()
-        rng = np.random.default_rng(0)
-        for group in range(rows // samples):
-            admissions = empty_admissions(1, length, samples)
-            admissions.tokens[:] = rng.integers(3, params.config.vocab_size, (1, length))
-            admissions.lengths[:] = length
-            admissions.groups[:] = admissions.seed[:] = group
-            admissions.new_prompt[:] = admissions.fresh[:] = True
-            admissions.sample[:] = np.arange(samples)
-            admissions.limit[:] = 2**30
-            admissions.temperature[:] = 1.0
-            self._state, _ = self._programs.admit(params, self._state, admissions)
-        prompt = self._state.cache.prompt
-        self.prompt_bytes = int(prompt.k.nbytes + prompt.v.nbytes)
-
-    def decode(self, tokens: int) -> None:
-        for _ in range(pages_for(tokens, self._plan.page_size)):
-            self._state, _ = self._programs.advance(self._params, self._state)
-
-    def step(self) -> float:
-        """Milliseconds per step, over a few pages."""
-        pages = 2
-        jax.block_until_ready(self._state)
-        began = time.perf_counter()
-        self.decode(pages * self._plan.page_size)
-        jax.block_until_ready(self._state)
-        return 1e3 * (time.perf_counter() - began) / (pages * self._plan.page_size)
-
-
-def _take_turns(steps: Sequence[Callable[[], float]], turns: int) -> list[list[float]]:
-    times: list[list[float]] = [[] for _ in steps]
-    for step in steps:
-        step()  # Compiled and warm.
-    for turn in range(turns):
-        # Now one first, now the other.
-        for index in range(len(steps))[:: 1 if turn % 2 else -1]:
-            times[index].append(steps[index]())
-    return times
-
-
-def as_json(found: Any) -> dict[str, Any]:
-    """A line of any of the tables as JSON values."""
-    return dataclasses.asdict(found)
+def _begun(params: Params, policy: Policy, rows: int, samples: int, length: int) -> TimedDecode:
+    """Rows as an engine has them, which never end, with random prompts of one length."""
+    bucket = pages_for(length, policy.page_size) * policy.page_size
+    plan = Plan.up_to(params.config, policy, bucket, 2**20, samples)
+    session = Session(params, plan, rows)
+    state, rng = session.empty(), np.random.default_rng(0)
+    for group in range(rows // samples):
+        # One by one, as the engine reads them: all at once would take more memory than they leave.
+        admissions = empty_admissions(1, bucket, samples)
+        admissions.tokens[:, :length] = rng.integers(3, params.config.vocab_size, (1, length))
+        admissions.lengths[:] = length
+        admissions.groups[:] = admissions.seed[:] = group
+        admissions.new_prompt[:] = admissions.fresh[:] = True
+        admissions.sample[:] = np.arange(samples)
+        admissions.limit[:] = 2**30
+        sampler = Sampler.create([Sampling(1.0)], None)
+        state, _ = session.admit(state, admissions._replace(sampler=sampler))
+    return TimedDecode(session, state, pages=2)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from raas_jax.decode import Plan, decode_pages
-from raas_jax.lab.bench.run import seconds_per_step
 from raas_jax.lab.bench.steps import bench
-from raas_jax.lab.inspect.recording import begin
+from raas_jax.lab.bench.turns import Contender, TimedDecode, median_ratio, take_turns
 from raas_jax.lab.runs.results import write
 from raas_jax.lab.tasks.base import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
+from raas_jax.session import Session
 
 SPEED, STEPS = "speed.json", "steps.json"
 LOOK = 64
@@ -110,27 +108,26 @@ def measure_steps(
     missing = [label for label in tried if label not in times]
     if not missing:
         return
-    beside = _steps(params, tried[first], items)
+    beside = _contender(params, first, tried[first], items)
     if first not in times:
-        times[first] = round(1e3 * statistics.median(beside() for _ in range(2 * TURNS)), 4)
+        (alone,) = take_turns([beside], 2 * TURNS)
+        times[first] = round(1e3 * statistics.median(alone), 4)
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time of a step", unit="policy", disable=hidden):
         if label != first:
-            own = _steps(params, tried[label], items)
-            ratio = statistics.median(own() / beside() for _ in range(TURNS))
+            own = _contender(params, label, tried[label], items)
+            ratio = median_ratio(*take_turns([own, beside], TURNS))
             times[label] = round(ratio * times[first], 4)
         write(file, json.dumps(found, indent=1) + "\n")
 
 
-def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[], float]:
-    """Times, whenever it is called, the same last steps of a batch: seconds for each."""
+def _contender(params: Params, label: str, policy: Policy, items: Sequence[Item]) -> Contender:
+    """Times, whenever it is called, the same last steps of a batch."""
     longest = max(item.limit for item in items)
-    plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
-    # No row ends while it is timed.
-    state, _ = begin(params, [item.prompt for item in items], [longest + LOOK] * len(items), plan)
-    pages = pages_for(LOOK, plan.page_size)
-    chunk = pages * plan.page_size
-    step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
-    for _ in range(max(1, longest // chunk - 1)):
-        state, _ = step(params, state)
-    return partial(seconds_per_step, step, params, state, chunk)
+    prompts = [item.prompt for item in items]
+    session = Session.create(params, policy, [len(prompt) for prompt in prompts], longest)
+    pages = pages_for(LOOK, policy.page_size)
+    chunk = pages * policy.page_size
+    tokens = max(1, longest // chunk - 1) * chunk
+    decode = TimedDecode.start(session, prompts, tokens, pages)
+    return Contender(label, tokens, decode.time_chunk)

@@ -52,7 +52,7 @@ def quick_compilation():
 
 @pytest.mark.once
 def test_the_command(tmp_path, capsys, monkeypatch, quick_compilation):
-    monkeypatch.setattr(bench_policies, "CHUNK", 32)
+    monkeypatch.setattr(bench_policies, "ROUND", 32)
     model = save_tiny(tmp_path / "model")
     args = ["bench", "--config", f"{model}/config.json", "--budget", "32", "--page-size", "8"]
     args += ["--prompt-tokens", "9", "--repetitions", "2", "--json"]

@@ -1,0 +1,131 @@
+"""What is compared takes turns in one process, so that a busy moment hits all of it alike."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+from tqdm import tqdm
+
+from raas_jax.decode import DecodeState, RowRequest
+from raas_jax.policies import pages_for
+from raas_jax.session import Session
+
+T = TypeVar("T")
+wait: Callable[[Any], Any] = jax.block_until_ready  # Which JAX leaves without types.
+
+
+class Contender(NamedTuple):
+    """What is timed beside others.
+
+    Attributes:
+      name: what it is.
+      length: generated tokens at which it is timed.
+      time_chunk: seconds per step, measured anew by every call.
+    """
+
+    name: str
+    length: int
+    time_chunk: Callable[[], float]
+
+
+def take_turns(
+    contenders: Sequence[Contender], turns: int, progress: bool = False
+) -> list[list[float]]:
+    """Times of each contender, one for every turn; they go now first to last, now last to first."""
+    times: list[list[float]] = [[] for _ in contenders]
+    entries = list(zip(contenders, times, strict=True))
+    with tqdm(total=turns * len(entries), unit="run", disable=not progress) as bar:
+        for turn in range(turns):
+            for contender, own in entries[:: -1 if turn % 2 else 1]:
+                bar.set_description(f"timing {contender.name}")
+                own.append(contender.time_chunk())
+                bar.update()
+    return times
+
+
+def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the ratios, turn by turn."""
+    return statistics.median(one / other for one, other in zip(times, others, strict=True))
+
+
+def check_positive(**numbers: int) -> None:
+    """Raises ValueError for a number below 1, with its name."""
+    for name, number in numbers.items():
+        if number < 1:
+            raise ValueError(f"{name} is {number}; it must be at least 1.")
+
+
+def timed(call: Callable[[], T]) -> tuple[T, float]:
+    """What a call gives, once it is computed, and the seconds until then."""
+    start = time.perf_counter()
+    result: T = wait(call())
+    return result, time.perf_counter() - start
+
+
+def endless(rows: int) -> RowRequest:
+    """Greedy rows of which none ends, since a row that has ended keeps nothing."""
+    return RowRequest.create([2**30] * rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class TimedDecode:
+    """A decode that has come to some length; its next chunk is timed as often as wanted.
+
+    Attributes:
+      session: the decode.
+      state: at a page boundary.
+      pages: in a chunk.
+    """
+
+    session: Session
+    state: DecodeState
+    pages: int
+
+    @classmethod
+    def start(
+        cls, session: Session, prompts: Sequence[Sequence[int]], tokens: int, pages: int
+    ) -> TimedDecode:
+        """Reads the prompts and decodes so many tokens, in whole chunks, with rows that never end.
+
+        Args:
+          session: for the prompts, and for a chunk more than the tokens.
+          prompts: token ids.
+          tokens: of every row, rounded up.
+          pages: in a chunk.
+        """
+        session.compile(pages)
+        state, _ = session.start(prompts, endless(session.rows))
+        return cls(session, state, pages).after(tokens)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens that are timed together."""
+        return self.pages * self.session.plan.page_size
+
+    def after(self, tokens: int) -> TimedDecode:
+        """This decode so many tokens later, in whole chunks; the memory of the state is used."""
+        state = self.state
+        for _ in range(pages_for(tokens, self.chunk)):
+            state, _ = self.session.advance(state, self.pages)
+        return dataclasses.replace(self, state=wait(state))
+
+    def time_chunk(self) -> float:
+        """Seconds per step over the chunk, on a copy of the state."""
+        _, seconds = timed(partial(self.session.advance, copied(self.state), self.pages))
+        return seconds / self.chunk
+
+
+def copied(state: DecodeState) -> DecodeState:
+    """The same state in memory of its own."""
+    copy: DecodeState = wait(_copied(state))
+    return copy
+
+
+_copied = jax.jit(partial(jax.tree.map, jnp.copy))
