@@ -150,7 +150,8 @@ def _insert(
             rows=rows,
         )
 
-    return jax.lax.fori_loop(0, groups.shape[0], one, state)
+    joined: DecodeState = jax.lax.fori_loop(0, groups.shape[0], one, state)
+    return joined
 
 
 def _copy(

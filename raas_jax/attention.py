@@ -156,7 +156,10 @@ class Reader:
             self.layer,
             target=self.target,
         )
-        return jax.tree.map(partial(by_row, heads=heads, samples=self.samples), shared)
+        of_row: DecodeAttention = jax.tree.map(
+            partial(by_row, heads=heads, samples=self.samples), shared
+        )
+        return of_row
 
     def bounded(self, q: jax.Array) -> Bounded:
         """Quest's bound of every page that has one, `[B, N, Sp]` and `[B, N, S]`; -inf if empty."""

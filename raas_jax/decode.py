@@ -162,13 +162,13 @@ class RowRequest(NamedTuple):
           seed: as for `raas_jax.sampling.row_keys`.
         """
         rows = len(limits)
-        one_for_all = sampling is None or isinstance(sampling, Sampling)
-        settings = [sampling or Sampling()] * rows if one_for_all else list(sampling)
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = [sampling or Sampling()] * rows
         padded = [*stop_tokens, *[-1] * (-len(stop_tokens) % 8 or 8 * (not stop_tokens))]
         return cls(
             jnp.asarray(limits, jnp.int32),
             jnp.asarray(padded, jnp.int32),
-            Sampler.create(settings, row_keys(seed, rows)),
+            Sampler.create(sampling, row_keys(seed, rows)),
         )
 
 
@@ -405,11 +405,8 @@ def decode_until_done(
     blank = Sampled(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
 
     def write(buffers: Sampled, sampled: Sampled, start: jax.Array) -> Sampled:
-        return jax.tree.map(
-            lambda buffer, part: jax.lax.dynamic_update_slice(buffer, part, (start, 0)),
-            buffers,
-            sampled,
-        )
+        pairs = zip(buffers, sampled, strict=True)
+        return Sampled(*(jax.lax.dynamic_update_slice(*pair, (start, 0)) for pair in pairs))
 
     def going(carry: tuple[DecodeState, Sampled, jax.Array]) -> jax.Array:
         state, _, page = carry
@@ -631,10 +628,10 @@ def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
 def cache_bytes(state: DecodeState) -> int:
     """Bytes of all that the decode keeps for attention: the three segments and the metadata."""
     leaves = jax.tree.leaves((state.cache, state.meta))
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+    return sum(math.prod(leaf.shape) * int(leaf.dtype.itemsize) for leaf in leaves)
 
 
 def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
     """Bytes of the keys and values of one sequence, nothing dropped or padded."""
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return tokens * per_token * jnp.dtype(dtype).itemsize
+    return tokens * per_token * int(jnp.dtype(dtype).itemsize)

@@ -70,7 +70,7 @@ def generate(
 ) -> list[Output]: ...
 def generate(
     params: Params,
-    prompt: Prompt | Prompts[Prompt],
+    prompt: Prompt | Prompts[PromptT],
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -134,7 +134,7 @@ def generate(
 
 def stream(
     params: Params,
-    prompt: Prompt | Prompts[Prompt],
+    prompt: Prompt | Prompts[PromptT],
     *,
     policy: Policy | None = None,
     sampling: Sampling | Sequence[Sampling] | None = None,
@@ -270,7 +270,7 @@ class _Run:
     def __init__(
         self,
         params: Params,
-        prompt: Prompt | Prompts[Prompt],
+        prompt: Prompt | Prompts[PromptT],
         policy: Policy | None,
         sampling: Sampling | Sequence[Sampling] | None,
         max_new_tokens: int | None,

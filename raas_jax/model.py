@@ -338,8 +338,9 @@ def hidden_states(
         q, k, v = layer.block.qkv(x, rotation)
         return layer.block.finish(x, attend(q, k, v, segments=segments)), None
 
-    x: jax.Array = ends(config, weights).embed(tokens)
-    return run_layers(config, weights, body, x)[0]
+    x, _ = run_layers(config, weights, body, ends(config, weights).embed(tokens))
+    hidden: jax.Array = x
+    return hidden
 
 
 def forward(
@@ -366,7 +367,7 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     product = functools.partial(_matmul, dtype=dtype)
     if math.prod(x.shape[:-1]) <= FEW_ROWS:
         sums = functools.partial(_row_by_row, dtype=dtype)
-        out = jax.lax.platform_dependent(x, flat, cuda=sums, default=product)
+        out: jax.Array = jax.lax.platform_dependent(x, flat, cuda=sums, default=product)
     else:
         out = product(x, flat)
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])

@@ -77,7 +77,7 @@ def score(
 ) -> list[Score]: ...
 def score(
     params: Params,
-    prompt: Prompt | Prompts[Prompt],
+    prompt: Prompt | Prompts[PromptT],
     continuation: str | Ids | Sequence[str | Ids],
     *,
     policy: Policy | None = None,

@@ -236,4 +236,5 @@ def _bytes(*trees: Any) -> int:
 
 
 def _whole_bytes(leaf: Any) -> int:
-    return math.prod(leaf.shape) * int(leaf.dtype.itemsize)
+    size: int = leaf.dtype.itemsize
+    return size * math.prod(leaf.shape)

@@ -62,7 +62,7 @@ def accesses(stamps: np.ndarray) -> np.ndarray:
     """
     # The clock of a step counts the tokens drawn before it, that of prefill included.
     now = np.arange(1, len(stamps) + 1, dtype=np.int32)[:, None, None, None]
-    return stamps == now
+    return np.asarray(stamps == now)
 
 
 def next_access(accessed: np.ndarray) -> np.ndarray:
