@@ -185,13 +185,21 @@ def ends(config: ModelConfig, weights: Weights) -> Ends:
     return module
 
 
-def separate(weights: Weights) -> Weights:
-    """The weights with a dictionary of arrays for each layer, which `run_layers` unrolls."""
+def separate(weights: Weights, *, consume: bool = False) -> Weights:
+    """The weights with a dictionary of arrays for each layer, which `run_layers` unrolls.
+
+    With `consume`, each stack is taken out of `weights` as it is cut, so that no more than one of
+    them is in memory twice.
+    """
     layers = weights["layers"]
     if isinstance(layers, tuple):
         return weights
-    numbers = range(layers["q"].shape[0])
-    return {**weights, "layers": tuple(_slice(layers, number) for number in numbers)}
+    parts: list[Weights] = [{} for _ in range(layers["q"].shape[0])]
+    for name in list(layers):
+        stack = layers.pop(name) if consume else layers[name]
+        for number, part in enumerate(parts):
+            part[name] = stack[number]
+    return {**weights, "layers": tuple(parts)}
 
 
 def stacked(weights: Weights) -> Weights:

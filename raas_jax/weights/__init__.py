@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import os
 import re
 from pathlib import Path
+from typing import Literal
 
+import jax
 from jax.typing import DTypeLike
 
+from raas_jax.model import separate
 from raas_jax.params import Params
 from raas_jax.weights.files import check_vacant
 from raas_jax.weights.hf import Shardings, load_hf, save_hf
@@ -31,11 +35,18 @@ DOWNLOADED = (
     "merges.txt",
     "chat_template.*",
 )
+LAYERS: dict[str, Literal["stacked", "separate"]] = {}
+"""How layers are stored on a backend where that is not "stacked"; decided once, as they are
+loaded."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
 def load(
-    source: str | os.PathLike[str], *, dtype: DTypeLike | None = None, sharding: Shardings = None
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike | None = None,
+    sharding: Shardings = None,
+    layers: Literal["stacked", "separate"] | None = None,
 ) -> Params:
     """Loads a model.
 
@@ -48,6 +59,8 @@ def load(
       sharding: None for the default device; a `jax.sharding.Mesh`, on which the weights lie by
         their logical axes; one `Sharding` for every array; a tree of them in the structure of
         `Params.weights`; or a function from the config to any of these.
+      layers: how the layers are stored. "stacked" layers are scanned, so that compile time does not
+        grow with depth; "separate" ones are unrolled. None is what suits the backend.
 
     Returns:
       `Params`, with `source` the folder in which its tokenizer is found.
@@ -58,7 +71,18 @@ def load(
     """
     folder = locate(source)
     reader = load_orbax if is_orbax(folder) else load_hf
-    return reader(folder, dtype=dtype, sharding=sharding)
+    check_layers(layers)
+    params = reader(folder, dtype=dtype, sharding=sharding)
+    if (layers or LAYERS.get(jax.default_backend(), "stacked")) == "stacked":
+        return params
+    weights = separate(params.weights, consume=True)
+    return dataclasses.replace(params, weights=weights)
+
+
+def check_layers(layers: str | None) -> None:
+    """Raises ValueError for a way to store layers that does not exist."""
+    if layers not in (None, "stacked", "separate"):
+        raise ValueError(f"layers is {layers!r}; expected 'stacked', 'separate' or None.")
 
 
 def convert(

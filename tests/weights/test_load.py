@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
 
 import raas_jax.weights as weights
@@ -95,3 +97,21 @@ def test_the_demo_loads():
         pytest.skip("the demo model is not in this checkout")
     params = weights.load("demo")
     assert params.source == str(weights.DEMO)
+
+
+@pytest.mark.parametrize("layers", ["separate", "stacked", None])
+def test_layers_are_stored_as_asked(layers):
+    params = weights.load("demo", dtype="float32", layers=layers)
+    apart = layers == "separate"
+    assert isinstance(params.weights["layers"], tuple) == apart
+    assert params.size == weights.load("demo").size
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        params.stacked().weights,
+        weights.load("demo", dtype="float32").weights,
+    )
+
+
+def test_another_way_to_store_layers_is_named():
+    with pytest.raises(ValueError, match="layers is 'sideways'"):
+        weights.load("demo", layers="sideways")
