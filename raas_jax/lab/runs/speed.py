@@ -16,13 +16,12 @@ from raas_jax.decode import Plan, decode_pages
 from raas_jax.lab.bench.run import seconds_per_step
 from raas_jax.lab.bench.steps import bench
 from raas_jax.lab.inspect.recording import begin
-from raas_jax.lab.runs.results import write
+from raas_jax.lab.runs.results import SPEED, STEPS, replace_file
 from raas_jax.lab.tasks.base import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 
-SPEED, STEPS = "speed.json", "steps.json"
-LOOK = 64
+TIMED_TOKENS = 64
 """Tokens that are timed together."""
 TURNS = 7
 """How often each policy's are."""
@@ -84,7 +83,7 @@ def measure_speed(
             }
             for timing in measured.timings
         ]
-        write(file, json.dumps(found, indent=1) + "\n")
+        replace_file(file, json.dumps(found, indent=1) + "\n")
 
 
 def measure_steps(
@@ -104,22 +103,22 @@ def measure_steps(
     file = folder / STEPS
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     first = next(iter(tried))
-    if (found.get("task"), found.get("excluded")) != (task, first):
-        found = {"task": task, "excluded": first, "milliseconds": {}}
+    if (found.get("task"), found.get("beside")) != (task, first):
+        found = {"task": task, "beside": first, "milliseconds": {}}
     times = found["milliseconds"]
     missing = [label for label in tried if label not in times]
     if not missing:
         return
-    beside = _steps(params, tried[first], items)
+    baseline = _steps(params, tried[first], items)
     if first not in times:
-        times[first] = round(1e3 * statistics.median(beside() for _ in range(2 * TURNS)), 4)
+        times[first] = round(1e3 * statistics.median(baseline() for _ in range(2 * TURNS)), 4)
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time of a step", unit="policy", disable=hidden):
         if label != first:
             own = _steps(params, tried[label], items)
-            ratio = statistics.median(own() / beside() for _ in range(TURNS))
+            ratio = statistics.median(own() / baseline() for _ in range(TURNS))
             times[label] = round(ratio * times[first], 4)
-        write(file, json.dumps(found, indent=1) + "\n")
+        replace_file(file, json.dumps(found, indent=1) + "\n")
 
 
 def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[], float]:
@@ -127,8 +126,10 @@ def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[]
     longest = max(item.limit for item in items)
     plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
     # No row ends while it is timed.
-    state, _ = begin(params, [item.prompt for item in items], [longest + LOOK] * len(items), plan)
-    pages = pages_for(LOOK, plan.page_size)
+    state, _ = begin(
+        params, [item.prompt for item in items], [longest + TIMED_TOKENS] * len(items), plan
+    )
+    pages = pages_for(TIMED_TOKENS, plan.page_size)
     chunk = pages * plan.page_size
     step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()
     for _ in range(max(1, longest // chunk - 1)):

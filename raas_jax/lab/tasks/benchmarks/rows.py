@@ -19,17 +19,24 @@ class Hub:
     split: str
 
 
-def from_jsonl(file: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+def from_jsonl(
+    file: str | Path, columns: Sequence[str], argument: str = "data"
+) -> list[dict[str, Any]]:
     """All rows of a file; blank lines are skipped.
+
+    Args:
+      file: path of the file.
+      columns: that every row must have.
+      argument: what the caller's argument is called, for the errors.
 
     Raises:
       FileNotFoundError, ValueError: with the file and the line.
     """
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"--data is {str(file)!r}, which is a folder; give a JSONL file.")
+        raise ValueError(f"{argument} is {str(file)!r}, which is a folder; give a JSONL file.")
     if not path.is_file():
-        raise FileNotFoundError(f"--data is {str(file)!r}; there is no such file.")
+        raise FileNotFoundError(f"{argument} is {str(file)!r}; there is no such file.")
     rows = []
     try:
         # Not splitlines: a line of JSON may hold characters that it takes for ends of lines.
@@ -64,7 +71,7 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
       ImportError: `datasets` is missing. OSError: the hub cannot be reached.
       ValueError: the data set has other columns.
     """
-    file = f"--data FILE (JSONL with {_listed(columns)})"
+    file = f"data, a JSONL file with {_listed(columns)}"
     try:
         from datasets import load_dataset
     except ImportError as error:

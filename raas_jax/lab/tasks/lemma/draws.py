@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
 
 from raas_jax.lab.tasks.lemma.language import MODULUS, NAMES, compute
 from raas_jax.lab.tasks.lemma.problems import Definition, Problem
@@ -133,9 +132,3 @@ def _renamed(problem: Problem, source: random.Random) -> Problem:
         for item in problem.definitions
     )
     return Problem(definitions, rename[problem.question])
-
-
-def problems(split: str, seed: int, knobs: Knobs) -> Iterator[Problem]:
-    """The endless stream of `draw(split, seed, 0, knobs)`, `draw(split, seed, 1, knobs)`, ..."""
-    for index in itertools.count():
-        yield draw(split, seed, index, knobs)
