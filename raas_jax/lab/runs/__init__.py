@@ -1,6 +1,6 @@
 """Evaluation: tasks, a results folder that goes on where it stopped, and tables with intervals."""
 
-from raas_jax.lab.inspect.recording import Recorded, Recording, record
+from raas_jax.lab.inspect.recording import record
 from raas_jax.lab.runs.decoding import Asking, EngineDecoding, RecordedDecoding
 from raas_jax.lab.runs.reporting import report, table
 from raas_jax.lab.runs.results import Results
@@ -14,9 +14,7 @@ __all__ = [
     "EngineDecoding",
     "Item",
     "LemmaTask",
-    "Recorded",
     "RecordedDecoding",
-    "Recording",
     "Response",
     "Results",
     "Task",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
 from jax.sharding import Mesh
@@ -56,10 +56,30 @@ class Asking:
             )
 
     def uses_chat(self, params: Params) -> bool:
-        """Whether text goes into a chat template."""
+        """Whether text goes into the chat template of this model."""
         if self.chat is None:
             return tokenizer.has_tokenizer(params) and bool(tokenizer.load(params).chat_template)
         return self.chat
+
+
+class Work(NamedTuple):
+    """What a cell asks: its items, and the pairs of item and sample that are `done`."""
+
+    params: Params
+    policy: Policy
+    items: Sequence[Item]
+    done: Collection[tuple[str, int]]
+    bar: Bar
+
+    def missing(self, samples: int) -> list[Item]:
+        """Items that lack an answer."""
+        wanted = range(samples)
+        return [item for item in self.items if any((item.name, i) not in self.done for i in wanted)]
+
+    def bytes_of_row(self, prompt: int, length: int) -> int:
+        """Bytes of such a row in a cache of its own."""
+        params, dtype = self.params, self.params.weights["embedding"].dtype
+        return row_bytes(params.config, self.policy, prompt, length, dtype.name)
 
 
 class Decoding(Protocol):
@@ -73,17 +93,10 @@ class Decoding(Protocol):
         """What it adds to the configuration of a run."""
 
     def environment(self) -> dict[str, Any]:
-        """What it adds to what is noted of a start; it does not decide the samples."""
+        """What it adds to the notes of a start; it does not decide the samples."""
 
-    def responses(
-        self,
-        params: Params,
-        policy: Policy,
-        items: Sequence[Item],
-        done: Collection[tuple[str, int]],
-        bar: Bar,
-    ) -> Iterator[Response]:
-        """Answers what is not among `done`, (item, sample), each as soon as it is there."""
+    def responses(self, work: Work) -> Iterator[Response]:
+        """Answers what is missing, each answer as soon as it is there."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,41 +124,29 @@ class RecordedDecoding:
     def environment(self) -> dict[str, Any]:
         return {}
 
-    def responses(
-        self,
-        params: Params,
-        policy: Policy,
-        items: Sequence[Item],
-        done: Collection[tuple[str, int]],
-        bar: Bar,
-    ) -> Iterator[Response]:
+    def responses(self, work: Work) -> Iterator[Response]:
+        params, dtype = work.params, work.params.weights["embedding"].dtype
         # Neighbours of one length finish together, and share a compiled program.
-        missing = sorted(
-            (item for item in items if (item.name, 0) not in done),
-            key=lambda item: (item.limit, len(item.prompt)),
-        )
-        dtype = params.weights["embedding"].dtype
+        missing = sorted(work.missing(1), key=lambda item: (item.limit, len(item.prompt)))
         for start in range(0, len(missing), self.rows):
             batch = missing[start : start + self.rows]
             for index, recording in self.record(
                 params,
                 [item.prompt for item in batch],
                 [item.limit for item in batch],
-                policy,
+                work.policy,
                 stop_tokens=tokenizer.stop_token_ids(params),
-                rows=min(self.rows, len(items)),
+                rows=min(self.rows, len(work.items)),
             ):
                 item, tokens = batch[index], recording.tokens
-                prompt, length = len(item.prompt), len(item.prompt) + len(tokens)
+                length = len(item.prompt) + len(tokens)
                 measured = {
-                    "kv_bytes": row_bytes(params.config, policy, prompt, item.limit, dtype.name),
+                    "kv_bytes": work.bytes_of_row(len(item.prompt), item.limit),
                     "dense_kv_bytes": dense_bytes(params.config, length, dtype),
                     "seconds": round(recording.seconds, 3),
                 }
-                text = tokenizer.decode(params, tokens)
-                yield Response(
-                    item, 0, tokens, text, recording.finish_reason, measured, recording=recording
-                )
+                text, why = tokenizer.decode(params, tokens), recording.finish_reason
+                yield Response(item, 0, tokens, text, why, measured, recording=recording)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,54 +175,40 @@ class EngineDecoding:
         mesh = {} if self.mesh is None else {"mesh": dict(self.mesh.shape)}
         return {"rows": self.rows, "share": self.share, **mesh}
 
-    def responses(
-        self,
-        params: Params,
-        policy: Policy,
-        items: Sequence[Item],
-        done: Collection[tuple[str, int]],
-        bar: Bar,
-    ) -> Iterator[Response]:
-        by_name = {item.name: item for item in items}
-        engine = self._engine(params, policy, items)
+    def responses(self, work: Work) -> Iterator[Response]:
+        items = {item.name: item for item in work.items}
+        engine = self._engine(work)
         engine.warm_up()
-        bar.watch(engine)
+        work.bar.watch(engine)
         began = time.perf_counter()
-        # Only an item whose samples are all there is left out of what is asked.
-        missing = (
-            item
-            for item in items
-            if any((item.name, sample) not in done for sample in range(self.asking.samples))
-        )
-        for result in engine.run(map(self._request, missing), done=done):
+        requests = map(self._request, work.missing(self.asking.samples))
+        for result in engine.run(requests, done=work.done):
             if result.finish_reason == "interrupted":
                 raise KeyboardInterrupt
-            elapsed, item = time.perf_counter() - began, by_name[str(result.id)]
-            measured = self._measured(params, policy, item, result)
-            yield Response(
-                item,
-                result.sample,
-                result.tokens,
-                result.text,
-                result.finish_reason,
-                measured | {"elapsed": round(elapsed, 3)},
-                error=result.error,
-            )
+            item = items[str(result.id)]
+            measured = {
+                "gold": item.gold,
+                "seed": self._seed(item),
+                "finish_reason": result.finish_reason,
+                **_stats(work, result),
+                "elapsed": round(time.perf_counter() - began, 3),
+            }
+            if self.keep_tokens:
+                measured["token_ids"] = list(result.tokens)
+            answer = (result.tokens, result.text, result.finish_reason)
+            yield Response(item, result.sample, *answer, measured, error=result.error)
 
-    def _engine(self, params: Params, policy: Policy, items: Sequence[Item]) -> Engine:
+    def _engine(self, work: Work) -> Engine:
         """The same however much is missing, so that going on compiles nothing new."""
-        wanted = len(items) * self.asking.samples
         together = self.share * (1 if self.mesh is None else self.mesh.shape["data"])
-        limits = [item.limit or self.asking.max_new_tokens for item in items]
-        known = [limit for limit in limits if limit is not None]
+        enough = -(-len(work.items) * self.asking.samples // together) * together
+        limits = [item.limit or self.asking.max_new_tokens or 0 for item in work.items]
         return Engine(
-            params,
-            policy=policy,
-            rows="auto"
-            if self.rows == "auto"
-            else min(self.rows, -(-wanted // together) * together),
-            max_new_tokens=max(known) if len(known) == len(limits) else None,
-            max_prompt_tokens=max(len(item.prompt) for item in items),
+            work.params,
+            policy=work.policy,
+            rows=self.rows if self.rows == "auto" else min(self.rows, enough),
+            max_new_tokens=max(limits) if all(limits) else None,
+            max_prompt_tokens=max(len(item.prompt) for item in work.items),
             samples=self.share,
             mesh=self.mesh,
         )
@@ -231,38 +218,31 @@ class EngineDecoding:
             item.name,
             list(item.prompt),
             self.asking.sampling,
-            seed=item_seed(self.asking.seed, int(item.name)),
+            seed=self._seed(item),
             max_new_tokens=item.limit or self.asking.max_new_tokens,
             n=self.asking.samples,
         )
 
-    def _measured(
-        self, params: Params, policy: Policy, item: Item, result: Result
-    ) -> dict[str, Any]:
-        measured: dict[str, Any] = {
-            "gold": item.gold,
-            "seed": item_seed(self.asking.seed, int(item.name)),
-            "finish_reason": result.finish_reason,
-        }
-        stats = result.stats
-        if stats is not None:
-            P = policy.page_size
-            # Whole pages, so that few lengths have to be worked out.
-            prompt, length = (
-                pages_for(count, P) * P for count in (stats.prompt_tokens, stats.generated_tokens)
-            )
-            dtype = params.weights["embedding"].dtype.name
-            measured |= {
-                "kept_pages": stats.kept_pages,
-                "evicted_pages": stats.evicted_pages,
-                "kv_bytes": stats.kv_bytes,
-                "kv_bytes_of_length": row_bytes(params.config, policy, prompt, length, dtype),
-                "dense_kv_bytes": stats.dense_kv_bytes,
-                "seconds": round(stats.prefill_seconds + stats.decode_seconds, 3),
-            }
-        if self.keep_tokens:
-            measured["token_ids"] = list(result.tokens)
-        return measured
+    def _seed(self, item: Item) -> int:
+        return item_seed(self.asking.seed, int(item.name))
+
+
+def _stats(work: Work, result: Result) -> dict[str, Any]:
+    stats, P = result.stats, work.policy.page_size
+    if stats is None:
+        return {}
+    # Whole pages, so that few lengths have to be worked out.
+    prompt, length = (
+        pages_for(count, P) * P for count in (stats.prompt_tokens, stats.generated_tokens)
+    )
+    return {
+        "kept_pages": stats.kept_pages,
+        "evicted_pages": stats.evicted_pages,
+        "kv_bytes": stats.kv_bytes,
+        "kv_bytes_of_length": work.bytes_of_row(prompt, length),
+        "dense_kv_bytes": stats.dense_kv_bytes,
+        "seconds": round(stats.prefill_seconds + stats.decode_seconds, 3),
+    }
 
 
 def item_seed(seed: int, index: int) -> int:

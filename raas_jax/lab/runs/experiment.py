@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ class Cell:
       task_label, label: what samples and tables call the task and the policy.
       task, policy: themselves.
       decoding: how the items are answered.
+      described: what the configuration of the run says of it, as JSON values.
     """
 
     task_label: str
@@ -31,6 +33,7 @@ class Cell:
     task: Task
     policy: Policy
     decoding: Decoding
+    described: Mapping[str, Any]
 
 
 def model_identity(params: Params, model: str) -> dict[str, str]:

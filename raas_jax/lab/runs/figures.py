@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -221,14 +222,11 @@ def against_length(findings: Findings) -> Figure | None:
     for number, (policy, timings) in enumerate(findings.speed.items()):
         tokens = [timing["tokens"] for timing in timings]
         style = _numbered(number) | {"color": _colour(findings, policy, number), "markersize": 4}
-        total, before, spent = [], 0, 0.0
-        for timing in timings:
-            spent += (timing["tokens"] - before) * timing["ms_per_token"] / 1e3
-            before = timing["tokens"]
-            total.append(spent)
+        pairs = zip([0, *tokens], timings, strict=False)
+        spent = ((each["tokens"] - before) * each["ms_per_token"] for before, each in pairs)
         axes[0].plot(tokens, [each["kv_bytes"] / 1024 for each in timings], label=policy, **style)
         axes[1].plot(tokens, [each["ms_per_token"] for each in timings], **style)
-        axes[2].plot(tokens, total, **style)
+        axes[2].plot(tokens, [ms / 1e3 for ms in accumulate(spent)], **style)
     names = ("KiB of keys, values, metadata", "milliseconds per token", "seconds to this length")
     for axis, name in zip(axes, names, strict=True):
         axis.set_xlabel("tokens generated")
@@ -307,9 +305,7 @@ def _look(findings: Findings, policy: str) -> dict[str, Any]:
 
 def _legend(figure: Figure, axes: Sequence[Any]) -> None:
     named: dict[str, Any] = {}
-    for axis in axes:
-        handles, labels = axis.get_legend_handles_labels()
-        named.update(zip(labels, handles, strict=True))
-    figure.legend(
-        list(named.values()), list(named), loc="outside right center", fontsize=8, frameon=False
-    )
+    for handles, labels in (axis.get_legend_handles_labels() for axis in axes):
+        named |= zip(labels, handles, strict=True)
+    style = {"loc": "outside right center", "fontsize": 8, "frameon": False}
+    figure.legend(list(named.values()), list(named), **style)

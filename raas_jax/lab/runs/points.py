@@ -35,7 +35,9 @@ class Point:
       budget: in tokens; in a study, of the reference policy. None for a policy without one.
       samples: all that are finished.
       figures: by name, in the order of the table.
-      own_budget, bytes, groups: of a study, see `StudyCell`.
+      own_budget: in a study, that of the policy itself.
+      bytes: in a study, of the key/value memory of a row of median size.
+      groups: in a study, `MAIN` and the ablations that it belongs to.
       step_ms: time of a step of a batch, milliseconds; None where it was not measured.
     """
 
@@ -122,15 +124,13 @@ class Findings:
 
     def find(self, task: str, policy: str, budget: int | None) -> Point | None:
         """The point of a policy at a budget; one without a budget serves all."""
-        for point in self.points:
-            if (point.task, point.policy) == (task, policy) and point.budget in (budget, None):
-                return point
-        return None
+        found = (point for point in self.points if (point.task, point.policy) == (task, policy))
+        return next((point for point in found if point.budget in (budget, None)), None)
 
 
 def _cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What a configuration says of each point, under the names of `Point`."""
-    if "cells" in config:
+    if "cells" in config:  # Where there is no budget, they have a zero.
         names = ("task", "label", "budget", "own_budget", "bytes", "groups")
         return [{"policy": c["entry"]} | {n: c[n] or None for n in names} for c in config["cells"]]
     task = config["task"]["name"]
@@ -141,12 +141,7 @@ def _cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def sampled_figures(problems: Sequence[Sequence[Sample]], n: int) -> dict[str, Estimate]:
-    """All figures of answers that came from the engine.
-
-    Args:
-      problems: the samples of each, of which there is at least one.
-      n: samples asked for of each problem.
-    """
+    """All figures of answers from the engine, of which each problem has one to n."""
     rights = [[bool(sample["correct"]) for sample in samples] for samples in problems]
     found = {"correct": clustered_share(rights)}
     for k in sorted({*(2**i for i in range(1, n.bit_length())), n} - {1}):

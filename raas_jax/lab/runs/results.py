@@ -1,11 +1,11 @@
 """The folder of a run: its configuration, and one JSON line per sample.
 
-run.json            version of this layout; configuration; every start with versions and device
-samples.jsonl       one line per sample, appended and flushed as it is finished
-samples.bad.jsonl   lines that could not be read, kept aside
+run.json                version of this layout; configuration; versions and device of every start
+samples.jsonl           one line per sample, appended and flushed as it is finished
+samples.bad.jsonl       lines that could not be read, kept aside
 speed.json, steps.json  times of a study, apart from its samples
 table.md, table.csv     made from the others by `raas-jax report`
-.lock               held by the process that adds to the folder
+.lock                   held by the process that adds to the folder
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -100,21 +100,29 @@ class Results:
                 f"{path / RUN} has version {found.version}, and this raas_jax knows {VERSION}; use "
                 "the one that wrote it, or a later one."
             )
-        old = found.version == 1
-        if old:
+        if found.version == 1:
             found.config = migrated(found.config)
-        for line in _lines(path / SAMPLES):
-            sample = _parse_sample(line)
-            if sample is None:
-                found.bad.append(line)
-                continue
-            if old and found.config.get("kind") != "study":
-                sample["policy"] = migrated_label(str(sample["policy"]))
-            if _key(sample) in found.samples:
-                found.repeated += 1
-            else:
-                found._take(sample)
+        if (path / SAMPLES).is_file():
+            with (path / SAMPLES).open(encoding="utf-8", errors="replace") as stream:
+                for line in filter(str.strip, stream):
+                    found._take_line(line)
         return found
+
+    def _take_line(self, line: str) -> None:
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            sample = None
+        # A line without its end may be a shorter number than was meant.
+        if not (line.endswith("\n") and isinstance(sample, dict) and sample.keys() >= {*KEY}):
+            self.bad.append(line)
+            return
+        if self.version == 1 and self.config.get("kind") != "study":
+            sample["policy"] = migrated_label(str(sample["policy"]))
+        if _key(sample) in self.samples:
+            self.repeated += 1
+        else:
+            self._take(sample)
 
     @classmethod
     def open(
@@ -138,14 +146,12 @@ class Results:
         except FileExistsError:
             raise ValueError(f"{given} is a file; give a folder.") from None
         if not (path / RUN).is_file() and any(file.name != LOCK for file in path.iterdir()):
-            raise ValueError(f"{given} holds files but no {RUN}; it is no folder of a run.")
+            raise ValueError(f"{given} holds files but no {RUN}, so it is no folder of a run.")
         lock = FileLock(path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(
-                f"{given} is in use by another process; wait for it, or give another."
-            ) from None
+            raise ValueError(f"{given} is in use by another process; wait for it.") from None
         wanted: dict[str, Any] = json.loads(json.dumps(config))
         try:
             found = cls.read(path) if (path / RUN).is_file() else cls(path, wanted)
@@ -167,11 +173,11 @@ class Results:
                 file.writelines(line.rstrip("\n") + "\n" for line in self.bad)
         if self.bad or self.version < VERSION:
             lines = (json.dumps(sample) + "\n" for sample in self.samples.values())
-            replace_file(self.folder / SAMPLES, "".join(lines))
+            _replace(self.folder / SAMPLES, "".join(lines))
         self.starts.append(dict(environment))
         # Written before the first sample, so that every sample has its configuration.
         run = {"version": VERSION, "config": self.config, "starts": self.starts}
-        replace_file(self.folder / RUN, json.dumps(run, indent=1) + "\n")
+        write_json(self.folder / RUN, run)
 
     def close(self) -> None:
         """Lets other processes add to the folder."""
@@ -252,34 +258,21 @@ def _key(sample: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(sample[name]) for name in KEY)
 
 
-def _lines(file: Path) -> Iterator[str]:
-    if file.is_file():
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            yield from (line for line in stream if line.strip())
+def read_json(file: Path) -> dict[str, Any]:
+    """What is in a file; empty where there is none."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
-def _parse_sample(line: str) -> Sample | None:
-    """The sample on a line, None if it is not whole."""
-    try:
-        sample = json.loads(line)
-    except ValueError:
-        return None
-    # A line without its end may be a shorter number than was meant.
-    good = line.endswith("\n") and isinstance(sample, dict) and all(key in sample for key in KEY)
-    return sample if good else None
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file that is the old or the new one after a kill."""
+    _replace(file, json.dumps(values, indent=1) + "\n")
 
 
-def replace_file(file: Path, text: str) -> None:
-    """Replaces a file at once, so that a kill leaves the old or the new one."""
+def _replace(file: Path, text: str) -> None:
     fresh = file.with_name(file.name + ".new")
     with fresh.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
         os.fsync(stream.fileno())
     os.replace(fresh, file)
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """What is in a file; empty where there is none."""
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found

@@ -13,7 +13,7 @@ import jax
 
 import raas_jax
 from raas_jax.decode import Plan
-from raas_jax.lab.runs.decoding import Decoding, EngineDecoding, RecordedDecoding
+from raas_jax.lab.runs.decoding import Decoding, EngineDecoding, RecordedDecoding, Work
 from raas_jax.lab.runs.experiment import Cell, model_identity, policy_identity
 from raas_jax.lab.runs.progress import Bar
 from raas_jax.lab.runs.results import Results, Sample
@@ -58,17 +58,17 @@ def run(
         prompt, or a folder of another run. OSError: the folder cannot be written.
     """
     decoding = decoding or (RecordedDecoding() if task.records else EngineDecoding())
-    described = [policy_identity(policy) for policy in tried]
+    cells = [
+        Cell(task.name, described["label"], task, policy, decoding, described)
+        for policy in tried
+        for described in [policy_identity(policy)]
+    ]
     config = {
         "task": task.config(),
         **model_identity(params, model),
         **decoding.config(params, task),
-        "policies": described,
+        "policies": [cell.described for cell in cells],
     }
-    cells = [
-        Cell(task.name, fields["label"], task, policy, decoding)
-        for fields, policy in zip(described, tried, strict=True)
-    ]
     return run_cells(params, cells, out, config, workers=workers, progress=progress)
 
 
@@ -81,15 +81,12 @@ def run_cells(
     workers: int = 2,
     progress: bool | None = None,
 ) -> Results:
-    """Answers every item of every cell; see `run`, which is this for one task.
+    """Answers every item of every cell, in their order; see `run`, which is this for one task.
 
     Args:
-      params: the model.
-      cells: in the order in which they are run.
-      out: folder of the run.
+      params, out, workers, progress: as there.
+      cells: what is run.
       config: all that decides the samples, as JSON values; must be that of the folder.
-      workers: processes that grade.
-      progress: a bar on stderr; None shows it on a terminal.
     """
     names = [f"{cell.label} on {cell.task_label}" for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -150,7 +147,7 @@ def _run_cell(
                 write(response, verdict.result()._asdict())
 
     try:
-        for response in cell.decoding.responses(params, cell.policy, items, done, bar):
+        for response in cell.decoding.responses(Work(params, cell.policy, items, done, bar)):
             graded = cell.task.grade(response)
             if graded is not None:
                 write(response, graded)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from raas_jax.decode import Plan, decode_pages
 from raas_jax.lab.bench.run import seconds_per_step
 from raas_jax.lab.bench.steps import bench
 from raas_jax.lab.inspect.recording import begin
-from raas_jax.lab.runs.results import SPEED, STEPS, replace_file
+from raas_jax.lab.runs.results import SPEED, STEPS, read_json, write_json
 from raas_jax.lab.tasks.base import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
@@ -63,27 +62,21 @@ def measure_speed(
 ) -> None:
     """Adds to `speed.json`, policy by policy, what is not there yet."""
     file = folder / SPEED
-    found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
+    found: dict[str, list[dict[str, Any]]] = read_json(file)
     missing = [label for label in tried if label not in found]
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time per token", unit="policy", disable=hidden):
-        measured = bench(
-            params,
-            tried[label],
-            prompt_tokens=speed.prompt_tokens,
-            lengths=speed.lengths,
-            batch=speed.batch,
-            repetitions=speed.repetitions,
-        )
+        names = ("prompt_tokens", "lengths", "batch", "repetitions")
+        measured = bench(params, tried[label], **{name: getattr(speed, name) for name in names})
         found[label] = [
             {
-                "tokens": timing.generated,
-                "ms_per_token": round(timing.ms_per_token, 4),
-                "kv_bytes": timing.kv_bytes,
+                "tokens": t.generated,
+                "ms_per_token": round(t.ms_per_token, 4),
+                "kv_bytes": t.kv_bytes,
             }
-            for timing in measured.timings
+            for t in measured.timings
         ]
-        replace_file(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def measure_steps(
@@ -101,7 +94,7 @@ def measure_steps(
     first one, and its median ratio to that one's time is what is told.
     """
     file = folder / STEPS
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    found = read_json(file)
     first = next(iter(tried))
     if (found.get("task"), found.get("beside")) != (task, first):
         found = {"task": task, "beside": first, "milliseconds": {}}
@@ -118,7 +111,7 @@ def measure_steps(
             own = _steps(params, tried[label], items)
             ratio = statistics.median(own() / baseline() for _ in range(TURNS))
             times[label] = round(ratio * times[first], 4)
-        replace_file(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[], float]:
@@ -126,9 +119,8 @@ def _steps(params: Params, policy: Policy, items: Sequence[Item]) -> Callable[[]
     longest = max(item.limit for item in items)
     plan = Plan.create(params.config, policy, [len(item.prompt) for item in items], longest)
     # No row ends while it is timed.
-    state, _ = begin(
-        params, [item.prompt for item in items], [longest + TIMED_TOKENS] * len(items), plan
-    )
+    limits = [longest + TIMED_TOKENS] * len(items)
+    state, _ = begin(params, [item.prompt for item in items], limits, plan)
     pages = pages_for(TIMED_TOKENS, plan.page_size)
     chunk = pages * plan.page_size
     step = decode_pages.lower(params, state, plan=plan, pages=pages).compile()

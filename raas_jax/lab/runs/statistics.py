@@ -67,13 +67,10 @@ def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
 
 
 def clustered_share(problems: Sequence[Sequence[bool]]) -> Estimate:
-    """Share of samples that are true.
+    """Share of the samples of each problem that are true.
 
     With one sample each the interval is Wilson's; so it is where all problems agree, which a
     standard error would take for certainty.
-
-    Args:
-      problems: the samples of each.
     """
     if not problems:
         return Estimate(math.nan)
@@ -84,7 +81,7 @@ def clustered_share(problems: Sequence[Sequence[bool]]) -> Estimate:
 
 
 def clustered_mean(problems: Sequence[Sequence[float]]) -> Estimate:
-    """Mean over samples."""
+    """Mean over the samples of each problem."""
     return ratio([sum(each) for each in problems], [len(each) for each in problems])
 
 
@@ -93,10 +90,6 @@ def pass_at_k(problems: Sequence[Sequence[bool]], k: int) -> Estimate:
 
     The unbiased estimator of Chen et al. (arXiv 2107.03374): of a problem with c right samples of
     n, 1 - C(n - c, k) / C(n, k). Problems with fewer than k samples are left out.
-
-    Args:
-      problems: the samples of each.
-      k: at least 1.
     """
     if k < 1:
         raise ValueError(f"k is {k}; it must be at least 1.")

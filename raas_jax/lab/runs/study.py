@@ -146,6 +146,10 @@ class Study:
         for name in (self.reference, *self.controls, *(self.speed.policies if self.speed else ())):
             if name not in known:
                 raise TypeError(f"{name!r} is not the label of one of its policies")
+        named: dict[str, Variant] = {}
+        for variant in [*self.variants, *(v for each in self.ablations for v in each.variants)]:
+            if named.setdefault(variant.label, variant) != variant:
+                raise TypeError(f"label {variant.label!r} names two policies; give each its own")
         tasks = [task.label for task in self.tasks]
         if self.speed and self.speed.steps_of not in (None, *tasks):
             raise TypeError(f"speed names the task {self.speed.steps_of!r}")

@@ -51,17 +51,18 @@ def test_everybody_gets_the_bytes_of_the_reference():
     study = Study.from_file(CONFIGS / "study_smoke.yaml")
     planned, impossible = plan_study(study, raas_jax.load("demo"))
     assert not impossible
-    by_name = {(each.variant, each.budget): each for each in planned}
-    assert by_name["RaaS", 16].own_budget == 16
-    assert by_name["R-KV", 32].own_budget < 32
-    page = by_name["RaaS", 32].bytes - by_name["RaaS", 16].bytes
-    for each in planned:
-        if each.budget:
-            target = by_name["RaaS", each.budget].bytes
-            assert each.bytes <= target * (1 + TOLERANCE)
+    by_name = {(cell.described["entry"], cell.described["budget"]): cell for cell in planned}
+    described = {key: cell.described for key, cell in by_name.items()}
+    assert described["RaaS", 16]["own_budget"] == 16
+    assert described["R-KV", 32]["own_budget"] < 32
+    page = described["RaaS", 32]["bytes"] - described["RaaS", 16]["bytes"]
+    for (entry, budget), each in described.items():
+        if budget:
+            target = described["RaaS", budget]["bytes"]
+            assert each["bytes"] <= target * (1 + TOLERANCE)
             # And one page more would be too much.
-            assert each.bytes + page / 4 > target or each.variant == "R-KV"
-    assert by_name["Dense", 0].bytes > by_name["RaaS", 32].bytes
+            assert each["bytes"] + page / 4 > target or entry == "R-KV"
+    assert described["Dense", 0]["bytes"] > described["RaaS", 32]["bytes"]
     # Options that are a share of the policy's own budget.
     rkv = by_name["R-KV", 32].policy
     assert rkv.every == rkv.budget // 2

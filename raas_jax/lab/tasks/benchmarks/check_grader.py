@@ -71,24 +71,17 @@ def check_grader(
     asked = list(cases(questions))
     marks = [graders.submit(each.gold, each.text) for each in asked]
     graded, good, bad = Counter[str](), Counter[str](), []
-    disable = None if progress is None else not progress
-    for each, mark in tqdm(
-        zip(asked, marks, strict=True), total=len(asked), unit="answer", disable=disable
-    ):
-        found = mark.result()
-        graded[each.kind] += 1
-        if found.correct is each.right and not found.error:
-            good[each.kind] += 1
-        else:
-            wanted = "right" if each.right else "wrong"
+    hidden = None if progress is None else not progress
+    bar = tqdm(marks, unit="answer", disable=hidden)
+    for each, found in zip(asked, (mark.result() for mark in bar), strict=True):
+        wanted = "right" if each.right else "wrong"
+        row = f"{each.kind} | {wanted}"
+        graded[row] += 1
+        good[row] += found.correct is each.right and not found.error
+        if found.correct is not each.right or found.error:
             why = found.error or f"read as {found.answer!r}"
-            bad.append(
-                f"{each.kind}: {each.gold!r} should be {wanted} ({why}): {each.text[-200:]!r}"
-            )
-    rights = {each.kind: each.right for each in asked}
+            end = each.text[-200:]
+            bad.append(f"{each.kind}: {each.gold!r} should be {wanted} ({why}): {end!r}")
     lines = ["| answers | must be | graded so |", "|---|---|---:|"]
-    lines += [
-        f"| {kind} | {'right' if rights[kind] else 'wrong'} | {good[kind]} of {graded[kind]} |"
-        for kind in graded
-    ]
+    lines += [f"| {row} | {good[row]} of {count} |" for row, count in graded.items()]
     return "\n".join(lines) + "\n", bad

@@ -72,16 +72,14 @@ class Dataset:
         return Benchmark(self.name, tuple(questions))
 
 
+# Grade-school word problems (arXiv 2110.14168), 1,319 in the test split.
+GSM8K = Hub("openai/gsm8k", "main", "test")
+# Competition mathematics (arXiv 2103.03874), the 500 problems of arXiv 2305.20050.
+MATH500 = Hub("HuggingFaceH4/MATH-500", None, "test")
+# Both papers of the invitational of 2024: 30 problems with answers from 0 to 999.
+AIME24 = Hub("HuggingFaceH4/aime_2024", None, "train")
 DATASETS = {
-    each.name: each
-    for each in (
-        # Grade-school word problems (arXiv 2110.14168), 1,319 in the test split.
-        Dataset("gsm8k", "question", STANDALONE, gsm8k_answer, Hub("openai/gsm8k", "main", "test")),
-        # Competition mathematics (arXiv 2103.03874), the 500 problems of arXiv 2305.20050.
-        Dataset(
-            "math500", "problem", STEP_BY_STEP, hub=Hub("HuggingFaceH4/MATH-500", None, "test")
-        ),
-        # Both papers of the invitational of 2024: 30 problems with answers from 0 to 999.
-        Dataset("aime24", "problem", STANDALONE, hub=Hub("HuggingFaceH4/aime_2024", None, "train")),
-    )
+    "gsm8k": Dataset("gsm8k", "question", STANDALONE, gsm8k_answer, GSM8K),
+    "math500": Dataset("math500", "problem", STEP_BY_STEP, hub=MATH500),
+    "aime24": Dataset("aime24", "problem", STANDALONE, hub=AIME24),
 }

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 
 from raas_jax.lab.tasks.benchmarks.base import Benchmark
-from raas_jax.lab.tasks.benchmarks.datasets import Dataset, Row
-from raas_jax.lab.tasks.benchmarks.rows import check_columns, from_jsonl
+from raas_jax.lab.tasks.benchmarks.datasets import Dataset
+from raas_jax.lab.tasks.benchmarks.rows import check_row, from_jsonl
 
 
 def from_file(file: Path) -> Benchmark:
@@ -23,11 +22,7 @@ def from_file(file: Path) -> Benchmark:
 
 
 def from_python(file: Path, data: str | Path | None = None) -> Benchmark:
-    """The task of a Python file.
-
-    Args:
-      file: defines `problems()`, or `problems(data)` where it reads a file.
-      data: given to `problems` if it is not None.
+    """The task of a Python file, whose `problems` is given `data` if that is not None.
 
     Raises:
       FileNotFoundError, ValueError: with what is wrong with the file.
@@ -39,7 +34,7 @@ def from_python(file: Path, data: str | Path | None = None) -> Benchmark:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        rows = list(_rows(module.problems, data))
+        rows = list(module.problems() if data is None else module.problems(data))
     except AttributeError as error:
         if hasattr(module, "problems"):
             raise ValueError(f"{file} failed: {error}") from error
@@ -51,16 +46,8 @@ def from_python(file: Path, data: str | Path | None = None) -> Benchmark:
         raise ValueError(f"{file} failed: {type(error).__name__}: {error}") from error
     own = Dataset(file.stem)
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}: problem {number} is {row!r}; expected a dictionary.")
-        check_columns(row, own.columns, f"{file}, problem {number}")
+        check_row(row, own.columns, f"{file}, problem {number}")
     if not rows:
         raise ValueError(f"{file} gives no problems.")
     grader = file if callable(getattr(module, "grade", None)) else None
     return dataclasses.replace(own.of(rows), grader=grader)
-
-
-def _rows(problems: object, data: str | Path | None) -> Iterable[Row]:
-    assert callable(problems)
-    rows: Iterable[Row] = problems() if data is None else problems(data)
-    return rows

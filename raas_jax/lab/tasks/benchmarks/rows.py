@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,7 @@ def from_jsonl(
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: is a {type(row).__name__}; expected an object with "
-                f"{_listed(columns)}."
-            )
-        check_columns(row, columns, f"{path}, line {number}")
+        check_row(row, columns, f"{path}, line {number}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} is empty; write one JSON object per line.")
@@ -88,15 +83,17 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
             f"or give {file}."
         ) from error
     rows = [dict(row) for row in found]
-    for row in rows[:1]:
-        check_columns(row, columns, hub.path)
     if not rows:
         raise ValueError(f"{hub.path} has no rows in its split {hub.split}; give {file}.")
+    check_row(rows[0], columns, hub.path)
     return rows
 
 
-def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str) -> None:
+def check_row(row: object, columns: Sequence[str], where: str) -> None:
     """Raises ValueError, with near matches, for a row that lacks a column or has an odd value."""
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise ValueError(f"{where}: is a {kind}; expected a dictionary with {_listed(columns)}.")
     for column in columns:
         if column not in row:
             near = difflib.get_close_matches(column, list(row), n=1)

@@ -126,9 +126,7 @@ def _renamed(problem: Problem, source: random.Random) -> Problem:
     fresh = source.sample(NAMES, len(problem.definitions))
     rename = dict(zip((item.name for item in problem.definitions), fresh, strict=True))
     definitions = tuple(
-        Definition(rename[item.name], item.left)
-        if item.is_literal
-        else Definition(rename[item.name], rename[item.left], item.operator, rename[item.right])
+        Definition(*(rename.get(word, word) for word in dataclasses.astuple(item)))
         for item in problem.definitions
     )
     return Problem(definitions, rename[problem.question])

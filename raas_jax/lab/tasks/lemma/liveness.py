@@ -45,10 +45,8 @@ class Liveness:
         Needs position < now: a token that is not written yet has no mark.
         """
         if not 0 <= position < now:
-            raise ValueError(
-                f"position={position}: wanted 0 <= position < now={now}; "
-                "ask about a token that is already written"
-            )
+            what = f"position={position}: wanted 0 <= position < now={now}"
+            raise ValueError(f"{what}; ask about a token that is already written")
         if position < self.prompt_tokens:
             return "prompt"
         if position >= self._line_start(now):
@@ -77,11 +75,7 @@ def written(prompt_tokens: int, words: Sequence[str]) -> Liveness:
     """Marks of a derivation as a model wrote it, right or wrong.
 
     A name with a digit right after it is a statement; it looks up the statements of that name
-    before it, if there are any.
-
-    Args:
-      prompt_tokens: tokens before the derivation.
-      words: of the derivation, one for each token.
+    before it, if there are any. `prompt_tokens` stand before the `words`, one for each token.
     """
     needed_until = [-1] * (prompt_tokens + len(words))
     starts: list[int] = []

@@ -45,10 +45,7 @@ class Recall(NamedTuple):
 def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Recall:
     """Counts the look-ups of a derivation that were served; one that goes wrong is counted too.
 
-    Args:
-      problem: what was asked.
-      recording: of the answer.
-      words: of the answer, one for each token.
+    `words` are those of the answer, one for each token.
     """
     marks, right = liveness(problem), problem.derivation_words
     together = min(len(words), len(right))
