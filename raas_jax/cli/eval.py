@@ -24,6 +24,7 @@ from raas_jax.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from raas_jax.lab.tasks.benchmarks import Benchmark
     from raas_jax.policies import Policy
 
 # Options of one kind of task; given for the other, they are refused.
@@ -126,9 +127,9 @@ class Eval:
         )
         tried = self._tried("32,64,128,256")
         if self.samples > 1 or self.sampling.temperature > 0:
-            from raas_jax.lab.tasks.benchmarks.lemma import LEMMA, lemma_problems
+            from raas_jax.lab.tasks.benchmarks.lemma import lemma_benchmark
 
-            self._ask(out, LEMMA, lemma_problems(task), tried)
+            self._ask(out, lemma_benchmark(task), tried)
             return
         if self.rows == "auto" or self.mesh is not None:
             raise ValueError(
@@ -138,27 +139,26 @@ class Eval:
         from raas_jax import load
 
         params = load(self.model, dtype=self.dtype)
-        evaluate.run(params, task, tried, out, model=self.model, rows=self.rows)
+        decoding = evaluate.RecordedDecoding(self.rows)
+        evaluate.run(params, task, tried, out, model=self.model, decoding=decoding)
 
     def _run_benchmark(self, out: str) -> None:
         tried = self._tried("1024")
-        benchmark, problems = self._open()
-        self._ask(out, benchmark, problems, tried)
+        self._ask(out, self._open(), tried)
 
-    def _open(self) -> tuple[Any, Any]:
+    def _open(self) -> Benchmark:
         from raas_jax.lab.tasks.benchmarks import open_benchmark
 
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"--limit is {self.limit}; it must be at least 1.")
-        benchmark, problems = open_benchmark(self.task, self.data)
-        return benchmark, problems[: self.limit]
+        return open_benchmark(self.task, self.data).first(self.limit)
 
-    def _ask(self, out: str, benchmark: Any, problems: Any, tried: list[Policy]) -> None:
+    def _ask(self, out: str, benchmark: Benchmark, tried: list[Policy]) -> None:
         from raas_jax import load
-        from raas_jax.lab.runs.benchmark import Asking, run_benchmark
+        from raas_jax.lab import runs as evaluate
         from raas_jax.sharding import make_mesh
 
-        asking = Asking(
+        asking = evaluate.Asking(
             samples=self.samples,
             sampling=self.sampling.create(),
             seed=self.sampling.seed,
@@ -168,31 +168,27 @@ class Eval:
         )
         sizes = parse_mesh(self.mesh)
         mesh = make_mesh(sizes.get("data", 1), sizes.get("model", 1)) if sizes else None
-        run_benchmark(
+        decoding = evaluate.EngineDecoding(asking, self.rows, self.share, mesh, self.tokens)
+        evaluate.run(
             load(self.model, dtype=self.dtype, sharding=mesh),
             benchmark,
-            problems,
             tried,
             out,
             model=self.model,
-            asking=asking,
-            rows=self.rows,
-            share=self.share,
-            mesh=mesh,
-            keep_tokens=self.tokens,
+            decoding=decoding,
             workers=self.graders,
         )
 
     def _check_grader(self) -> int:
+        from raas_jax.lab.tasks.benchmarks.check_grader import check_grader
         from raas_jax.lab.tasks.grading import GraderPool
-        from raas_jax.lab.tasks.grading.check import check
 
         if self.task == "lemma":
             raise ValueError("lemma grades by plain comparison; --check-grader is for the others.")
-        benchmark, problems = self._open()
+        benchmark = self._open()
         try:
             with GraderPool(self.graders, self.grading_seconds, benchmark.grader) as graders:
-                table, bad = check(problems, graders)
+                table, bad = check_grader(benchmark.questions, graders)
         except ImportError as error:
             raise ValueError(str(error)) from error
         print(table, end="")
@@ -201,7 +197,8 @@ class Eval:
         return 1 if bad else 0
 
     def _run_study(self, out: str, file: str) -> int:
-        from raas_jax.lab.runs.study import Study, run_study
+        from raas_jax.lab.runs.planning import run_study
+        from raas_jax.lab.runs.study import Study
 
         meant = {"task", "out", "config", "model", "dtype"}
         for field in dataclasses.fields(self):

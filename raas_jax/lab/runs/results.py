@@ -1,27 +1,57 @@
 """The folder of a run: its configuration, and one JSON line per sample.
 
-run.json            configuration; every start with versions and device
-samples.jsonl       one line per sample, appended and flushed as it is finished
-samples.bad.jsonl   lines that could not be read, kept aside
-table.md, table.csv made from the two above by `raas-jax report`
-.lock               held by the process that adds to the folder
+run.json                version of this layout; configuration; versions and device of every start
+samples.jsonl           one line per sample, appended and flushed as it is finished
+samples.bad.jsonl       lines that could not be read, kept aside
+speed.json, steps.json  times of a study, apart from its samples
+table.md, table.csv     made from the others by `raas-jax report`
+.lock                   held by the process that adds to the folder
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 RUN, SAMPLES, BAD, LOCK = "run.json", "samples.jsonl", "samples.bad.jsonl", ".lock"
+SPEED, STEPS = "speed.json", "steps.json"
+VERSION = 2
+"""Of the layout. Before version 2 there was none, and options of policies had other names."""
 KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
 Sample = dict[str, Any]
-Cell = tuple[str, str]
-"""The label of a task and that of a policy: what one line of a table is made of."""
+
+
+def migrated(config: Any) -> Any:
+    """What a configuration of version 1 says, under the names of version 2; JSON values."""
+    if isinstance(config, list):
+        return [migrated(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    found = {name: migrated(value) for name, value in config.items()}
+    if found.get("share") in ("kv_head", "layer"):
+        found["granularity"] = found.pop("share")
+    if found.get("prompt") in _PROMPT:
+        found["prompt"] = _PROMPT[found["prompt"]]
+    if "Policy" in found:  # Made of options; other labels are the user's own words.
+        found |= {name: migrated_label(found[name]) for name in ("label", "Policy")}
+    if found.get("title") == "Recall to the first slip":
+        found["title"] = "Recall to the first error"
+    return found
+
+
+def migrated_label(label: str) -> str:
+    """The label of a policy of version 1, such as `raas (share=layer) 64`, in version 2."""
+    label = re.sub(r"(?<=[( ])share=(?=kv_head|layer)", "granularity=", label)
+    return re.sub(r"(?<=[( ]prompt=)(beside|within)\b", lambda found: _PROMPT[found[0]], label)
+
+
+_PROMPT = {"beside": "excluded", "within": "included"}
 
 
 class Results:
@@ -33,57 +63,75 @@ class Results:
       samples: those that are finished, by (task, policy, item, sample).
       bad: lines that could not be read.
       repeated: lines that repeated a sample; the first counts.
-      starts: how often the run was started, this time included.
+      starts: versions and device of every start.
+      version: of the files that were read.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any], samples: list[Sample], bad: list[str]):
+    def __init__(self, folder: Path, config: dict[str, Any]):
         self.folder = folder
         self.config = config
         self.samples: dict[tuple[str, ...], Sample] = {}
-        self._cells: dict[Cell, list[Sample]] = {}
-        self.bad = bad
+        self._cells: dict[tuple[str, str], list[Sample]] = {}
+        self.bad: list[str] = []
         self.repeated = 0
-        self.starts = 0
+        self.starts: list[dict[str, Any]] = []
+        self.version = VERSION
         self._lock: FileLock | None = None
-        for sample in samples:
-            if _key(sample) in self.samples:
-                self.repeated += 1
-            else:
-                self._take(sample)
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
         """Reads a folder and changes nothing in it.
 
         Raises:
-          FileNotFoundError: it holds no run. ValueError: `run.json` is not readable.
+          FileNotFoundError: it holds no run. ValueError: `run.json` is not readable, or of a later
+            version.
         """
         path = Path(folder)
         if not (path / RUN).is_file():
-            raise FileNotFoundError(
-                f"{path} holds no {RUN}; give the --out folder of a `raas-jax eval`."
-            )
+            raise FileNotFoundError(f"folder is {str(path)!r}, which holds no {RUN} of a run.")
         try:
-            config = json.loads((path / RUN).read_text())["config"]
-        except (ValueError, KeyError, TypeError) as error:
+            run = json.loads((path / RUN).read_text())
+            found = cls(path, run["config"])
+            found.version, found.starts = int(run.get("version", 1)), run.get("starts", [])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path / RUN} is not a run's configuration ({error}).") from error
-        good, bad = [], []
-        for line in _lines(path / SAMPLES):
-            sample = _parse(line)
-            if sample is None:
-                bad.append(line)
-            else:
-                good.append(sample)
-        return cls(path, config, good, bad)
+        if found.version > VERSION:
+            raise ValueError(
+                f"{path / RUN} has version {found.version}, and this raas_jax knows {VERSION}; use "
+                "the one that wrote it, or a later one."
+            )
+        if found.version == 1:
+            found.config = migrated(found.config)
+        if (path / SAMPLES).is_file():
+            with (path / SAMPLES).open(encoding="utf-8", errors="replace") as stream:
+                for line in filter(str.strip, stream):
+                    found._take_line(line)
+        return found
+
+    def _take_line(self, line: str) -> None:
+        try:
+            sample = json.loads(line)
+        except ValueError:
+            sample = None
+        # A line without its end may be a shorter number than was meant.
+        if not (line.endswith("\n") and isinstance(sample, dict) and sample.keys() >= {*KEY}):
+            self.bad.append(line)
+            return
+        if self.version == 1 and self.config.get("kind") != "study":
+            sample["policy"] = migrated_label(str(sample["policy"]))
+        if _key(sample) in self.samples:
+            self.repeated += 1
+        else:
+            self._take(sample)
 
     @classmethod
     def open(
-        cls, folder: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any]
+        cls, out: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any]
     ) -> Results:
         """Starts a run, or goes on with one; lines that cannot be read are kept aside.
 
         Args:
-          folder: made if it is not there.
+          out: folder; made if it is not there.
           config: JSON values; must equal that of the run in the folder, if there is one.
           environment: versions and device of this start, added to `run.json`.
 
@@ -92,57 +140,44 @@ class Results:
             another process adds to it.
           OSError: it cannot be written.
         """
-        path = Path(folder)
+        path, given = Path(out), f"out is {str(out)!r}, which"
         try:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
-            raise ValueError(f"--out is {str(folder)!r}, which is a file; give a folder.") from None
+            raise ValueError(f"{given} is a file; give a folder.") from None
         if not (path / RUN).is_file() and any(file.name != LOCK for file in path.iterdir()):
-            raise ValueError(
-                f"{path} holds files but no {RUN}, so it is no folder of a run; give another --out."
-            )
+            raise ValueError(f"{given} holds files but no {RUN}, so it is no folder of a run.")
         lock = FileLock(path / LOCK)
         try:
             lock.acquire(timeout=0)
         except Timeout:
-            raise ValueError(
-                f"{path} is in use by another process; wait for it, or give another --out."
-            ) from None
+            raise ValueError(f"{given} is in use by another process; wait for it.") from None
+        wanted: dict[str, Any] = json.loads(json.dumps(config))
         try:
-            found = cls._open_locked(path, config, environment)
+            found = cls.read(path) if (path / RUN).is_file() else cls(path, wanted)
+            if different := differences(found.config, wanted):
+                raise ValueError(
+                    f"{given} holds another run; give a new folder, or the same options. "
+                    "There → here:\n  " + "\n  ".join(different)
+                )
+            found._start(environment)
         except BaseException:
             lock.release()
             raise
         found._lock = lock
         return found
 
-    @classmethod
-    def _open_locked(
-        cls, path: Path, config: Mapping[str, Any], environment: Mapping[str, Any]
-    ) -> Results:
-        wanted: dict[str, Any] = json.loads(json.dumps(config))
-        starts = []
-        if (path / RUN).is_file():
-            found = cls.read(path)
-            different = differences(found.config, wanted)
-            if different:
-                raise ValueError(
-                    f"{path} holds another run; give a new --out, or the same options. "
-                    "There → here:\n  " + "\n  ".join(different)
-                )
-            starts = json.loads((path / RUN).read_text()).get("starts", [])
-            if found.bad:
-                with (path / BAD).open("a", encoding="utf-8") as file:
-                    file.writelines(line.rstrip("\n") + "\n" for line in found.bad)
-                lines = (json.dumps(sample) + "\n" for sample in found.samples.values())
-                write(path / SAMPLES, "".join(lines))
-        else:
-            found = cls(path, wanted, [], [])
+    def _start(self, environment: Mapping[str, Any]) -> None:
+        if self.bad:
+            with (self.folder / BAD).open("a", encoding="utf-8") as file:
+                file.writelines(line.rstrip("\n") + "\n" for line in self.bad)
+        if self.bad or self.version < VERSION:
+            lines = (json.dumps(sample) + "\n" for sample in self.samples.values())
+            _replace(self.folder / SAMPLES, "".join(lines))
+        self.starts.append(dict(environment))
         # Written before the first sample, so that every sample has its configuration.
-        whole = {"config": wanted, "starts": [*starts, dict(environment)]}
-        write(path / RUN, json.dumps(whole, indent=1) + "\n")
-        found.starts = len(whole["starts"])
-        return found
+        run = {"version": VERSION, "config": self.config, "starts": self.starts}
+        write_json(self.folder / RUN, run)
 
     def close(self) -> None:
         """Lets other processes add to the folder."""
@@ -223,25 +258,18 @@ def _key(sample: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(sample[name]) for name in KEY)
 
 
-def _lines(file: Path) -> Iterator[str]:
-    if file.is_file():
-        with file.open(encoding="utf-8", errors="replace") as stream:
-            yield from (line for line in stream if line.strip())
+def read_json(file: Path) -> dict[str, Any]:
+    """What is in a file; empty where there is none."""
+    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
-def _parse(line: str) -> Sample | None:
-    """The sample on a line, None if it is not whole."""
-    try:
-        sample = json.loads(line)
-    except ValueError:
-        return None
-    # A line without its end may be a shorter number than was meant.
-    good = line.endswith("\n") and isinstance(sample, dict) and all(key in sample for key in KEY)
-    return sample if good else None
+def write_json(file: Path, values: Mapping[str, Any]) -> None:
+    """Writes a file that is the old or the new one after a kill."""
+    _replace(file, json.dumps(values, indent=1) + "\n")
 
 
-def write(file: Path, text: str) -> None:
-    """Replaces a file at once, so that a kill leaves the old or the new one."""
+def _replace(file: Path, text: str) -> None:
     fresh = file.with_name(file.name + ".new")
     with fresh.open("w", encoding="utf-8") as stream:
         stream.write(text)

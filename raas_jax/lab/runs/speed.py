@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,13 @@ from tqdm.auto import tqdm
 
 from raas_jax.lab.bench.steps import bench
 from raas_jax.lab.bench.turns import Contender, TimedDecode, median_ratio, take_turns
-from raas_jax.lab.runs.results import write
+from raas_jax.lab.runs.results import SPEED, STEPS, read_json, write_json
 from raas_jax.lab.tasks.base import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
 from raas_jax.session import Session
 
-SPEED, STEPS = "speed.json", "steps.json"
-LOOK = 64
+TIMED_TOKENS = 64
 """Tokens that are timed together."""
 TURNS = 7
 """How often each policy's are."""
@@ -62,27 +60,21 @@ def measure_speed(
 ) -> None:
     """Adds to `speed.json`, policy by policy, what is not there yet."""
     file = folder / SPEED
-    found: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
+    found: dict[str, list[dict[str, Any]]] = read_json(file)
     missing = [label for label in tried if label not in found]
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time per token", unit="policy", disable=hidden):
-        measured = bench(
-            params,
-            tried[label],
-            prompt_tokens=speed.prompt_tokens,
-            lengths=speed.lengths,
-            batch=speed.batch,
-            repetitions=speed.repetitions,
-        )
+        names = ("prompt_tokens", "lengths", "batch", "repetitions")
+        measured = bench(params, tried[label], **{name: getattr(speed, name) for name in names})
         found[label] = [
             {
-                "tokens": timing.generated,
-                "ms_per_token": round(timing.ms_per_token, 4),
-                "kv_bytes": timing.kv_bytes,
+                "tokens": t.generated,
+                "ms_per_token": round(t.ms_per_token, 4),
+                "kv_bytes": t.kv_bytes,
             }
-            for timing in measured.timings
+            for t in measured.timings
         ]
-        write(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def measure_steps(
@@ -100,25 +92,25 @@ def measure_steps(
     first one, and its median ratio to that one's time is what is told.
     """
     file = folder / STEPS
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
+    found = read_json(file)
     first = next(iter(tried))
-    if (found.get("task"), found.get("excluded")) != (task, first):
-        found = {"task": task, "excluded": first, "milliseconds": {}}
+    if (found.get("task"), found.get("beside")) != (task, first):
+        found = {"task": task, "beside": first, "milliseconds": {}}
     times = found["milliseconds"]
     missing = [label for label in tried if label not in times]
     if not missing:
         return
-    beside = _contender(params, first, tried[first], items)
+    baseline = _contender(params, first, tried[first], items)
     if first not in times:
-        (alone,) = take_turns([beside], 2 * TURNS)
+        (alone,) = take_turns([baseline], 2 * TURNS)
         times[first] = round(1e3 * statistics.median(alone), 4)
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time of a step", unit="policy", disable=hidden):
         if label != first:
             own = _contender(params, label, tried[label], items)
-            ratio = median_ratio(*take_turns([own, beside], TURNS))
+            ratio = median_ratio(*take_turns([own, baseline], TURNS))
             times[label] = round(ratio * times[first], 4)
-        write(file, json.dumps(found, indent=1) + "\n")
+        write_json(file, found)
 
 
 def _contender(params: Params, label: str, policy: Policy, items: Sequence[Item]) -> Contender:
@@ -126,7 +118,7 @@ def _contender(params: Params, label: str, policy: Policy, items: Sequence[Item]
     longest = max(item.limit for item in items)
     prompts = [item.prompt for item in items]
     session = Session.create(params, policy, [len(prompt) for prompt in prompts], longest)
-    pages = pages_for(LOOK, policy.page_size)
+    pages = pages_for(TIMED_TOKENS, policy.page_size)
     chunk = pages * policy.page_size
     tokens = max(1, longest // chunk - 1) * chunk
     decode = TimedDecode.start(session, prompts, tokens, pages)

@@ -1,4 +1,4 @@
-"""From samples to tables: one row per policy, 95 % intervals, Markdown and CSV."""
+"""How figures are written: in Markdown for people, in CSV for programs."""
 
 from __future__ import annotations
 
@@ -6,146 +6,76 @@ import csv
 import dataclasses
 import io
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
-Z95 = 1.959963984540054  # Two-sided 95 % point of the normal distribution.
-Kind = Literal["share", "mean", "bytes", "ratio"]
+from raas_jax.lab.runs.points import Point
+from raas_jax.lab.runs.statistics import Estimate
+from raas_jax.lab.tasks.base import Column
 
 
-@dataclasses.dataclass(frozen=True)
-class Column:
-    """One figure of a table.
+class Heading(NamedTuple):
+    """How people read a figure: its title, its unit, what it is multiplied with, its digits."""
 
-    Attributes:
-      name: the samples' field, and the column of the CSV.
-      title: heading in Markdown.
-      kind: "share" of samples where the field is true (Wilson's interval); "mean" of a number;
-        "bytes", a mean without interval; "ratio", the sum of the field over that of `per`, with
-        samples as the units that vary.
-      per: for a ratio, the field with the denominator.
-    """
-
-    name: str
     title: str
-    kind: Kind
-    per: str = ""
+    unit: str = ""
+    factor: float = 1
+    digits: str = ".0f"
+
+    def text(self, found: Estimate | None) -> str:
+        """The value, and the 95 % interval in brackets."""
+        if found is None or math.isnan(found.value):
+            return "–"
+        value, *interval = (
+            "" if each is None else f"{each * self.factor:{self.digits}}"
+            for each in dataclasses.astuple(found)
+        )
+        return value + self.unit + (f" [{', '.join(interval)}]" if all(interval) else "")
 
 
-@dataclasses.dataclass(frozen=True)
-class Estimate:
-    """A figure and its 95 % interval, `low` and `high` None where it has none."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-def wilson(successes: int, trials: int) -> Estimate:
-    """Share of successes with Wilson's score interval (JASA 22, 1927)."""
-    if not 0 <= successes <= trials or trials < 1:
-        raise ValueError(f"successes={successes}, trials={trials}: wanted 0 <= successes <= trials")
-    p, z2 = successes / trials, Z95 * Z95
-    centre = (p + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = Z95 * math.sqrt(p * (1 - p) / trials + z2 / (4 * trials**2)) / (1 + z2 / trials)
-    # Rounding must not put the share itself outside.
-    return Estimate(p, max(0.0, min(p, centre - half)), min(1.0, max(p, centre + half)))
+PERCENT = (" %", 100, ".1f")
+_KINDS: dict[str, tuple[str, float, str]] = {
+    "share": PERCENT,
+    "ratio": PERCENT,
+    "mean": ("", 1, ".0f"),
+    "bytes": (" KiB", 1 / 1024, ".0f"),
+}
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """Mean with the normal interval of its standard error; no interval for a single value."""
-    return ratio(values, [1.0] * len(values))
+def heading(column: Column) -> Heading:
+    """How people read the figure of a column."""
+    return Heading(column.title, *_KINDS[column.kind])
 
 
-def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Estimate:
-    """Sum over sum, with the linearised standard error over the pairs; NaN where there is none."""
-    n, total = len(numerators), sum(denominators)
-    if not total:
-        return Estimate(math.nan)
-    value = sum(numerators) / total
-    if n < 2:
-        return Estimate(value)
-    squares = sum((y - value * x) ** 2 for y, x in zip(numerators, denominators, strict=True))
-    half = Z95 * math.sqrt(squares * n / (n - 1)) / total
-    return Estimate(value, value - half, value + half)
-
-
-def paired(first: Sequence[float], second: Sequence[float]) -> Estimate:
-    """Mean of `first - second` over pairs, with the normal interval of the differences."""
-    if not first:
-        return Estimate(math.nan)
-    return mean([float(a) - float(b) for a, b in zip(first, second, strict=True)])
-
-
-def estimate(column: Column, samples: Sequence[Mapping[str, Any]]) -> Estimate:
-    """The figure of a column over samples, of which there is at least one."""
-    values = [sample[column.name] for sample in samples]
-    if column.kind == "share":
-        return wilson(sum(map(bool, values)), len(values))
-    if column.kind == "ratio":
-        found = ratio(values, [sample[column.per] for sample in samples])
-        if found.low is None or found.high is None:
-            return found
-        return Estimate(found.value, max(0.0, found.low), min(1.0, found.high))
-    if column.kind == "bytes":
-        return Estimate(sum(values) / len(values))
-    return mean(values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-    """One policy's figures: `labels` (heading → text), number of samples, and the estimates."""
-
-    labels: dict[str, str]
-    samples: int
-    estimates: tuple[Estimate, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """Columns and lines; `markdown` and `csv` write them."""
-
-    columns: tuple[Column, ...]
-    lines: tuple[Line, ...]
-
-    def markdown(self) -> str:
-        """A table for people: value, and the 95 % interval in brackets."""
-        if not self.lines:
-            return "No samples yet.\n"
-        headings = [
-            *self.lines[0].labels,
-            "n",
-            *(column.title for column in self.columns),
+def points_markdown(points: Sequence[Point], headings: Mapping[str, Heading]) -> str:
+    """A line for every point of a task, with the figures that one of them has."""
+    if not points:
+        return "No samples yet.\n"
+    names = list(dict.fromkeys(name for point in points for name in point.figures))
+    rows = [
+        [
+            *(point.policy, str(point.budget or "–"), str(len(point.samples))),
+            *(headings[name].text(point.figures.get(name)) for name in names),
         ]
-        rows = [
-            [
-                *line.labels.values(),
-                str(line.samples),
-                *map(cell_text, self.columns, line.estimates),
-            ]
-            for line in self.lines
-        ]
-        return markdown_table(headings, rows, labels=len(self.lines[0].labels))
+        for point in points
+    ]
+    titles = [headings[name].title for name in names]
+    return markdown_table(["Policy", "Budget", "n", *titles], rows, labels=2)
 
-    def csv(self) -> str:
-        """A table for programs: `name`, `name_low`, `name_high`, unrounded."""
-        names = [
-            f"{column.name}{end}"
-            for column in self.columns
-            for end in ("", *(("_low", "_high") if column.kind != "bytes" else ()))
-        ]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        labels = list(self.lines[0].labels) if self.lines else []
-        writer.writerow([*(label.lower() for label in labels), "samples", *names])
-        for line in self.lines:
-            cells: list[float | str] = []
-            for column, found in zip(self.columns, line.estimates, strict=True):
-                cells.append(found.value)
-                if column.kind != "bytes":
-                    cells += ["" if x is None else x for x in (found.low, found.high)]
-            writer.writerow([*line.labels.values(), line.samples, *cells])
-        return text.getvalue()
+
+def points_csv(points: Sequence[Point], exact: Collection[str] = (), no_budget: str = "") -> str:
+    """The same unrounded; `exact` names figures that never have an interval."""
+    rows = []
+    for point in points:
+        row: dict[str, Any] = {
+            "policy": point.policy,
+            "budget": point.budget or no_budget,
+            "samples": len(point.samples),
+        }
+        for name, found in point.figures.items():
+            row |= {name: found.value} if name in exact else csv_cells(name, found)
+        rows.append(row)
+    return csv_text(rows)
 
 
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -> str:
@@ -163,15 +93,17 @@ def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, la
     return "".join(map(join, [headings, rule, *rows]))
 
 
-def cell_text(column: Column, found: Estimate) -> str:
-    """A figure for people: value, and the 95 % interval in brackets."""
-    if math.isnan(found.value):
-        return "–"
-    if column.kind == "bytes":
-        return f"{found.value / 1024:.0f} KiB"
-    scale, digits = (100, 1) if column.kind in ("share", "ratio") else (1, 0)
-    unit = " %" if scale == 100 else ""
-    text = f"{found.value * scale:.{digits}f}{unit}"
-    if found.low is None or found.high is None:
-        return text
-    return f"{text} [{found.low * scale:.{digits}f}, {found.high * scale:.{digits}f}]"
+def csv_cells(name: str, found: Estimate | None, between: str = "_") -> dict[str, Any]:
+    """A figure and the ends of its interval."""
+    names = (name, f"{name}{between}low", f"{name}{between}high")
+    return dict(zip(names, dataclasses.astuple(found) if found else (None,) * 3, strict=True))
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as CSV, with every column that one of them has."""
+    text = io.StringIO()
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -13,13 +13,14 @@ import pytest
 
 import raas_jax
 from raas_jax.cli.main import main
-from raas_jax.lab.runs import LemmaTask, Results, report
-from raas_jax.lab.runs.benchmark import Asking, _Bar, item_seed, run_benchmark
-from raas_jax.lab.tasks.benchmarks.lemma import LEMMA, is_right, lemma_problems
+from raas_jax.lab.runs import Asking, EngineDecoding, LemmaTask, Results, report, run
+from raas_jax.lab.runs.decoding import item_seed
+from raas_jax.lab.runs.progress import Bar
+from raas_jax.lab.tasks.benchmarks.lemma import ends_in, lemma_benchmark
 from raas_jax.policies import RaaS
 from raas_jax.sampling import Sampling
 
-PROBLEMS = lemma_problems(LemmaTask(problems=3, smallest=4, largest=4, max_new_tokens=14))
+TASK = lemma_benchmark(LemmaTask(problems=3, smallest=4, largest=4, max_new_tokens=14))
 SAMPLING = Sampling(temperature=1.0)
 ASKING = Asking(samples=3, sampling=SAMPLING, seed=5)
 POLICY = RaaS(8, page_size=4)
@@ -29,11 +30,11 @@ TIMES = ("seconds", "start", "elapsed")
 
 @pytest.fixture(scope="module")
 def ask(params):
-    def run(folder, **options):
-        options = {"asking": ASKING, "rows": 4, "keep_tokens": True, "progress": False} | options
-        return run_benchmark(params, LEMMA, PROBLEMS, [POLICY], folder, model="tiny", **options)
+    def ask(folder, asking=ASKING):
+        decoding = EngineDecoding(asking, rows=4, keep_tokens=True)
+        return run(params, TASK, [POLICY], folder, model="tiny", decoding=decoding, progress=False)
 
-    return run
+    return ask
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def without_times(results):
 
 def test_samples_are_those_of_generate(params, whole):
     assert len(whole.samples) == 9 and not whole.remarks()
-    for index, problem in enumerate(PROBLEMS):
+    for index, problem in enumerate(TASK.questions):
         outputs = raas_jax.generate(
             params,
             [problem.prompt] * 3,
@@ -67,16 +68,16 @@ def test_samples_are_those_of_generate(params, whole):
             assert sample["token_ids"] == output.tokens and sample["text"] == output.text
             assert sample["tokens"] == len(output.tokens) and sample["gold"] == problem.answer
             assert sample["capped"] == (output.finish_reason == "length")
-            right = is_right(problem.answer, output.text)
+            right = ends_in(problem.answer, output.text)
             assert sample["correct"] == (right and not sample["capped"])
     texts = {tuple(sample["token_ids"]) for sample in whole.samples.values()}
     assert len(texts) == 9  # Every sample draws for itself.
 
 
-def test_the_right_answer_is_right():
-    assert is_right("answer c 3", "c = a + b , a 4 b 9 , c 3 ; answer c 3")
-    assert not is_right("answer c 3", "answer c 3 ; answer c 4")
-    assert not is_right("answer c 3", "")
+def test_the_right_answer_ends_in():
+    assert ends_in("answer c 3", "c = a + b , a 4 b 9 , c 3 ; answer c 3")
+    assert not ends_in("answer c 3", "answer c 3 ; answer c 4")
+    assert not ends_in("answer c 3", "")
 
 
 @pytest.mark.parametrize("kill_after", [1, 5])
@@ -96,7 +97,9 @@ def test_a_killed_run_goes_on_where_it_was(ask, whole, tmp_path, killed, kill_af
 
 def test_the_bar(capsys):
     engine = SimpleNamespace(rows=4, usage=SimpleNamespace(useful_row_steps=0))
-    with _Bar("raas 8", 6, {("0", 0): True}, engine, True) as bar:
+    with Bar(6, 1, True) as bar:
+        bar.start("raas 8", 6, [True])
+        bar.watch(engine)
         engine.usage.useful_row_steps = 30
         bar.count(False)
         bar.count(True)
@@ -108,7 +111,7 @@ def test_the_bar(capsys):
 
 
 def test_what_is_there_is_not_asked_again(ask, whole, monkeypatch):
-    monkeypatch.setattr("raas_jax.lab.runs.benchmark.Engine", None)
+    monkeypatch.setattr("raas_jax.lab.runs.decoding.Engine", None)
     assert without_times(ask(whole.folder)) == without_times(whole)
 
 
@@ -206,7 +209,7 @@ def test_a_report_names_what_has_no_mark(whole, tmp_path):
 def test_the_command(model, whole, tmp_path, capsys):
     pytest.importorskip("math_verify", reason="needs math-verify (the extra eval)")
     data = tmp_path / "mine.jsonl"
-    rows = [{"prompt": problem.prompt, "answer": "4"} for problem in PROBLEMS]
+    rows = [{"prompt": problem.prompt, "answer": "4"} for problem in TASK.questions]
     data.write_text("".join(json.dumps(row) + "\n" for row in [*rows, rows[0]]))
     args = ["eval", str(data), "--model", model, "--policies", "raas", "--budgets", "8"]
     args += ["--page-size", "4", "-n", "14", "--rows", "4", "--graders", "1", "--limit", "3"]
@@ -236,7 +239,7 @@ def test_bad_options(tmp_path, capsys):
     good.write_text('{"problem": "1+1?", "answer": "2"}\n')
     for args, said in [
         (["gsm"], "Did you mean gsm8k?"),
-        (["gsm8k"], "--data FILE"),  # Tests are offline.
+        (["gsm8k"], "or give data, a JSONL file"),  # Tests are offline.
         (["math500", "--data", str(data)], "Is 'answr' meant to be 'answer'?"),
         (["math500", "--data", str(data), "--problems", "3"], "--problems is not an option of"),
         (["lemma", "--limit", "3"], "--limit is not an option of the task lemma"),

@@ -7,7 +7,8 @@ import pytest
 from raas_jax.cli.eval import parse_range
 from raas_jax.cli.main import main
 from raas_jax.cli.options import parse_policies
-from raas_jax.lab.runs import LemmaTask, Results, report, run, table
+from raas_jax.lab.runs import LemmaTask, RecordedDecoding, Results, report, run, table
+from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.results import differences
 from raas_jax.policies import Dense, RaaS
 
@@ -21,7 +22,7 @@ CONFIG = {"task": {"name": "lemma"}, "policies": [{"label": "raas 8", "budget": 
 def whole(params, tmp_path_factory):
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(params, TASK, TRIED, folder, model="tiny", rows=3, progress=False)
+    run(params, TASK, TRIED, folder, model="tiny", decoding=RecordedDecoding(3), progress=False)
     return Results.read(folder)
 
 
@@ -37,22 +38,23 @@ def test_a_whole_run(whole):
     for sample in whole.of("lemma", "dense (page_size=4)"):
         assert sample["served"] == sample["lookups"] == sample["served_anywhere"]
         assert sample["capped"] == (sample["tokens"] == 24)
-    dense, raas = table(whole).lines
-    assert dense.samples == raas.samples == 5
-    assert raas.labels == {"Policy": "raas (page_size=4)", "Budget": "8"}
-    assert raas.estimates[-1].value < dense.estimates[-1].value
+    dense, raas = Findings(whole).points
+    assert len(dense.samples) == len(raas.samples) == 5
+    assert (raas.policy, raas.budget) == ("raas (page_size=4)", 8)
+    assert f"| {raas.policy} " in table(whole)
+    assert raas.figures["kv_bytes"].value < dense.figures["kv_bytes"].value
 
 
 @pytest.mark.parametrize("kill_after", [0, 4, 9])
 def test_a_killed_run_goes_on_where_it_was(params, whole, tmp_path, killed, kill_after):
     folder = tmp_path / "run"
     with killed(kill_after):
-        run(params, TASK, TRIED, folder, model="tiny", rows=3, progress=False)
+        run(params, TASK, TRIED, folder, model="tiny", decoding=RecordedDecoding(3), progress=False)
     before = Results.read(folder)
     assert len(before.samples) == kill_after and len(before.bad) == 1
     report(folder)
     assert Results.read(folder).bad  # A report leaves the file as it is.
-    run(params, TASK, TRIED, folder, model="tiny", rows=3, progress=False)
+    run(params, TASK, TRIED, folder, model="tiny", decoding=RecordedDecoding(3), progress=False)
     after = Results.read(folder)
     assert not after.bad and not after.repeated
     assert without_time(after) == without_time(whole)

@@ -9,10 +9,10 @@ import yaml
 import raas_jax
 from raas_jax.cli.main import main
 from raas_jax.lab.runs import Results, report
+from raas_jax.lab.runs.planning import CEILING, TOLERANCE, plan_study, run_study
+from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.speed import measure_steps
-from raas_jax.lab.runs.study import CEILING, TOLERANCE, Study, plan_study, run_study
-from raas_jax.lab.runs.study_report import StudyReport
-from raas_jax.lab.runs.tables import paired
+from raas_jax.lab.runs.study import Study
 
 FIELDS = {
     "page_size": 4,
@@ -42,7 +42,7 @@ CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 @pytest.fixture(scope="module")
 def whole(params, tmp_path_factory):
     folder = tmp_path_factory.mktemp("study") / "out"
-    run_study(params, Study.create(FIELDS), folder, model="tiny", progress=False)
+    run_study(params, Study.parse(FIELDS), folder, model="tiny", progress=False)
     return folder
 
 
@@ -51,25 +51,26 @@ def test_everybody_gets_the_bytes_of_the_reference():
     study = Study.from_file(CONFIGS / "study_smoke.yaml")
     planned, impossible = plan_study(study, raas_jax.load("demo"))
     assert not impossible
-    by_name = {(each.entry, each.budget): each for each in planned}
-    assert by_name["RaaS", 16].own_budget == 16
-    assert by_name["R-KV", 32].own_budget < 32
-    page = by_name["RaaS", 32].bytes - by_name["RaaS", 16].bytes
-    for each in planned:
-        if each.budget:
-            target = by_name["RaaS", each.budget].bytes
-            assert each.bytes <= target * (1 + TOLERANCE)
+    by_name = {(cell.described["entry"], cell.described["budget"]): cell for cell in planned}
+    described = {key: cell.described for key, cell in by_name.items()}
+    assert described["RaaS", 16]["own_budget"] == 16
+    assert described["R-KV", 32]["own_budget"] < 32
+    page = described["RaaS", 32]["bytes"] - described["RaaS", 16]["bytes"]
+    for (entry, budget), each in described.items():
+        if budget:
+            target = described["RaaS", budget]["bytes"]
+            assert each["bytes"] <= target * (1 + TOLERANCE)
             # And one page more would be too much.
-            assert each.bytes + page / 4 > target or each.entry == "R-KV"
-    assert by_name["Dense", 0].bytes > by_name["RaaS", 32].bytes
+            assert each["bytes"] + page / 4 > target or entry == "R-KV"
+    assert described["Dense", 0]["bytes"] > described["RaaS", 32]["bytes"]
     # Options that are a share of the policy's own budget.
-    rkv = by_name["R-KV", 32].cell.policy
+    rkv = by_name["R-KV", 32].policy
     assert rkv.every == rkv.budget // 2
 
 
 def test_a_study_and_its_report(whole):
-    made = StudyReport(Results.read(whole))
-    assert {point.entry for point in made.points} == {
+    made = Findings(Results.read(whole))
+    assert {point.policy for point in made.points} == {
         "Dense",
         "RaaS",
         "Recent",
@@ -88,7 +89,7 @@ def test_a_study_and_its_report(whole):
 
 
 def test_times_are_measured_once(params, tmp_path):
-    task = Study.create(FIELDS).tested[0].task
+    task = Study.parse(FIELDS).tasks[0].task
     tried = {"RaaS 8": raas_jax.RaaS(8, page_size=4)}
     measure_steps(params, "tiny", tried, task.items(params)[:2], tmp_path, progress=False)
     first = json.loads((tmp_path / "steps.json").read_text())["milliseconds"]
@@ -100,7 +101,7 @@ def test_times_are_measured_once(params, tmp_path):
 
 
 def test_a_killed_study_goes_on(params, whole, tmp_path, killed):
-    study = Study.create(FIELDS)
+    study = Study.parse(FIELDS)
     with killed(7):
         run_study(params, study, tmp_path / "out", model="tiny", progress=False)
     assert len(Results.read(tmp_path / "out").samples) == 7
@@ -108,16 +109,9 @@ def test_a_killed_study_goes_on(params, whole, tmp_path, killed):
     there, here = Results.read(whole).samples, Results.read(tmp_path / "out").samples
     assert there.keys() == here.keys() and len(here) == 15
     assert all(there[key]["text"] == here[key]["text"] for key in here)
-    other = Study.create({**FIELDS, "ceiling": 0.2})
+    other = Study.parse({**FIELDS, "ceiling": 0.2})
     with pytest.raises(ValueError, match=r"study\.ceiling: 0\.1 → 0\.2"):
         run_study(params, other, tmp_path / "out", model="tiny", progress=False)
-
-
-def test_paired_differences_by_hand():
-    found = paired([True, True, False, True], [False, True, False, True])
-    assert found.value == 0.25
-    # Differences 1, 0, 0, 0: variance 0.25, standard error 0.25.
-    assert found.low == pytest.approx(0.25 - 1.959964 * 0.25)
 
 
 @pytest.mark.parametrize(
@@ -152,4 +146,4 @@ def test_the_committed_studies_can_be_planned():
     for file in CONFIGS.glob("study*.yaml"):
         study = Study.from_file(file)
         assert json.dumps(study.source)
-        assert study.entry(study.reference).policy == "raas"
+        assert study.variant(study.reference).policy == "raas"

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from raas_jax.lab.tasks.benchmarks import BENCHMARKS, digest, open_benchmark
-from raas_jax.lab.tasks.benchmarks.lemma import LEMMA
+from raas_jax.lab.runs import LemmaTask
+from raas_jax.lab.tasks.benchmarks import DATASETS, open_benchmark
+from raas_jax.lab.tasks.benchmarks.lemma import lemma_benchmark
 
 
 def write(file, rows):
@@ -17,7 +18,7 @@ def write(file, rows):
 
 @pytest.mark.parametrize(("name", "count"), [("gsm8k", 1319), ("math500", 500), ("aime24", 30)])
 def test_the_whole_benchmark(shared, name, count):
-    _, problems = open_benchmark(name, shared / "data" / name / "test.jsonl")
+    problems = open_benchmark(name, shared / "data" / name / "test.jsonl").questions
     assert len(problems) == count
     assert [problem.name for problem in problems] == [str(i) for i in range(count)]
     end = "Let's think step by step and output in latex format."
@@ -30,7 +31,7 @@ def test_the_whole_benchmark(shared, name, count):
 
 def test_gsm8k_answers():
     rows = [{"question": "How many?", "answer": "2*600=<<2*600=1200>>1200\n#### 1,200"}]
-    (problem,) = BENCHMARKS["gsm8k"].of(rows)
+    (problem,) = DATASETS["gsm8k"].of(rows).questions
     assert problem.answer == "1200" and problem.solution.endswith("#### 1,200")
 
 
@@ -43,43 +44,46 @@ def test_the_hub_is_asked_by_default(monkeypatch):
         return datasets.Dataset.from_list([{"question": "1+1?", "answer": "#### 2"}])
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    (problem,) = open_benchmark("gsm8k")[1]
+    (problem,) = open_benchmark("gsm8k").questions
     assert problem.answer == "2" and problem.prompt.startswith("1+1?\n")
 
 
 def test_no_hub_and_no_library(monkeypatch):
     pytest.importorskip("datasets", reason="needs datasets (the extra eval)")
-    with pytest.raises(OSError, match=r"openai/gsm8k.*--data FILE"):  # Tests are offline.
+    with pytest.raises(OSError, match=r"openai/gsm8k.*give data, a JSONL"):  # Tests are offline.
         open_benchmark("gsm8k")
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(ImportError, match=r"raas-jax\[eval\].*--data FILE"):
+    with pytest.raises(ImportError, match=r"raas-jax\[eval\].*give data, a JSONL"):
         open_benchmark("math500")
 
 
 def test_a_file_of_ones_own(tmp_path):
     # A line separator inside a string ends no line of JSON.
     file = write(tmp_path / "mine.jsonl", [{"prompt": "1+1=\u2028", "answer": 2}])
-    benchmark, (problem,) = open_benchmark(file)
+    benchmark = open_benchmark(file)
+    (problem,) = benchmark.questions
     assert benchmark.name == "mine"
     assert (problem.prompt, problem.answer) == ("1+1=\u2028", "2")
     other = write(tmp_path / "other.jsonl", [{"prompt": "1+1=", "answer": 3}])
-    assert digest([problem]) != digest(open_benchmark(other)[1])
+    assert benchmark.digest() != open_benchmark(other).digest()
 
 
 def test_a_python_file_of_ones_own(tmp_path):
     file = tmp_path / "sums.py"
     file.write_text("def problems(): return [{'prompt': '1+1=', 'answer': 2}]\n")
-    benchmark, (problem,) = open_benchmark(str(file))
+    benchmark = open_benchmark(str(file))
+    (problem,) = benchmark.questions
     assert benchmark.name == "sums" and benchmark.grader is None and problem.answer == "2"
-    before = digest([problem], file)
+    before = dataclasses.replace(benchmark, grader=file).digest()
     file.write_text(
         "def problems(data): return [{'prompt': open(data).read(), 'answer': '2'}]\n"
         "def grade(gold, text): return gold in text\n"
     )
     (tmp_path / "data.txt").write_text("2+0=")
-    benchmark, (problem,) = open_benchmark(str(file), str(tmp_path / "data.txt"))
+    benchmark = open_benchmark(str(file), str(tmp_path / "data.txt"))
+    (problem,) = benchmark.questions
     assert benchmark.grader == file and problem.prompt == "2+0="
-    assert digest([problem], file) != before
+    assert benchmark.digest() != before
 
 
 @pytest.mark.parametrize(
@@ -110,7 +114,7 @@ def test_files_that_are_not_there(tmp_path):
             open_benchmark(str(tmp_path / name))
     with pytest.raises(ValueError, match="is a folder"):
         open_benchmark("gsm8k", tmp_path)
-    with pytest.raises(ValueError, match="leave --data out"):
+    with pytest.raises(ValueError, match="leave data out"):
         open_benchmark("mine.jsonl", "other.jsonl")
 
 
@@ -134,9 +138,9 @@ def test_bad_python_files(tmp_path, text, said):
 
 
 def test_what_was_cut_off_has_an_answer_only_if_it_states_one(tmp_path):
-    gsm8k = BENCHMARKS["gsm8k"]
+    gsm8k = DATASETS["gsm8k"].of([])
     assert gsm8k.has_answer(r"so it is \boxed{5}. Let me check: 5")
     assert not gsm8k.has_answer("Let me see, 3 + 2 = 5")
     own = dataclasses.replace(gsm8k, grader=tmp_path / "mine.py")
     assert own.has_answer("anything: its grader decides")
-    assert not LEMMA.has_answer("answer c 3")  # It may have gone on.
+    assert not lemma_benchmark(LemmaTask(1)).has_answer("answer c 3")  # It may have gone on.

@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("math_verify", reason="needs math-verify (the extra eval)")
 
-from raas_jax.lab.tasks.benchmarks import BENCHMARKS, open_benchmark
+from raas_jax.lab.tasks.benchmarks import DATASETS, open_benchmark
+from raas_jax.lab.tasks.benchmarks.check_grader import check_grader
 from raas_jax.lab.tasks.grading import GraderPool
-from raas_jax.lab.tasks.grading.check import check
 from raas_jax.lab.tasks.grading.mathematics import Verdict, boxes, grade, stated, word
 
 OWN = """
@@ -26,12 +26,12 @@ def test_reference_answers_are_right_and_near_misses_wrong(shared):
     # All of them: `raas-jax eval NAME --check-grader`; the docs have the figures.
     problems = [
         problem
-        for name in BENCHMARKS
-        for problem in open_benchmark(name, shared / "data" / name / "test.jsonl")[1][5::97]
+        for name in DATASETS
+        for problem in open_benchmark(name, shared / "data" / name / "test.jsonl").questions[5::97]
     ]
     assert len(problems) == 14 + 6 + 1
     with GraderPool(1, time_limit=60) as graders:
-        table, bad = check(problems, graders, progress=False)
+        table, bad = check_grader(problems, graders, progress=False)
     assert not bad, bad
     assert "| in a box | right | 21 of 21 |" in table and "| a near miss | wrong | 1" in table
 
@@ -39,9 +39,9 @@ def test_reference_answers_are_right_and_near_misses_wrong(shared):
 def test_a_check_reports_a_bad_grader(tmp_path):
     file = tmp_path / "kind.py"
     file.write_text("def grade(gold, text): return 'boxed' in text")
-    problem = BENCHMARKS["gsm8k"].of([{"question": "?", "answer": "#### 7"}])
+    problem = DATASETS["gsm8k"].of([{"question": "?", "answer": "#### 7"}])
     with GraderPool(1, time_limit=60, file=file) as graders:
-        table, bad = check(problem, graders, progress=False)
+        table, bad = check_grader(problem.questions, graders, progress=False)
     assert "| bold | right | 0 of 1 |" in table and "| a number near it | wrong | 0 of 4 |" in table
     assert any("'7' should be wrong" in line for line in bad)
 

@@ -1,21 +1,22 @@
-"""What a benchmark is: rows of a data set, how each becomes a problem, and where they come from."""
+"""A benchmark: questions with reference answers, asked as text and graded by their answers."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from raas_jax.lab.tasks.benchmarks.rows import Hub, from_hub, from_jsonl
+from raas_jax import tokenizer
+from raas_jax.lab.tasks.base import Column, Item, Response
+from raas_jax.lab.tasks.grading import GraderPool, Verdict
 from raas_jax.lab.tasks.grading.mathematics import stated
-
-Row = Mapping[str, Any]
+from raas_jax.params import Params
 
 
 @dataclasses.dataclass(frozen=True)
-class Problem:
+class Question:
     """One question.
 
     Attributes:
@@ -23,48 +24,74 @@ class Problem:
       prompt: what the model is asked.
       answer: the reference, as a grader reads it.
       solution: a worked solution that ends in the answer, to check graders on; "" if there is none.
-      limit: tokens that an answer may have, where the problem itself says so.
+      limit: tokens that an answer may have; 0 where the question does not say.
     """
 
     name: str
     prompt: str
     answer: str
     solution: str = ""
-    limit: int | None = None
+    limit: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """A data set of questions with reference answers.
+    """Questions with reference answers, as a task.
 
     Attributes:
       name: what the command line calls it.
-      columns: that every row must have.
-      read: gives prompt, answer and solution of a row.
-      hub: where it is read from by default; None if it is only in files.
+      questions: all that are asked.
       grader: file with a `grade(gold, text)`; None is math-verify.
       is_right: grades in this process instead, for plain comparisons that cannot hang.
     """
 
+    columns: ClassVar[tuple[Column, ...]] = ()
+    records: ClassVar[bool] = False
+
     name: str
-    columns: tuple[str, ...]
-    read: Callable[[Row], tuple[str, str, str]]
-    hub: Hub | None = None
+    questions: tuple[Question, ...]
     grader: Path | None = None
     is_right: Callable[[str, str], bool] | None = None
 
-    def problems(self, data: str | Path | None = None) -> tuple[Problem, ...]:
-        """The questions of a JSONL file, or of the hub.
+    def first(self, count: int | None) -> Benchmark:
+        """The benchmark with its first questions only; None is all of them."""
+        return dataclasses.replace(self, questions=self.questions[:count])
 
-        Raises:
-          FileNotFoundError: there is no such file. ValueError: it cannot be read, or lacks columns.
-          OSError, ImportError: the hub cannot be reached, or `datasets` is missing.
-        """
-        if data is not None:
-            return self.of(from_jsonl(data, self.columns))
-        if self.hub is None:
-            raise ValueError(f"{self.name} is not on the hub; give --data FILE.")
-        return self.of(from_hub(self.name, self.hub, self.columns))
+    def config(self) -> dict[str, Any]:
+        return {"name": self.name, "problems": len(self.questions), "data": self.digest()}
+
+    def digest(self) -> str:
+        """A short name for these questions and their grader: other data, another run."""
+        found = hashlib.blake2b(digest_size=8)
+        for question in self.questions:
+            for part in (question.name, question.prompt, question.answer):
+                found.update(part.encode() + b"\0")
+        if self.grader is not None:
+            found.update(self.grader.read_bytes())
+        return found.hexdigest()
+
+    def items(self, params: Params, chat: bool = False) -> Sequence[Item]:
+        asked: list[Any] = [question.prompt for question in self.questions]
+        if chat:
+            asked = [[{"role": "user", "content": prompt}] for prompt in asked]
+        prompts = tokenizer.encode(params, asked)[0]
+        return [
+            Item(question.name, tuple(prompt), question.limit, question.answer)
+            for question, prompt in zip(self.questions, prompts, strict=True)
+        ]
+
+    def graders(self, workers: int, seconds: float) -> GraderPool | None:
+        return None if self.is_right else GraderPool(workers, seconds, self.grader)
+
+    def grade(self, response: Response) -> dict[str, Any] | None:
+        text = response.text or ""
+        if response.error is not None:
+            return Verdict(False, None, response.error)._asdict()
+        if response.finish_reason == "length" and not self.has_answer(text):
+            return Verdict(False)._asdict()
+        if self.is_right is not None:
+            return Verdict(self.is_right(response.item.gold, text))._asdict()
+        return None
 
     def has_answer(self, text: str) -> bool:
         """Whether a text that was cut off at the cap states its answer all the same.
@@ -74,18 +101,3 @@ class Benchmark:
         if self.is_right is not None:
             return False
         return self.grader is not None or bool(stated(text))
-
-    def of(self, rows: Iterable[Row]) -> tuple[Problem, ...]:
-        """The questions of rows."""
-        return tuple(Problem(str(i), *self.read(row)) for i, row in enumerate(rows))
-
-
-def digest(problems: Iterable[Problem], grader: Path | None = None) -> str:
-    """A short name for these questions and their grader: other data, another run."""
-    found = hashlib.blake2b(digest_size=8)
-    for problem in problems:
-        for part in (problem.name, problem.prompt, problem.answer):
-            found.update(part.encode() + b"\0")
-    if grader is not None:
-        found.update(grader.read_bytes())
-    return found.hexdigest()

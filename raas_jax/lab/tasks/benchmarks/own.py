@@ -6,27 +6,23 @@ The Python file defines `problems()`, which gives the rows as dictionaries, and 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 
-from raas_jax.lab.tasks.benchmarks.base import Benchmark, Problem, Row
-from raas_jax.lab.tasks.benchmarks.rows import check_columns
-
-COLUMNS = ("prompt", "answer")
-
-
-def read(row: Row) -> tuple[str, str, str]:
-    """The prompt is asked as it is."""
-    return str(row["prompt"]), str(row["answer"]), str(row.get("solution", ""))
+from raas_jax.lab.tasks.benchmarks.base import Benchmark
+from raas_jax.lab.tasks.benchmarks.datasets import Dataset
+from raas_jax.lab.tasks.benchmarks.rows import check_row, from_jsonl
 
 
-def from_python(file: Path, data: str | None = None) -> tuple[Benchmark, tuple[Problem, ...]]:
-    """The task of a Python file, and its questions.
+def from_file(file: Path) -> Benchmark:
+    """The task of a JSONL file; raises as `from_jsonl`."""
+    own = Dataset(file.stem)
+    return own.of(from_jsonl(file, own.columns, argument="task"))
 
-    Args:
-      file: defines `problems()`, or `problems(data)` where it reads a file.
-      data: given to `problems` if it is not None.
+
+def from_python(file: Path, data: str | Path | None = None) -> Benchmark:
+    """The task of a Python file, whose `problems` is given `data` if that is not None.
 
     Raises:
       FileNotFoundError, ValueError: with what is wrong with the file.
@@ -38,7 +34,7 @@ def from_python(file: Path, data: str | None = None) -> tuple[Benchmark, tuple[P
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        rows = list(_rows(module.problems, data))
+        rows = list(module.problems() if data is None else module.problems(data))
     except AttributeError as error:
         if hasattr(module, "problems"):
             raise ValueError(f"{file} failed: {error}") from error
@@ -48,18 +44,10 @@ def from_python(file: Path, data: str | None = None) -> tuple[Benchmark, tuple[P
         ) from error
     except Exception as error:  # It is the user's own code.
         raise ValueError(f"{file} failed: {type(error).__name__}: {error}") from error
+    own = Dataset(file.stem)
     for number, row in enumerate(rows):
-        if not isinstance(row, dict):
-            raise ValueError(f"{file}: problem {number} is {row!r}; expected a dictionary.")
-        check_columns(row, COLUMNS, f"{file}, problem {number}")
+        check_row(row, own.columns, f"{file}, problem {number}")
     if not rows:
         raise ValueError(f"{file} gives no problems.")
-    own = file if callable(getattr(module, "grade", None)) else None
-    benchmark = Benchmark(file.stem, COLUMNS, read, grader=own)
-    return benchmark, benchmark.of(rows)
-
-
-def _rows(problems: object, data: str | None) -> Iterable[Row]:
-    assert callable(problems)
-    rows: Iterable[Row] = problems() if data is None else problems(data)
-    return rows
+    grader = file if callable(getattr(module, "grade", None)) else None
+    return dataclasses.replace(own.of(rows), grader=grader)

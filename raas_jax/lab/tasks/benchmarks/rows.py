@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,24 @@ class Hub:
     split: str
 
 
-def from_jsonl(file: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]:
+def from_jsonl(
+    file: str | Path, columns: Sequence[str], argument: str = "data"
+) -> list[dict[str, Any]]:
     """All rows of a file; blank lines are skipped.
+
+    Args:
+      file: path of the file.
+      columns: that every row must have.
+      argument: what the caller's argument is called, for the errors.
 
     Raises:
       FileNotFoundError, ValueError: with the file and the line.
     """
     path = Path(file)
     if path.is_dir():
-        raise ValueError(f"--data is {str(file)!r}, which is a folder; give a JSONL file.")
+        raise ValueError(f"{argument} is {str(file)!r}, which is a folder; give a JSONL file.")
     if not path.is_file():
-        raise FileNotFoundError(f"--data is {str(file)!r}; there is no such file.")
+        raise FileNotFoundError(f"{argument} is {str(file)!r}; there is no such file.")
     rows = []
     try:
         # Not splitlines: a line of JSON may hold characters that it takes for ends of lines.
@@ -45,12 +52,7 @@ def from_jsonl(file: str | Path, columns: Sequence[str]) -> list[dict[str, Any]]
             row = json.loads(line)
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: is a {type(row).__name__}; expected an object with "
-                f"{_listed(columns)}."
-            )
-        check_columns(row, columns, f"{path}, line {number}")
+        check_row(row, columns, f"{path}, line {number}")
         rows.append(row)
     if not rows:
         raise ValueError(f"{path} is empty; write one JSON object per line.")
@@ -64,7 +66,7 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
       ImportError: `datasets` is missing. OSError: the hub cannot be reached.
       ValueError: the data set has other columns.
     """
-    file = f"--data FILE (JSONL with {_listed(columns)})"
+    file = f"data, a JSONL file with {_listed(columns)}"
     try:
         from datasets import load_dataset
     except ImportError as error:
@@ -81,15 +83,17 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
             f"or give {file}."
         ) from error
     rows = [dict(row) for row in found]
-    for row in rows[:1]:
-        check_columns(row, columns, hub.path)
     if not rows:
         raise ValueError(f"{hub.path} has no rows in its split {hub.split}; give {file}.")
+    check_row(rows[0], columns, hub.path)
     return rows
 
 
-def check_columns(row: Mapping[str, Any], columns: Sequence[str], where: str) -> None:
+def check_row(row: object, columns: Sequence[str], where: str) -> None:
     """Raises ValueError, with near matches, for a row that lacks a column or has an odd value."""
+    if not isinstance(row, dict):
+        kind = type(row).__name__
+        raise ValueError(f"{where}: is a {kind}; expected a dictionary with {_listed(columns)}.")
     for column in columns:
         if column not in row:
             near = difflib.get_close_matches(column, list(row), n=1)

@@ -9,9 +9,9 @@ import sys
 import tempfile
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
-from types import TracebackType
 
 from raas_jax.lab.tasks.grading import mathematics
 from raas_jax.lab.tasks.grading.mathematics import Verdict
@@ -69,12 +69,7 @@ class GraderPool:
     def __enter__(self) -> GraderPool:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def _grade(self, gold: str, text: str) -> Verdict:
@@ -131,11 +126,10 @@ class _Process:
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
-            try:
+            # What was still to be written has no reader any more.
+            with suppress(OSError):
                 if stream is not None:
                     stream.close()
-            except OSError:
-                pass  # What was still to be written has no reader any more.
 
     def _read(self, seconds: float) -> bytes:
         assert self._process.stdout is not None

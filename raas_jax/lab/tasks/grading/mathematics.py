@@ -49,6 +49,9 @@ class Verdict(NamedTuple):
     error: str | None = None
 
 
+Grader = Callable[[str, str], "bool | Verdict"]
+
+
 def boxes(text: str) -> list[str]:
     """Contents of the boxes of the last line that has a whole one, with their braces matched."""
     found: list[tuple[int, str]] = []
@@ -150,13 +153,7 @@ def _compare(gold: str, answer: list[Any]) -> bool:
     for wanted in _read(gold):
         for given in answer:
             try:
-                if verify(
-                    wanted,
-                    given,
-                    float_rounding=decimals,
-                    timeout_seconds=None,
-                    raise_on_error=True,
-                ):
+                if verify(wanted, given, decimals, timeout_seconds=None, raise_on_error=True):
                     return True
             except Exception as error:  # sympy raises whatever its depths raised.
                 failed = error
@@ -165,23 +162,18 @@ def _compare(gold: str, answer: list[Any]) -> bool:
     return False
 
 
-def own_grader(file: str) -> Callable[[str, str], bool | Verdict] | None:
+def own_grader(file: str) -> Grader | None:
     """The function `grade(gold, text)` of a task's Python file; None if it has none."""
     spec = importlib.util.spec_from_file_location("task_of_ones_own", file)
     if spec is None or spec.loader is None:
         raise ImportError(f"{file} is no Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    found: Callable[[str, str], bool | Verdict] | None = getattr(module, "grade", None)
+    found: Grader | None = getattr(module, "grade", None)
     return found
 
 
-def serve(
-    requests: TextIO,
-    answers: TextIO,
-    scorer: Callable[[str, str], bool | Verdict],
-    seconds: float,
-) -> None:
+def serve(requests: TextIO, answers: TextIO, grader: Grader, seconds: float) -> None:
     """Answers every request, until there are no more."""
     for line in requests:
         asked = json.loads(line)
@@ -189,11 +181,11 @@ def serve(
             # Whoever asked kills a process that is late; if they are gone, it ends by itself.
             signal.setitimer(signal.ITIMER_REAL, 2 * seconds + 5)
         try:
-            mark = scorer(asked["gold"], asked["text"])
-            mark = mark if isinstance(mark, tuple) else Verdict(bool(mark))
+            found = grader(asked["gold"], asked["text"])
+            verdict = found if isinstance(found, tuple) else Verdict(bool(found))
         except Exception as error:  # Whatever it is, it is this answer's alone.
-            mark = Verdict(False, None, f"{type(error).__name__}: {error}"[:300])
-        answers.write(json.dumps(mark._asdict()) + "\n")
+            verdict = Verdict(False, None, f"{type(error).__name__}: {error}"[:300])
+        answers.write(json.dumps(verdict._asdict()) + "\n")
         answers.flush()
 
 
@@ -212,14 +204,14 @@ def main() -> None:
     import logging
 
     logging.disable(logging.CRITICAL)  # math-verify warns that we keep the time ourselves.
-    scorer = own_grader(sys.argv[2]) if len(sys.argv) > 2 else None
-    if scorer is None:
+    grader = own_grader(sys.argv[2]) if len(sys.argv) > 2 else None
+    if grader is None:
         import math_verify  # noqa: F401 - before the first answer's time begins
 
-        scorer = grade
+        grader = grade
     answers.write(json.dumps("ready") + "\n")
     answers.flush()
-    serve(sys.stdin, answers, scorer, float(sys.argv[1]))
+    serve(sys.stdin, answers, grader, float(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The synthetic reasoning task: problems, their derivations, a grader and liveness marks."""
 
-from raas_jax.lab.tasks.lemma.draws import Knobs, draw, problems, split_of
+from raas_jax.lab.tasks.lemma.draws import Knobs, draw, split_of
 from raas_jax.lab.tasks.lemma.grade import Grade, grade
 from raas_jax.lab.tasks.lemma.liveness import Liveness, Lookup, liveness
 from raas_jax.lab.tasks.lemma.parse import normalise, parse_problem
@@ -18,6 +18,5 @@ __all__ = [
     "liveness",
     "normalise",
     "parse_problem",
-    "problems",
     "split_of",
 ]

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
 
 from raas_jax.lab.tasks.lemma.language import MODULUS, NAMES, compute
 from raas_jax.lab.tasks.lemma.problems import Definition, Problem
@@ -127,15 +126,7 @@ def _renamed(problem: Problem, source: random.Random) -> Problem:
     fresh = source.sample(NAMES, len(problem.definitions))
     rename = dict(zip((item.name for item in problem.definitions), fresh, strict=True))
     definitions = tuple(
-        Definition(rename[item.name], item.left)
-        if item.is_literal
-        else Definition(rename[item.name], rename[item.left], item.operator, rename[item.right])
+        Definition(*(rename.get(word, word) for word in dataclasses.astuple(item)))
         for item in problem.definitions
     )
     return Problem(definitions, rename[problem.question])
-
-
-def problems(split: str, seed: int, knobs: Knobs) -> Iterator[Problem]:
-    """The endless stream of `draw(split, seed, 0, knobs)`, `draw(split, seed, 1, knobs)`, ..."""
-    for index in itertools.count():
-        yield draw(split, seed, index, knobs)

@@ -11,7 +11,9 @@ Positions count the tokens of `<bos>` + prompt + derivation, from 0, as the mode
 
 import bisect
 import dataclasses
+from collections.abc import Sequence
 
+from raas_jax.lab.tasks.lemma.language import DIGITS, NAMES
 from raas_jax.lab.tasks.lemma.problems import Problem
 
 
@@ -43,10 +45,8 @@ class Liveness:
         Needs position < now: a token that is not written yet has no mark.
         """
         if not 0 <= position < now:
-            raise ValueError(
-                f"position={position}: wanted 0 <= position < now={now}; "
-                "ask about a token that is already written"
-            )
+            what = f"position={position}: wanted 0 <= position < now={now}"
+            raise ValueError(f"{what}; ask about a token that is already written")
         if position < self.prompt_tokens:
             return "prompt"
         if position >= self._line_start(now):
@@ -68,30 +68,31 @@ class Liveness:
 
 def liveness(problem: Problem) -> Liveness:
     """Marks for `problem`, from its text alone."""
-    prompt_tokens = 1 + len(problem.prompt_words)
-    needed_until = [-1] * prompt_tokens
+    return written(1 + len(problem.prompt_words), problem.derivation_words)
+
+
+def written(prompt_tokens: int, words: Sequence[str]) -> Liveness:
+    """Marks of a derivation as a model wrote it, right or wrong.
+
+    A name with a digit right after it is a statement; it looks up the statements of that name
+    before it, if there are any. `prompt_tokens` stand before the `words`, one for each token.
+    """
+    needed_until = [-1] * (prompt_tokens + len(words))
     starts: list[int] = []
     lookups: list[Lookup] = []
     stated: dict[str, list[int]] = {}
-    for line in problem.lines():
-        start = len(needed_until)
-        starts.append(start)
-        needed_until += [-1] * len(line)
-        # In each line the computed statement is the last one; those before it are looked up.
-        spots = [
-            index
-            for index in range(1, len(line))
-            if line[index].isdigit() and line[index - 1] not in ("=", ",")
-        ]
-        for index in spots:
-            name, position = line[index - 1], start + index
-            is_result = index == spots[-1] and line[-1] == ";"
-            if not is_result:
-                sources = stated[name]
-                lookups.append(Lookup(position, name, tuple(sources)))
-                # Both tokens of the statement: the name is what the look-up finds, the value
-                # what it reads.
-                for served in (sources[-1] - 1, sources[-1]):
-                    needed_until[served] = position
-            stated.setdefault(name, []).append(position)
+    for index, word in enumerate(words):
+        position = prompt_tokens + index
+        if index == 0 or words[index - 1] == ";":
+            starts.append(position)
+        if index == 0 or word not in DIGITS or words[index - 1] not in NAMES:
+            continue
+        name = words[index - 1]
+        if name in stated:
+            lookups.append(Lookup(position, name, tuple(stated[name])))
+            # Both tokens of a statement: the name is what the look-up finds, the value what it
+            # reads.
+            for served in (stated[name][-1] - 1, stated[name][-1]):
+                needed_until[served] = position
+        stated.setdefault(name, []).append(position)
     return Liveness(prompt_tokens, tuple(starts), tuple(needed_until), tuple(lookups))

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import numpy as np
 
 from raas_jax.lab.inspect.recording import Recording
-from raas_jax.lab.tasks.lemma.language import DIGITS, NAMES
-from raas_jax.lab.tasks.lemma.liveness import Liveness, Lookup, liveness
+from raas_jax.lab.tasks.lemma.liveness import Liveness, Lookup, liveness, written
 from raas_jax.lab.tasks.lemma.problems import Problem
+
+__all__ = ["Recall", "recall", "written"]
 
 
 class Recall(NamedTuple):
@@ -44,10 +45,7 @@ class Recall(NamedTuple):
 def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Recall:
     """Counts the look-ups of a derivation that were served; one that goes wrong is counted too.
 
-    Args:
-      problem: what was asked.
-      recording: of the answer.
-      words: of the answer, one for each token.
+    `words` are those of the answer, one for each token.
     """
     marks, right = liveness(problem), problem.derivation_words
     together = min(len(words), len(right))
@@ -77,32 +75,3 @@ def _shares(lookups: Sequence[Lookup], marks: Liveness, recording: Recording) ->
         )
         for lookup in lookups
     ]
-
-
-def written(prompt_tokens: int, words: Sequence[str]) -> Liveness:
-    """Marks of a derivation as a model wrote it, right or wrong.
-
-    For the right derivation they are those of `liveness`. A name with a digit right after it is a
-    statement; it looks up the statements of that name before it, if there are any.
-
-    Args:
-      prompt_tokens: tokens before the derivation.
-      words: of the derivation, one for each token.
-    """
-    needed_until = [-1] * (prompt_tokens + len(words))
-    starts: list[int] = []
-    lookups: list[Lookup] = []
-    stated: dict[str, list[int]] = {}
-    for index, word in enumerate(words):
-        position = prompt_tokens + index
-        if index == 0 or words[index - 1] == ";":
-            starts.append(position)
-        if index == 0 or word not in DIGITS or words[index - 1] not in NAMES:
-            continue
-        name = words[index - 1]
-        if name in stated:
-            lookups.append(Lookup(position, name, tuple(stated[name])))
-            for served in (stated[name][-1] - 1, stated[name][-1]):
-                needed_until[served] = position
-        stated.setdefault(name, []).append(position)
-    return Liveness(prompt_tokens, tuple(starts), tuple(needed_until), tuple(lookups))

@@ -5,12 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from raas_jax import tokenizer
-from raas_jax.lab.inspect.recording import Recording
-from raas_jax.lab.runs.tables import Column
-from raas_jax.lab.tasks.base import Item
+from raas_jax.lab.tasks.base import Column, Item, Response
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
 from raas_jax.lab.tasks.lemma.language import UNKNOWN, WORDS
 from raas_jax.lab.tasks.lemma.milestones import recall
@@ -33,6 +31,16 @@ class LemmaTask:
       max_new_tokens: cap of every answer; None allows half as much again as the right one takes.
     """
 
+    name: ClassVar[str] = "lemma"
+    records: ClassVar[bool] = True
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("derivation", "Whole derivations", "share"),
+        Column("tokens", "Tokens", "mean"),
+        Column("capped", "Ran to the cap", "share"),
+        Column("served", "Recall to the first error", "ratio", per="lookups"),
+        Column("written_served", "Milestone recall", "ratio", per="written_lookups"),
+    )
+
     problems: int = 200
     smallest: int = 24
     largest: int = 48
@@ -52,33 +60,24 @@ class LemmaTask:
             )
         Knobs(self.smallest, self.largest, late_facts=self.late_facts)
 
-    @property
-    def name(self) -> str:
-        return "lemma"
-
-    @property
-    def columns(self) -> tuple[Column, ...]:
-        return (
-            Column("derivation", "Whole derivations", "share"),
-            Column("tokens", "Tokens", "mean"),
-            Column("capped", "Ran to the cap", "share"),
-            Column("served", "Recall to the first error", "ratio", per="lookups"),
-            Column("written_served", "Milestone recall", "ratio", per="written_lookups"),
-        )
-
     def config(self) -> dict[str, Any]:
         return {"name": self.name, **dataclasses.asdict(self)}
 
-    def items(self, params: Params) -> Sequence[Item]:
+    def items(self, params: Params, chat: bool = False) -> Sequence[Item]:
         return [self._item(params, index) for index in range(self.problems)]
 
-    def grade(self, item: Item, recording: Recording, text: str) -> dict[str, Any]:
-        problem = self.problem(item.name)
-        marked = grade(problem, text)
+    def graders(self, workers: int, seconds: float) -> None:
+        return None
+
+    def grade(self, response: Response) -> dict[str, Any]:
+        problem, recording = self.problem(response.item.name), response.recording
+        if recording is None:
+            raise ValueError("recording is None; lemma counts milestones in a recorded cache.")
+        graded, stopped = grade(problem, response.text or ""), response.finish_reason == "stop"
         return {
-            "correct": marked.answer and recording.finish_reason == "stop",
-            "derivation": marked.derivation and recording.finish_reason == "stop",
-            "first_wrong_line": marked.first_wrong_line,
+            "correct": graded.answer and stopped,
+            "derivation": graded.derivation and stopped,
+            "first_wrong_line": graded.first_wrong_line,
             "definitions": len(problem.definitions),
             **recall(problem, recording, words_of(recording.tokens))._asdict(),
         }
@@ -93,7 +92,7 @@ class LemmaTask:
         if index == 0 and not reads_lemma(params, problem):
             raise ValueError(
                 "the model does not read lemma problems word by word, as its milestones need; "
-                "use --model demo, or one that `raas-jax train` made."
+                "take the model 'demo', or one that `raas-jax train` made."
             )
         return Item(str(index), ids, self.max_new_tokens or answer_limit(problem))
 

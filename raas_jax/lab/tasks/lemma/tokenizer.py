@@ -29,23 +29,15 @@ def decode(ids: Sequence[int]) -> str:
 
 def save_tokenizer(folder: Path) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json` for transformers into `folder`."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        {
-            "id": index,
-            "content": word,
-            "single_word": False,
-            "lstrip": False,
-            "rstrip": False,
-            "normalized": False,
-            "special": True,
-        }
+        {"id": index, "content": word, **flags, "special": True}
         for index, word in enumerate(SPECIAL)
     ]
-    whole, end = (
-        {"Sequence": {"id": "A", "type_id": 0}},
-        {"SpecialToken": {"id": ":", "type_id": 0}},
-    )
+    word = {"Regex": "[a-z]+|[0-9]|[^a-z0-9]"}
+    whole = {"Sequence": {"id": "A", "type_id": 0}}
     begin = {"SpecialToken": {"id": BOS, "type_id": 0}}
+    end = {"SpecialToken": {"id": ":", "type_id": 0}}
     tokenizer = {
         "version": "1.0",
         "truncation": None,
@@ -57,12 +49,7 @@ def save_tokenizer(folder: Path) -> None:
             "type": "Sequence",
             "pretokenizers": [
                 {"type": "WhitespaceSplit"},
-                {
-                    "type": "Split",
-                    "pattern": {"Regex": "[a-z]+|[0-9]|[^a-z0-9]"},
-                    "behavior": "Isolated",
-                    "invert": False,
-                },
+                {"type": "Split", "pattern": word, "behavior": "Isolated", "invert": False},
             ],
         },
         "post_processor": {
@@ -70,7 +57,7 @@ def save_tokenizer(folder: Path) -> None:
             "single": [begin, whole, end],
             "pair": [begin, whole, end, {"Sequence": {"id": "B", "type_id": 0}}],
             "special_tokens": {
-                word: {"id": word, "ids": [IDS[word]], "tokens": [word]} for word in (BOS, ":")
+                each: {"id": each, "ids": [IDS[each]], "tokens": [each]} for each in (BOS, ":")
             },
         },
         "decoder": None,  # without one, words are joined by single spaces

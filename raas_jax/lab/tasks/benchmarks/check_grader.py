@@ -1,4 +1,4 @@
-"""Checks a grader on problems whose answers are known: right ones right, near misses wrong."""
+"""Checks a grader on questions whose answers are known: right ones right, near misses wrong."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from tqdm.auto import tqdm
 
-from raas_jax.lab.tasks.benchmarks import Problem
+from raas_jax.lab.tasks.benchmarks.base import Question
 from raas_jax.lab.tasks.grading.graders import GraderPool
 from raas_jax.lab.tasks.grading.near_misses import NEAR_MISSES
 
@@ -27,7 +27,7 @@ FORMS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class Case:
     """One text to be graded, and what the mark must be."""
 
     kind: str
@@ -45,50 +45,43 @@ def wrong_numbers(gold: str) -> list[str]:
     return [str(wrong) for wrong in (value + 1, value - 1, -value, 10 * value) if wrong != value]
 
 
-def questions(problems: Sequence[Problem]) -> Iterator[Asked]:
+def cases(questions: Sequence[Question]) -> Iterator[Case]:
     """Every reference answer in every form and its worked solution, then what is wrong."""
-    for problem in problems:
+    for question in questions:
         for kind, form in FORMS.items():
-            yield Asked(kind, problem.answer, form % problem.answer, True)
-        if problem.solution:
-            yield Asked("the reference solution", problem.answer, problem.solution, True)
-        for wrong in wrong_numbers(problem.answer):
-            yield Asked("a number near it", problem.answer, rf"\boxed{{{wrong}}}", False)
+            yield Case(kind, question.answer, form % question.answer, True)
+        if question.solution:
+            yield Case("the reference solution", question.answer, question.solution, True)
+        for wrong in wrong_numbers(question.answer):
+            yield Case("a number near it", question.answer, rf"\boxed{{{wrong}}}", False)
     for gold, misses in NEAR_MISSES.items():
-        yield Asked("right beside the near misses", gold, rf"\boxed{{{gold}}}", True)
+        yield Case("right beside the near misses", gold, rf"\boxed{{{gold}}}", True)
         for wrong in misses:
-            yield Asked("a near miss", gold, rf"\boxed{{{wrong}}}", False)
+            yield Case("a near miss", gold, rf"\boxed{{{wrong}}}", False)
 
 
-def check(
-    problems: Sequence[Problem], graders: GraderPool, progress: bool | None = None
+def check_grader(
+    questions: Sequence[Question], graders: GraderPool, progress: bool | None = None
 ) -> tuple[str, list[str]]:
-    """Grades every question whose mark is known.
+    """Grades every case, right or wrong, whose mark is known.
 
     Returns:
       A table in Markdown, and a line for every wrong mark.
     """
-    asked = list(questions(problems))
+    asked = list(cases(questions))
     marks = [graders.submit(each.gold, each.text) for each in asked]
     graded, good, bad = Counter[str](), Counter[str](), []
-    disable = None if progress is None else not progress
-    for each, mark in tqdm(
-        zip(asked, marks, strict=True), total=len(asked), unit="answer", disable=disable
-    ):
-        found = mark.result()
-        graded[each.kind] += 1
-        if found.correct is each.right and not found.error:
-            good[each.kind] += 1
-        else:
-            wanted = "right" if each.right else "wrong"
+    hidden = None if progress is None else not progress
+    bar = tqdm(marks, unit="answer", disable=hidden)
+    for each, found in zip(asked, (mark.result() for mark in bar), strict=True):
+        wanted = "right" if each.right else "wrong"
+        row = f"{each.kind} | {wanted}"
+        graded[row] += 1
+        good[row] += found.correct is each.right and not found.error
+        if found.correct is not each.right or found.error:
             why = found.error or f"read as {found.answer!r}"
-            bad.append(
-                f"{each.kind}: {each.gold!r} should be {wanted} ({why}): {each.text[-200:]!r}"
-            )
-    rights = {each.kind: each.right for each in asked}
+            end = each.text[-200:]
+            bad.append(f"{each.kind}: {each.gold!r} should be {wanted} ({why}): {end!r}")
     lines = ["| answers | must be | graded so |", "|---|---|---:|"]
-    lines += [
-        f"| {kind} | {'right' if rights[kind] else 'wrong'} | {good[kind]} of {graded[kind]} |"
-        for kind in graded
-    ]
+    lines += [f"| {row} | {good[row]} of {count} |" for row, count in graded.items()]
     return "\n".join(lines) + "\n", bad

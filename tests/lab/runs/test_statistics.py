@@ -1,4 +1,4 @@
-"""Intervals by problem and pass@k, against counting and the textbook formula in NumPy."""
+"""Intervals against numbers worked by hand, counting, and the textbook formula in NumPy."""
 
 import itertools
 import math
@@ -6,8 +6,18 @@ import math
 import numpy as np
 import pytest
 
-from raas_jax.lab.runs.estimates import clustered_mean, clustered_share, pass_at_k, quantile
-from raas_jax.lab.runs.tables import wilson
+from raas_jax.lab.runs.statistics import (
+    clustered_mean,
+    clustered_share,
+    estimate,
+    mean,
+    paired,
+    pass_at_k,
+    quantile,
+    ratio,
+    wilson,
+)
+from raas_jax.lab.tasks.base import Column
 
 ITEMS = [[1, 0, 0, 1], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0], [1, 1, 0, 1]]
 
@@ -65,3 +75,43 @@ def test_means_and_quantiles():
     assert clustered_mean([[1, 3], [5]]).value == 3
     assert [quantile([4, 1, 3, 2], share) for share in (0.1, 0.5, 0.9)] == [1, 2, 4]
     assert math.isnan(clustered_share([]).value)
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    # 8 of 10: centre (0.8 + 0.19207) / 1.38415 = 0.71674, half width 0.22657.
+    [(8, 10, 0.49016, 0.94332), (0, 10, 0.0, 0.27753), (10, 10, 0.72247, 1.0)],
+)
+def test_wilson(successes, trials, low, high):
+    found = wilson(successes, trials)
+    assert found.value == successes / trials
+    assert found.low == pytest.approx(low, abs=1e-5)
+    assert found.high == pytest.approx(high, abs=1e-5)
+
+
+def test_wilson_refuses_nonsense():
+    for successes, trials in ((3, 2), (0, 0), (-1, 2)):
+        with pytest.raises(ValueError, match="wanted 0 <= successes"):
+            wilson(successes, trials)
+
+
+def test_mean_and_ratio():
+    # 1, 2, 3, 4: variance 5 / 3, standard error sqrt(5 / 12) = 0.645497, times 1.959964.
+    found = mean([1, 2, 3, 4])
+    assert found.value == 2.5
+    assert found.high - 2.5 == pytest.approx(1.265151, abs=1e-6)
+    assert mean([7]).low is None
+    # 3 of 4 and 1 of 4: ratio 1/2, residuals 1 and -1, error sqrt(2 * 2) / 8 = 0.25.
+    found = ratio([3, 1], [4, 4])
+    assert (found.value, found.low) == (0.5, pytest.approx(0.5 - 1.959964 * 0.25, abs=1e-6))
+    assert math.isnan(ratio([0, 0], [0, 0]).value)
+    problems = [[{"served": 4, "lookups": 4}], [{"served": 3, "lookups": 4}]]
+    clipped = estimate(Column("served", "Recall", "ratio", per="lookups"), problems)
+    assert clipped.value == 0.875 and clipped.high == 1.0
+
+
+def test_paired_differences_by_hand():
+    found = paired([True, True, False, True], [False, True, False, True])
+    assert found.value == 0.25
+    # Differences 1, 0, 0, 0: variance 0.25, standard error 0.25.
+    assert found.low == pytest.approx(0.25 - 1.959964 * 0.25)
