@@ -154,7 +154,8 @@ def throughput(
         "plain batches": steps * rows,
     }
     found = []
-    for (how, tokens), of_turns in zip(answers.items(), times, strict=True):
+    for how, of_turns in zip(ways, times, strict=True):
+        tokens = answers[how]
         drawn = sum(map(len, tokens))
         row_steps = counted.get(how)
         found.append(
@@ -247,13 +248,11 @@ def _to_stop(tokens: list[int], stops: list[int]) -> list[int]:
 def age(params: Params, policy: Policy, *, rows: int = 64, old: int = 4096, turns: int = 15) -> Age:
     """Time per step of a batch that has filled its budget, and of one at `old` tokens."""
     young = getattr(policy, "budget", 0) + 2 * policy.page_size
-    times = take_turns(
-        [
-            Contender("rows", tokens, _begun(params, policy, rows, 1, 64).after(tokens).time_chunk)
-            for tokens in (young, old)
-        ],
-        turns,
-    )
+    contenders = [
+        Contender(name, tokens, _begun(params, policy, rows, 1, 64).after(tokens).time_chunk)
+        for name, tokens in {"young": young, "old": old}.items()
+    ]
+    times = take_turns(contenders, turns)
     young_ms, old_ms = (1e3 * statistics.median(of_batch) for of_batch in times)
     return Age(rows, young, old, young_ms, old_ms, median_ratio(*reversed(times)))
 
@@ -275,8 +274,11 @@ def sharing(
     if rows % samples:
         raise ValueError(f"rows is {rows}; it must be a multiple of samples, {samples}.")
     batches = [_begun(params, policy, rows, each, prompt_tokens).after(1) for each in (samples, 1)]
-    contenders = [Contender("rows", batch.chunk, batch.time_chunk) for batch in batches]
-    times = take_turns(contenders, turns)
+    names = "shared", "unshared"
+    times = take_turns(
+        [Contender(name, 1, batch.time_chunk) for name, batch in zip(names, batches, strict=True)],
+        turns,
+    )
     shared_bytes, unshared_bytes = (
         batch.state.cache.prompt.k.nbytes + batch.state.cache.prompt.v.nbytes for batch in batches
     )
