@@ -232,17 +232,17 @@ def empty_state(
     return DecodeState(
         cache=dataclasses.replace(cache, prompt=prompt),
         meta=init_metadata(config, plan, rows),
-        rows=Rows(
-            token=jnp.ones(rows, jnp.int32),
-            generated=jnp.ones(rows, jnp.int32),
-            limit=asked.limit,
-            done=jnp.ones(rows, jnp.bool_),
-            committed=jnp.zeros(rows, jnp.int32),
-            evicted=jnp.zeros(rows, jnp.int32),
-            sampler=asked.sampler,
-        ),
+        rows=_first_rows(asked, jnp.ones(rows, jnp.int32), jnp.zeros(rows, jnp.int32)),
         stop_tokens=asked.stop_tokens,
     )
+
+
+def _first_rows(request: RowRequest, token: jax.Array, evicted: jax.Array) -> Rows:
+    """Rows that have sampled one token."""
+    generated = jnp.ones_like(token)
+    done = _is_done(token, generated, request.limit, request.stop_tokens)
+    zero = jnp.zeros_like(token)
+    return Rows(token, generated, request.limit, done, zero, evicted, request.sampler)
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -296,19 +296,10 @@ def prefill(
         fill = jnp.broadcast_to(prompt.fill()[None], k.shape[:4])
         prompt = dataclasses.replace(prompt, bounds=page_bounds(k, fill))
     token, logprob, greedy = _choose(request.sampler, logits, jnp.zeros(rows, jnp.int32), force)
-    generated = jnp.ones(rows, jnp.int32)
     state = DecodeState(
         cache=dataclasses.replace(cache, prompt=prompt),
         meta=meta,
-        rows=Rows(
-            token=token,
-            generated=generated,
-            limit=request.limit,
-            done=_is_done(token, generated, request.limit, request.stop_tokens),
-            committed=jnp.zeros(rows, jnp.int32),
-            evicted=evicted,
-            sampler=request.sampler,
-        ),
+        rows=_first_rows(request, token, evicted),
         stop_tokens=request.stop_tokens,
     )
     return state, _progress(state, jax.tree.map(lambda x: x[None], (token, logprob, greedy)))

@@ -27,7 +27,7 @@ TOKENS_PER_SYNC = 32  # How often the host looks: often enough to stream, too ra
 
 
 class Options(TypedDict, total=False):
-    """Keyword arguments of `generate`, for type checkers."""
+    """Keyword arguments of `stream`, which are those of `generate`."""
 
     policy: Policy | None
     sampling: Sampling | Sequence[Sampling] | None
@@ -35,7 +35,6 @@ class Options(TypedDict, total=False):
     stop: str | Iterable[str]
     stop_token_ids: Iterable[int]
     seed: int | jax.Array | Sequence[int]
-    progress: bool | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,10 +62,16 @@ class Piece:
 
 
 @overload
-def generate(params: Params, prompt: Prompt, **options: Unpack[Options]) -> Output: ...
+def generate(
+    params: Params, prompt: Prompt, *, progress: bool | None = None, **options: Unpack[Options]
+) -> Output: ...
 @overload
 def generate(
-    params: Params, prompt: Prompts[PromptT], **options: Unpack[Options]
+    params: Params,
+    prompt: Prompts[PromptT],
+    *,
+    progress: bool | None = None,
+    **options: Unpack[Options],
 ) -> list[Output]: ...
 def generate(
     params: Params,
@@ -133,15 +138,7 @@ def generate(
 
 
 def stream(
-    params: Params,
-    prompt: Prompt | Prompts[PromptT],
-    *,
-    policy: Policy | None = None,
-    sampling: Sampling | Sequence[Sampling] | None = None,
-    max_new_tokens: int | None = None,
-    stop: str | Iterable[str] = (),
-    stop_token_ids: Iterable[int] = (),
-    seed: int | jax.Array | Sequence[int] = 0,
+    params: Params, prompt: Prompt | Prompts[PromptT], **options: Unpack[Options]
 ) -> Iterator[Piece]:
     """As `generate`, giving every answer in pieces while it is being made.
 
@@ -149,8 +146,7 @@ def stream(
     each row carries its whole `Output`. Ctrl-C while waiting for a piece ends every answer with the
     finish_reason "interrupted".
     """
-    run = _Run(params, prompt, policy, sampling, max_new_tokens, stop, stop_token_ids, seed)
-    return _pieces(run)
+    return _pieces(_Run(params, prompt, **options))
 
 
 def _pieces(run: _Run) -> Iterator[Piece]:
@@ -271,12 +267,12 @@ class _Run:
         self,
         params: Params,
         prompt: Prompt | Prompts[PromptT],
-        policy: Policy | None,
-        sampling: Sampling | Sequence[Sampling] | None,
-        max_new_tokens: int | None,
-        stop: str | Iterable[str],
-        stop_token_ids: Iterable[int],
-        seed: int | jax.Array | Sequence[int],
+        policy: Policy | None = None,
+        sampling: Sampling | Sequence[Sampling] | None = None,
+        max_new_tokens: int | None = None,
+        stop: str | Iterable[str] = (),
+        stop_token_ids: Iterable[int] = (),
+        seed: int | jax.Array | Sequence[int] = 0,
     ):
         policy = checked(params, policy)
         ids, self.single = tokenizer.encode(params, prompt)

@@ -59,49 +59,20 @@ class Plan:
         max_new_tokens: int,
         samples: int = 1,
         target: Target | None = None,
+        *,
+        longest: int | None = None,
     ) -> Plan:
         """The plan for prompts of these lengths.
+
+        With `longest`, slots are enough for a row of any prompt up to so many tokens, in whole
+        pages; which of them a row may use is the policy's word.
 
         Raises:
           ValueError: the policy cannot take one of the prompts, or some of its layers evict the
             prompt and others do not.
         """
         policy.check_prompts(prompt_tokens)
-        return cls._of(config, policy, prompt_tokens, max_new_tokens, samples, target)
-
-    @classmethod
-    def up_to(
-        cls,
-        config: ModelConfig,
-        policy: Policy,
-        longest: int,
-        max_new_tokens: int,
-        samples: int = 1,
-        target: Target | None = None,
-    ) -> Plan:
-        """Slots enough for a row of any prompt; which of them it may use is the policy's word.
-
-        Args:
-          config: shape of the model.
-          policy: which pages to keep.
-          longest: tokens that a prompt may have, in whole pages.
-          max_new_tokens: tokens that a row may generate.
-          samples: rows that share one prompt.
-          target: what the decode is compiled for.
-        """
-        plan = cls._of(config, policy, [1, longest], max_new_tokens, samples, target)
-        return dataclasses.replace(plan, prompt_slots=pages_for(longest, policy.page_size))
-
-    @classmethod
-    def _of(
-        cls,
-        config: ModelConfig,
-        policy: Policy,
-        prompt_tokens: Sequence[int],
-        max_new_tokens: int,
-        samples: int,
-        target: Target | None,
-    ) -> Plan:
+        lengths, P = [*prompt_tokens, *([longest] if longest else [])], policy.page_size
         groups: list[Group] = []
         for layers, part in policy.groups(config.num_hidden_layers):
             if part.evicts_prompt != policy.evicts_prompt:
@@ -109,9 +80,9 @@ class Plan:
                     f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
                 )
             first = groups[-1].part.stop if groups else 0
-            groups.append(Group(first, layers, part, part.slots(prompt_tokens, max_new_tokens)))
-        prompt_slots = bucket(pages_for(max(prompt_tokens), policy.page_size))
-        return cls(policy, prompt_slots, tuple(groups), samples, target)
+            groups.append(Group(first, layers, part, part.slots(lengths, max_new_tokens)))
+        slots = pages_for(longest, P) if longest else bucket(pages_for(max(lengths), P))
+        return cls(policy, slots, tuple(groups), samples, target)
 
     @property
     def page_size(self) -> int:

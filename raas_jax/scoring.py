@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -55,25 +55,24 @@ class Score:
         return float(np.sum(self.logprobs, dtype=np.float64))
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of `score`, for type checkers."""
+
+    policy: Policy | None
+    rows: int
+    mesh: Mesh | None
+
+
 @overload
 def score(
-    params: Params,
-    prompt: Prompt,
-    continuation: str | Ids,
-    *,
-    policy: Policy | None = None,
-    rows: int = 16,
-    mesh: Mesh | None = None,
+    params: Params, prompt: Prompt, continuation: str | Ids, **options: Unpack[Options]
 ) -> Score: ...
 @overload
 def score(
     params: Params,
     prompt: Prompts[PromptT],
     continuation: Sequence[str | Ids],
-    *,
-    policy: Policy | None = None,
-    rows: int = 16,
-    mesh: Mesh | None = None,
+    **options: Unpack[Options],
 ) -> list[Score]: ...
 def score(
     params: Params,
@@ -114,9 +113,7 @@ def score(
         tokenizer.encode_continuation(params, each, f"continuation[{index}]")
         for index, each in enumerate(given)
     ]
-    found: dict[int, Score] = {}
-    for index, each in scores(params, prompts, ids, policy, rows=rows, mesh=mesh):
-        found[index] = each
+    found = dict(scores(params, prompts, ids, policy, rows=rows, mesh=mesh))
     return found[0] if single else [found[index] for index in range(len(prompts))]
 
 
@@ -131,13 +128,7 @@ def scores(
 ) -> Iterator[tuple[int, Score]]:
     """Scores token ids, the longest first, and gives each batch as soon as it is done.
 
-    Args:
-      params: the model.
-      prompts: token ids, none of them empty.
-      continuations: token ids, one for each prompt.
-      policy: which pages of the cache to keep.
-      rows: continuations at once.
-      mesh: devices that share the work.
+    As `score`, with a continuation for each prompt, none of which may be empty.
 
     Yields:
       The index of a continuation, and its score.
@@ -155,19 +146,11 @@ def scores(
         batch = order[start : start + rows]
         # Missing rows repeat the last one, so that every batch has one shape.
         padded = batch + [batch[-1]] * (rows - len(batch) if len(order) > rows or mesh else 0)
-        logprobs, greedy = batch_scores(
+        found = batch_scores(
             params, [prompts[i] for i in padded], [continuations[i] for i in padded]
         )
-        for row, index in enumerate(batch):
-            end = len(continuations[index])
-            yield (
-                index,
-                Score(
-                    [int(token) for token in continuations[index]],
-                    logprobs[row, :end],
-                    greedy[row, :end],
-                ),
-            )
+        for index, score in zip(batch, found, strict=False):
+            yield index, score
 
 
 def _forced(
@@ -176,8 +159,8 @@ def _forced(
     params: Params,
     prompts: Sequence[Ids],
     continuations: Sequence[Ids],
-) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities and whether greedy, `[B, T]`, fed through a decode."""
+) -> list[Score]:
+    """Scores of a batch, fed through a decode."""
     longest = max(map(len, continuations))
     P = policy.page_size
     # A bucket of lengths shares a program; what lies beyond a row's end is not looked at.
@@ -197,52 +180,43 @@ def _forced(
     for first in range(1, len(force), steps):
         state, progress = session.advance(state, pages, force=force[first : first + steps])
         seen.append(session.read(progress))
-    return (
-        np.concatenate([each.logprobs for each in seen]).T,
-        np.concatenate([each.greedy for each in seen]).T,
+    logprobs, greedy = (
+        np.concatenate([getattr(each, name) for each in seen]) for name in ("logprobs", "greedy")
     )
+    return [
+        Score(list(ids), logprobs[: len(ids), row], greedy[: len(ids), row])
+        for row, ids in enumerate(continuations)
+    ]
 
 
 def _in_one_pass(
     params: Params, prompts: Sequence[Ids], continuations: Sequence[Ids]
-) -> tuple[np.ndarray, np.ndarray]:
+) -> list[Score]:
     """The same with a dense cache, in one forward pass."""
     texts = [[*prompt, *ids] for prompt, ids in zip(prompts, continuations, strict=True)]
-    # The last token is only scored, not read.
-    width = SHORTEST
-    while width < max(map(len, texts)) - 1:
-        width *= 2
-    # What is padded at the right is seen by nothing before it.
+    # The last token is only scored, not read. Padding at the right is seen by nothing before it.
+    width = max(SHORTEST, 1 << (max(map(len, texts)) - 2).bit_length())
     padded = np.zeros((2, len(texts), width), np.int32)
     for row, text in enumerate(texts):
         padded[:, row, : len(text) - 1] = text[:-1], text[1:]
-    found = jax.device_get(next_logprobs(params, *map(jnp.asarray, padded)))
-    logprobs, greedy = (
-        np.zeros((len(texts), max(map(len, continuations))), each.dtype) for each in found
-    )
-    for row, (prompt, ids) in enumerate(zip(prompts, continuations, strict=True)):
-        part = slice(len(prompt) - 1, len(prompt) - 1 + len(ids))
-        logprobs[row, : len(ids)], greedy[row, : len(ids)] = (
-            found[0][row, part],
-            found[1][row, part],
-        )
-    return logprobs, greedy
+    logprobs, greedy = jax.device_get(next_logprobs(params, *map(jnp.asarray, padded)))
+    parts = [
+        slice(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)
+    ]
+    return [
+        Score(list(ids), logprobs[row, part], greedy[row, part])
+        for row, (ids, part) in enumerate(zip(continuations, parts, strict=True))
+    ]
 
 
 @partial(jax.jit, static_argnames="at_once")
 def next_logprobs(
     params: Params, tokens: jax.Array, following: jax.Array, at_once: int = POSITIONS_AT_ONCE
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability of the token that follows each, and whether it is the likeliest.
+    """Log-probability of the token that follows each, and whether it is the likeliest, `[B, T]`.
 
-    Args:
-      params: the model.
-      tokens: int32 `[B, T]`, T a multiple of `at_once`.
-      following: int32 `[B, T]`, the token that comes after each.
-      at_once: positions whose logits are made together.
-
-    Returns:
-      float32 `[B, T]`, and bool `[B, T]`.
+    Tokens and those that follow are int32 `[B, T]`; logits are made for `at_once` positions
+    together, which must divide T.
     """
     model = ends(params.config, params.weights)
     B, T = tokens.shape

@@ -59,6 +59,7 @@ class Session:
       rows: `B`.
       mesh: the devices that share the decode; None for the default one.
       shape: the state as `ShapeDtypeStruct`s, with their shardings on a mesh.
+      called: the programs that were called so far, each of which is compiled once.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class Session:
         self.params, self.plan, self.rows, self.mesh = params, plan, rows, mesh
         self._key = (params.config, params.dtype.name, plan, rows, tuple(stop_tokens), mesh)
         self.shape = _shape(*self._key)
+        self.called: set[tuple[Any, ...]] = set()
         self._compiled: dict[Any, Any] = {}
 
     @classmethod
@@ -127,6 +129,7 @@ class Session:
         Returns:
           The state at the start of the first page, and the first token of every row.
         """
+        self.called.add(("start", force is None))
         arguments = (self.params, *pad_prompts(prompts, self.plan), request)
         if force is None and "start" in self._compiled:
             return self._given(self._compiled["start"](*arguments))
@@ -135,6 +138,7 @@ class Session:
 
     def empty(self) -> DecodeState:
         """A state in which no row runs, for rows that `admit` brings."""
+        self.called.add(("empty",))
         state: DecodeState = _empty(*self._key)()
         return state
 
@@ -148,6 +152,7 @@ class Session:
         Returns:
           The state, and the first tokens, `[1, n * samples]`.
         """
+        self.called.add(("admit", *admissions.tokens.shape))
         program = self._program(_admit)
         return self._given(program(self.params, state, admissions, plan=self.plan, mesh=self.mesh))
 
@@ -171,6 +176,7 @@ class Session:
         Returns:
           The state at the next boundary, and what happened.
         """
+        self.called.add(("advance", pages, force is None, probe))
         if force is None and probe is None and pages in self._compiled:
             return self._given(self._compiled[pages](self.params, state))
         given: dict[str, Any] = {} if probe is None else {"probe": probe}

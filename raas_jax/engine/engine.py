@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from raas_jax import tokenizer
-from raas_jax.admission import Admissions, empty_admissions
+from raas_jax.admission import empty_admissions
 from raas_jax.decode import DecodeState, Progress
 from raas_jax.engine import checkpoint
 from raas_jax.engine.autosize import largest_batch
@@ -151,10 +151,10 @@ class Engine:
             params = place_weights(params, mesh)
         self.buckets = _buckets(max_prompt_tokens, P)
         self.max_new_tokens = max_new_tokens
-        plan = Plan.up_to(
-            params.config, policy, self.buckets[-1], max_new_tokens, samples, target_of(mesh)
+        longest, target = self.buckets[-1], target_of(mesh)
+        plan = Plan.create(
+            params.config, policy, [1], max_new_tokens, samples, target, longest=longest
         )
-        policy.check_prompts([1])
         self.stop_tokens = tokenizer.stop_token_ids(params, stop_token_ids)
 
         def session(rows: int) -> Session:
@@ -166,9 +166,14 @@ class Engine:
         self._late = jax.default_backend() != "cpu" if overlap is None else overlap
         together = samples * (1 if mesh is None else mesh.shape["data"])
         if rows == "auto":
-            rows = largest_batch(
-                lambda count: self._account(session(count)), together, memory_limit
-            )
+
+            def largest(count: int) -> list[Any]:
+                """The lowered programs that take most memory."""
+                one = session(count)
+                admit = one.lower_admit(self._sizes[0], self.buckets[-1])
+                return [one.lower_advance(self._pages), admit]
+
+            rows = largest_batch(largest, together, memory_limit)
         if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1 or rows % together:
             raise ValueError(
                 f"rows is {rows!r}; it must be 'auto' or a multiple of {together} (samples="
@@ -176,7 +181,6 @@ class Engine:
             )
         self.rows = rows
         self.session = session(rows)
-        self._called: set[tuple[Any, ...]] = set()
         self._schedule = Schedule(rows, samples)
         self._ready: deque[Result] = deque()
         self._taken: set[Id] = set()
@@ -198,7 +202,7 @@ class Engine:
     @property
     def compiles(self) -> int:
         """Programs that this engine has called so far: each is compiled once."""
-        return len(self._called)
+        return len(self.session.called)
 
     @property
     def most_compiles(self) -> int:
@@ -210,9 +214,10 @@ class Engine:
         state = self._take_state()
         for bucket in self.buckets:
             for size in self._sizes:
-                state, _ = self._admit_to(state, empty_admissions(size, bucket, self.plan.samples))
+                admissions = empty_admissions(size, bucket, self.plan.samples)
+                state, _ = self.session.admit(state, admissions)
         if not self._schedule.busy():
-            state, _ = self._advanced(state)
+            state, _ = self.session.advance(state, self._pages)
         self._state = jax.block_until_ready(state)
 
     def run(
@@ -313,28 +318,10 @@ class Engine:
 
     # What follows is the host's work between two looks.
 
-    def _account(self, session: Session) -> list[Any]:
-        """The lowered programs of a session that take most memory."""
-        return [
-            session.lower_advance(self._pages),
-            session.lower_admit(self._sizes[0], self.buckets[-1]),
-        ]
-
     def _take_state(self) -> DecodeState:
         """The state, to be given away."""
         state, self._state = self._state, None
-        if state is None:
-            self._called.add(("empty",))
-            state = self.session.empty()
-        return state
-
-    def _admit_to(self, state: DecodeState, admissions: Admissions) -> tuple[DecodeState, Progress]:
-        self._called.add(("admit", *admissions.tokens.shape))
-        return self.session.admit(state, admissions)
-
-    def _advanced(self, state: DecodeState) -> tuple[DecodeState, Progress]:
-        self._called.add(("advance",))
-        return self.session.advance(state, self._pages)
+        return self.session.empty() if state is None else state
 
     def _jobs(
         self, source: Iterator[Request | Prompt], done: set[tuple[Id, int]] | None
@@ -425,7 +412,7 @@ class Engine:
         self.usage.padded_prompt_tokens += admissions.tokens.size
         sampler = Sampler.create([start.job.sampling for start in batch], None)
         admissions = admissions._replace(sampler=sampler)
-        self._state, progress = self._admit_to(self._take_state(), admissions)
+        self._state, progress = self.session.admit(self._take_state(), admissions)
         self._started.append((rows, progress))
 
     def _answer(self, job: Job) -> Answer:
@@ -434,7 +421,7 @@ class Engine:
         return Answer(job.prompt, job.limit, frozenset(self.stop_tokens), detokenizer)
 
     def _advance(self) -> None:
-        self._state, progress = self._advanced(self._take_state())
+        self._state, progress = self.session.advance(self._take_state(), self._pages)
         self._syncs.append(_Sync(self._started, progress, list(self._schedule.rows)))
         self._started = []
         steps = self._pages * self.plan.page_size

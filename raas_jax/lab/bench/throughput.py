@@ -298,7 +298,7 @@ def sharing(
 def _begun(params: Params, policy: Policy, rows: int, samples: int, length: int) -> TimedDecode:
     """Rows as an engine has them, which never end, with random prompts of one length."""
     bucket = pages_for(length, policy.page_size) * policy.page_size
-    plan = Plan.up_to(params.config, policy, bucket, 2**20, samples)
+    plan = Plan.create(params.config, policy, [1], 2**20, samples, longest=bucket)
     session = Session(params, plan, rows)
     state, rng = session.empty(), np.random.default_rng(0)
     for group in range(rows // samples):
