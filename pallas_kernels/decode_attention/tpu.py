@@ -9,15 +9,17 @@ each page (and another spreads each page's fill over its tokens).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arrays import finite, pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, TpuBlocks, tpu_blocks
+from pallas_kernels.decode_attention.tuning import TpuBlocks, tpu_blocks
+from pallas_kernels.tpu import LANES, check_served, dot, padded_rows, precision_for
 
 
 def decode_attention_tpu(
@@ -49,10 +51,9 @@ def decode_attention_tpu(
     heads, pages, splits = blocks.heads, blocks.pages, blocks.splits
     per_split = -(-S // (pages * splits))
     shape = (B, K // heads, splits, per_split)
-    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
-    grouped = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    G, rows = N // K, padded_rows(N // K)
 
-    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    chunk = chunk_tokens(pages, P)
     chunks, chunk_pages = pages * P // chunk, chunk // P
     whole = splits * per_split * pages
     padded = jnp.pad(fill, ((0, 0), (0, 0), (0, whole - S)))
@@ -68,13 +69,13 @@ def decode_attention_tpu(
         block, at = jax.lax.rem(at, splits * per_split), jax.lax.div(at, splits * per_split)
         return layer[0], jax.lax.div(at, shape[1]), jax.lax.rem(at, shape[1]), block, 0, 0
 
-    def of_block(*tail: int) -> pl.BlockSpec:
-        index = lambda b, h, s, j, *_: (b, h, s * per_split + j, *(0 for _ in tail))  # noqa: E731
+    def of_split(*tail: int, steps: int = 1) -> pl.BlockSpec:
+        def index(b: Any, h: Any, s: Any, j: Any, *_: Any) -> Any:
+            return b, h, (s if steps == 1 else s * steps + j), *(0 for _ in tail)
+
         return pl.BlockSpec((1, heads, 1, *tail), index)
 
-    def of_split(*tail: int) -> pl.BlockSpec:
-        index = lambda b, h, s, j, *_: (b, h, s, *(0 for _ in tail))  # noqa: E731
-        return pl.BlockSpec((1, heads, 1, *tail), index)
+    of_block = functools.partial(of_split, steps=per_split)
 
     if P == 1:
         # Pages of one token lie as one long page would; so they are said to be.
@@ -105,18 +106,12 @@ def decode_attention_tpu(
                 of_split(rows, 2),
                 of_block(chunks, rows, chunk_pages),
             ],
-            scratch_shapes=[
-                pltpu.VMEM((heads, rows, H), jnp.float32),
-                pltpu.VMEM((heads, rows, LANES), jnp.float32),
-                pltpu.VMEM((heads, rows, LANES), jnp.float32),
-            ],
+            scratch_shapes=[Softmax.scratch(heads, rows, H=H)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, K, splits, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, splits, rows, 2), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (B, K, splits * per_split, chunks, rows, chunk_pages), jnp.float32
-            ),
+            result(B, K, splits, rows, H),
+            result(B, K, splits, rows, 2),
+            result(B, K, splits * per_split, chunks, rows, chunk_pages),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
@@ -127,18 +122,15 @@ def decode_attention_tpu(
             transcendentals=B * N * S * P,
         ),
         name="decode_attention",
-    )(layer.reshape(1), fetched, grouped, k_pages, v_pages, fills)
+    )(layer.reshape(1), fetched, pad_groups(q, K, rows), k_pages, v_pages, fills)
     # Blocks, chunks and pages in a chunk are, in this order, the slots.
     lse = jnp.moveaxis(lse, 4, 2).reshape(B, K, rows, whole)[:, :, :G, :S]
     return _merge(out[..., :G, :], stats[..., :G, 0], stats[..., :G, 1], lse.reshape(B, N, S))
 
 
-def check_served(k_pages: jax.Array, slots: int) -> None:
-    """Raises NotImplementedError for a dtype that the kernel does not take, or no slots at all."""
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"caches are bfloat16 or float32, not {k_pages.dtype}")
-    if not slots:
-        raise NotImplementedError("there are no slots to read")
+def chunk_tokens(pages: int, P: int) -> int:
+    """Tokens whose pages are summed by one product: whole pages, a row of lanes where it can be."""
+    return LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
 
 
 def fetched_blocks(live: jax.Array) -> jax.Array:
@@ -155,7 +147,7 @@ def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) ->
         joined = out[:, :, 0], peak[:, :, 0], total[:, :, 0]
     else:
         top = jnp.max(peak, axis=2)
-        factor = jnp.exp(peak - jnp.where(jnp.isneginf(top), 0.0, top)[:, :, None])
+        factor = jnp.exp(peak - finite(top)[:, :, None])
         joined = (
             jnp.sum(out * factor[..., None], axis=2),
             top,
@@ -166,9 +158,24 @@ def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) ->
     )
 
 
-def precision_for(pages: jax.Array) -> Any:
-    """Full products for a float32 cache; a bfloat16 one needs no more than the plain ones."""
-    return jax.lax.Precision.HIGHEST if pages.dtype == jnp.float32 else None
+class Softmax(NamedTuple):
+    """The sums so far, in scratch: `acc [..., rows, H]`; `peak` and `total` in all of the lanes."""
+
+    acc: Any
+    peak: Any
+    total: Any
+
+    @classmethod
+    def scratch(cls, *rows: int, H: int) -> Softmax:
+        return cls(*(pltpu.VMEM((*rows, columns), jnp.float32) for columns in (H, LANES, LANES)))
+
+    def clear(self) -> None:
+        self.acc[...] = jnp.zeros_like(self.acc)
+        self.peak[...] = jnp.full_like(self.peak, -jnp.inf)
+        self.total[...] = jnp.zeros_like(self.total)
+
+    def of_head(self, head: int) -> Softmax:
+        return Softmax(*(ref.at[head] for ref in self))
 
 
 def _kernel(
@@ -181,24 +188,14 @@ def _kernel(
     out_ref: Any,
     stats_ref: Any,
     lse_ref: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
+    softmax: Softmax,
     *,
-    scale: float,
-    chunk: int,
-    page: int,
     number: Any,
-    precision: Any,
+    **options: Any,
 ) -> None:
     step = number(*(pl.program_id(axis) for axis in range(4)))
     j, last = pl.program_id(3), pl.num_programs(3) - 1
-
-    @pl.when(j == 0)
-    def start() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
-        total_ref[...] = jnp.zeros_like(total_ref)
+    pl.when(j == 0)(softmax.clear)
 
     @pl.when(fetched_ref[step] != step)
     def dead() -> None:
@@ -213,20 +210,15 @@ def _kernel(
                 v_ref.at[0, 0, head],
                 fill_ref.at[0, head, 0],
                 lse_ref.at[0, head, 0],
-                acc_ref.at[head],
-                peak_ref.at[head],
-                total_ref.at[head],
-                scale=scale,
-                chunk=chunk,
-                page=page,
-                precision=precision,
+                softmax.of_head(head),
+                **options,
             )
 
     @pl.when(j == last)
     def finish() -> None:
-        out_ref[0, :, 0] = acc_ref[...]
-        stats_ref[0, :, 0, :, 0:1] = peak_ref[:, :, 0:1]
-        stats_ref[0, :, 0, :, 1:2] = total_ref[:, :, 0:1]
+        out_ref[0, :, 0] = softmax.acc[...]
+        stats_ref[0, :, 0, :, 0:1] = softmax.peak[:, :, 0:1]
+        stats_ref[0, :, 0, :, 1:2] = softmax.total[:, :, 0:1]
 
 
 def attend_block(
@@ -235,9 +227,7 @@ def attend_block(
     v_ref: Any,
     fill_ref: Any,
     lse_ref: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
+    softmax: Softmax,
     *,
     scale: float,
     chunk: int,
@@ -272,10 +262,10 @@ def attend_block(
         parts.append(jnp.where(valid, scores[:, c * chunk : (c + 1) * chunk], -jnp.inf))
     scores = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=1)
 
-    before = peak_ref[:, 0:1]
+    before = softmax.peak[:, 0:1]
     peak = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     # The block has a live page, but with several heads not every head has.
-    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    safe = finite(peak)
     weights = jnp.exp(scores - safe)
     shrink = jnp.exp(before - safe)
 
@@ -293,18 +283,8 @@ def attend_block(
         valid = place_column < live_column[:, c : c + 1]
         parts.append(jnp.where(valid, v[c * chunk : (c + 1) * chunk], 0))
     v = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=0)
-    acc_ref[...] = acc_ref[...] * shrink + dot(weights.astype(v.dtype), v, (1, 0), precision)
-    total = total_ref[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-    peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
-    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-
-
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any = None) -> jax.Array:
-    """Contracts one axis of each of two matrices, summed in float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+    values = dot(weights.astype(v.dtype), v, (1, 0), precision)
+    softmax.acc[...] = softmax.acc[...] * shrink + values
+    total = softmax.total[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    softmax.peak[...] = jnp.broadcast_to(peak, softmax.peak.shape)
+    softmax.total[...] = jnp.broadcast_to(total, softmax.total.shape)

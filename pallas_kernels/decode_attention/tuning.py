@@ -6,9 +6,7 @@ import dataclasses
 import math
 
 from pallas_kernels.dispatch import Target
-
-LANES = 128
-SUBLANES = 8
+from pallas_kernels.tpu import LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arrays import pad_groups, result
 from pallas_kernels.hopper import (
     COMPILER,
     TILE,
     choose_splits,
     choose_stages,
+    commit_memory,
     grouping,
+    product,
     require_head_dim,
     require_hopper,
     require_rows,
@@ -57,9 +60,7 @@ def page_bound_gpu(
     tiles, blocks = -(-S // TILE), B * K * chunks
     splits, stages = choose_splits(blocks, tiles), min(choose_stages(H), tiles)
     per_split = -(-tiles // splits)
-    queries = q.reshape(B, K, G, H)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, chunks * group - G), (0, 0)))
-    queries = queries.reshape(blocks, group, H)
+    queries = pad_groups(q, K, chunks * group).reshape(blocks, group, H)
 
     def body(
         above_ref: Any,
@@ -96,16 +97,12 @@ def page_bound_gpu(
         def _(number: jax.Array) -> None:
             tile, slot = first + number, lax.rem(number, jnp.int32(stages))
             plgpu.barrier_wait(barriers.at[slot])
-
-            def multiply(total: Any) -> jax.Array:
-                for pages, query in (high_smem, above_smem), (low_smem, below_smem):
-                    plgpu.wgmma(total, pages.at[slot], query.transpose((1, 0)))
-                return total[...]
-
-            bound = pl.run_scoped(multiply, plgpu.ACC((TILE, group), jnp.float32))
+            pairs = (high_smem, above_smem), (low_smem, below_smem)
+            factors = [(pages.at[slot], query.transpose((1, 0))) for pages, query in pairs]
+            bound = product(factors, TILE, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[...] = bound * scale
-            plgpu.commit_smem()
+            commit_memory()
             plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, tile])
             pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
 
@@ -114,7 +111,7 @@ def page_bound_gpu(
     matrix = partial(tile_memory, width=tile_width(H))
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((blocks, tiles, TILE, group), jnp.float32),
+        out_type=result(blocks, tiles, TILE, group),
         scratch_types=[
             matrix(group, H),
             matrix(group, H),
@@ -126,6 +123,7 @@ def page_bound_gpu(
         ],
         grid=(blocks, splits),
         grid_names=("block", "split"),
+        kernel_name="page_bound",
         compiler_params=COMPILER,
         interpret=interpret,
     )(

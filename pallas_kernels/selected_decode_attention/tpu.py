@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arrays import pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.decode_attention.tpu import attend_block, check_served, precision_for
-from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, tpu_blocks
+from pallas_kernels.decode_attention.tpu import Softmax, attend_block, chunk_tokens
+from pallas_kernels.decode_attention.tuning import tpu_blocks
+from pallas_kernels.tpu import check_served, check_whole_words, padded_rows, precision_for
 
 
 def selected_decode_attention_tpu(
@@ -46,17 +48,13 @@ def selected_decode_attention_tpu(
     _, prompts, K, _, P, _ = k_pages.shape
     C = slots.shape[2]
     check_served(k_pages, C)
-    if P * k_pages.dtype.itemsize % 4:
-        raise NotImplementedError(
-            f"a page of {P} {k_pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
-            "use an even page_size, or float32"
-        )
+    check_whole_words(k_pages)
     if pages is None:
         pages = tpu_blocks(device_kind, 1, 1, C, P, H, k_pages.dtype.itemsize).pages
     per_head = -(-C // pages)
     steps, whole = B * K * per_head, per_head * pages
-    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
-    grouped = jnp.pad(q.reshape(B * K, G, H), ((0, 0), (0, rows - G), (0, 0)))
+    G, rows = N // K, padded_rows(N // K)
+    grouped = pad_groups(q, K, rows).reshape(B * K, rows, H)
 
     # What is not read, for whatever reason, is a slot of -1 with a fill of 0.
     row = jnp.arange(B)[:, None, None] // (B // prompts)
@@ -64,7 +62,7 @@ def selected_decode_attention_tpu(
     filled = jnp.where(slots < 0, 0, filled)
     slots = jnp.where(filled > 0, slots, -1)
     padding = (0, 0), (0, 0), (0, whole - C)
-    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    chunk = chunk_tokens(pages, P)
     shape = (steps, pages * P // chunk, chunk // P)
     filled = jnp.pad(filled, padding).reshape(shape)
     slots = jnp.pad(slots, padding, constant_values=-1).reshape(steps, 1, pages)
@@ -76,7 +74,9 @@ def selected_decode_attention_tpu(
         return pl.BlockSpec((1, *tail), lambda g, _: (g, *(0 for _ in tail)))
 
     def slots_of(ahead: int) -> pl.BlockSpec:
-        index = lambda g, _: (jnp.minimum(g + ahead, steps - 1), 0, 0)  # noqa: E731
+        def index(g: Any, _: Any) -> Any:
+            return jnp.minimum(g + ahead, steps - 1), 0, 0
+
         return pl.BlockSpec((1, 1, pages), index, memory_space=pltpu.SMEM)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
@@ -107,15 +107,13 @@ def selected_decode_attention_tpu(
                 pltpu.VMEM((2, pages, P, H), k_pages.dtype),
                 pltpu.VMEM((2, pages, P, H), k_pages.dtype),
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.VMEM((rows, H), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
+                Softmax.scratch(rows, H=H),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B * K, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B * K, rows, 2), jnp.float32),
-            jax.ShapeDtypeStruct((steps, shape[1], rows, shape[2]), jnp.float32),
+            result(B * K, rows, H),
+            result(B * K, rows, 2),
+            result(steps, shape[1], rows, shape[2]),
         ],
         # One step starts the copies of the next, so that they must follow each other.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
@@ -150,9 +148,7 @@ def _kernel(
     k_ref: Any,
     v_ref: Any,
     done: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
+    softmax: Softmax,
     *,
     per_head: int,
     rows_per_prompt: int,
@@ -186,12 +182,7 @@ def _kernel(
     def ahead() -> None:
         for_each_copy(step + 1, next_ref, lambda copy: copy.start())
 
-    @pl.when(part == 0)
-    def start() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
-        total_ref[...] = jnp.zeros_like(total_ref)
-
+    pl.when(part == 0)(softmax.clear)
     for_each_copy(step, slots_ref, lambda copy: copy.wait())
     attend_block(
         q_ref.at[0],
@@ -199,14 +190,12 @@ def _kernel(
         v_ref.at[half],
         fill_ref.at[0],
         lse_ref.at[0],
-        acc_ref,
-        peak_ref,
-        total_ref,
+        softmax,
         **options,
     )
 
     @pl.when(part == per_head - 1)
     def finish() -> None:
-        out_ref[0] = acc_ref[...]
-        stats_ref[0, :, 0:1] = peak_ref[:, 0:1]
-        stats_ref[0, :, 1:2] = total_ref[:, 0:1]
+        out_ref[0] = softmax.acc[...]
+        stats_ref[0, :, 0:1] = softmax.peak[:, 0:1]
+        stats_ref[0, :, 1:2] = softmax.total[:, 0:1]
