@@ -19,6 +19,12 @@ def pad_groups(q: jax.Array, K: int, padded: int) -> jax.Array:
     return jnp.pad(q.reshape(B, K, N // K, H), ((0, 0), (0, 0), (0, padded - N // K), (0, 0)))
 
 
+def merge_splits(peak: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+    """The largest peak along an axis of parts, and what multiplies the sums of each part."""
+    top = jnp.max(peak, axis)
+    return top, jnp.exp(peak - jnp.expand_dims(finite(top), axis))
+
+
 def finite(peak: jax.Array) -> jax.Array:
     """0 in place of -inf, so that `exp(x - peak)` of an empty segment is 0 and not NaN."""
     return jnp.where(jnp.isneginf(peak), 0.0, peak)

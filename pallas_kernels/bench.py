@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,23 +53,17 @@ BATCHES = (1, 8, 32, 128, 256)
 BUDGETS = (512, 1024, 2048, 8192)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One model, batch and number of tokens in the cache; `budget` is also a prompt's length."""
 
     model: str
     batch: int
     budget: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.model}/b{self.batch}/{self.budget}"
 
-
-SHAPES = {
-    shape.name: shape
-    for shape in (Shape(m, b, t) for m in MODELS for b in BATCHES for t in BUDGETS)
-}
+SHAPES = {f"{m}/b{b}/{t}": Shape(m, b, t) for m in MODELS for b in BATCHES for t in BUDGETS}
+QUICK = ("qwen2.5-7b/b1/512", "qwen2.5-7b/b1/2048", "qwen2.5-7b/b8/512")
+"""Small enough for a CPU."""
 
 
 @dataclasses.dataclass
@@ -249,13 +244,12 @@ def copy_case(size: int) -> Case:
 
 
 def bench(
-    operations: Sequence[str], shapes: Sequence[Shape], *, dtype: str, repetitions: int = 7
+    operations: Sequence[str], shapes: Sequence[str], *, dtype: str, repetitions: int = 7
 ) -> Iterator[Row]:
     """Measures every operation at every shape, one after the other.
 
     Args:
-      operations: names, of `OPERATIONS`.
-      shapes: of `SHAPES`, or others.
+      operations, shapes: names, of `OPERATIONS` and of `SHAPES`.
       dtype: of queries and cache.
       repetitions: timed turns; medians count.
     """
@@ -263,50 +257,34 @@ def bench(
     on_cpu = target.platform == "cpu"
     least = 0.0 if on_cpu else PROGRAM_SECONDS
     copy = Program(copy_case(2**28 if on_cpu else 2**30), least)
-    for shape in shapes:
-        for name in operations:
-            if name == "prefill_attention" and shape.batch > MOST_PREFILLED:
-                continue
-            build = partial(OPERATIONS[name], shape, dtype, jax.random.key(0), target=target)
-            programs, why = _programs(build, target.platform, least)
-            programs["copy"] = copy
-            times: dict[str, list[float]] = {each: [] for each in programs}
-            for _ in range(repetitions):
-                for each, program in programs.items():
-                    times[each].append(program.seconds())
-            seconds = {each: statistics.median(of) for each, of in times.items()}
-            xla, own = seconds["xla"], seconds.get(target.platform)
-            size, bandwidth = programs["xla"].case.bytes, copy.case.bytes / seconds["copy"]
-            by_arithmetic = name == "prefill_attention"
-            yield Row(
-                operation=name,
-                shape=shape.name,
-                bytes=size,
-                ms=None if own is None else 1e3 * own,
-                xla_ms=1e3 * xla,
-                over_xla=None if own is None else xla / own,
-                copy_bandwidth=bandwidth,
-                of_bandwidth=None if by_arithmetic else size / (own or xla) / bandwidth,
-                why=why,
-            )
-
-
-def _programs(
-    build: Callable[..., Case], platform: str, least: float
-) -> tuple[dict[str, Program], str | None]:
-    """By implementation; and why there is none but XLA's, where that is so."""
-    programs = {"xla": Program(build(implementation="xla"), least)}
-    try:
-        programs[platform] = Program(build(implementation=platform), least)
-    except ValueError as error:
-        _, declined, reason = str(error).rpartition(f"{platform}: ")
-        return programs, reason if declined else "the reference serves it"
-    return programs, None
-
-
-def quick_shapes() -> list[Shape]:
-    """A few, small enough for a CPU."""
-    return [Shape("qwen2.5-7b", batch, budget) for batch, budget in ((1, 512), (1, 2048), (8, 512))]
+    for shape, name in itertools.product(shapes, operations):
+        if name == "prefill_attention" and SHAPES[shape].batch > MOST_PREFILLED:
+            continue
+        build = partial(OPERATIONS[name], SHAPES[shape], dtype, jax.random.key(0), target=target)
+        programs, why = {"xla": Program(build(implementation="xla"), least), "copy": copy}, None
+        try:
+            programs["own"] = Program(build(implementation=target.platform), least)
+        except ValueError as error:
+            why = str(error).rpartition(f"{target.platform}: ")[2].rstrip(".")
+        times: dict[str, list[float]] = {each: [] for each in programs}
+        for _ in range(repetitions):
+            for each, program in programs.items():
+                times[each].append(program.seconds())
+        seconds = {each: statistics.median(of) for each, of in times.items()}
+        xla, own = seconds["xla"], seconds.get("own")
+        size, bandwidth = programs["xla"].case.bytes, copy.case.bytes / seconds["copy"]
+        by_arithmetic = name == "prefill_attention"
+        yield Row(
+            operation=name,
+            shape=shape,
+            bytes=size,
+            ms=None if own is None else 1e3 * own,
+            xla_ms=1e3 * xla,
+            over_xla=None if own is None else xla / own,
+            copy_bandwidth=bandwidth,
+            of_bandwidth=None if by_arithmetic else size / (own or xla) / bandwidth,
+            why=why,
+        )
 
 
 TABLE = """
@@ -353,17 +331,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.repetitions < 1:
         parser.error(f"--repetitions is {given.repetitions}; it must be at least 1.")
-    target, operations = Target.of(), given.op or list(OPERATIONS)
-    shapes = [SHAPES[name] for name in given.shapes or SHAPES]
-    if given.quick or (target.platform == "cpu" and not given.shapes):
-        shapes = shapes if given.shapes else quick_shapes()
+    target = Target.of()
+    operations, shapes = given.op or list(OPERATIONS), given.shapes or list(SHAPES)
+    if not given.shapes and (given.quick or target.platform == "cpu"):
+        shapes = QUICK
         # Prefill takes seconds for each call on a CPU.
         operations = given.op or [name for name in operations if name != "prefill_attention"]
-        print(
-            f"pallas_kernels.bench: {len(shapes)} small shapes of {len(SHAPES)} (--quick, or a "
-            "CPU); --shapes names others.",
-            file=sys.stderr,
-        )
+        print(f"{len(QUICK)} shapes of {len(SHAPES)}; --shapes names others.", file=sys.stderr)
     dtype = given.dtype or ("float32" if target.platform == "cpu" else "bfloat16")
     about = {
         "device": target.device_kind or target.platform,

@@ -49,11 +49,7 @@ def check_pages(
             f"q has shape {q.shape}; with k_pages {k_pages.shape} its rows must be a multiple of "
             f"{B}."
         )
-    if (
-        fill.ndim != 3
-        or fill.shape[2] != S
-        or any(size not in (1, wanted) for size, wanted in zip(fill.shape[:2], (B, K), strict=True))
-    ):
+    if fill.shape not in {(b, k, S) for b in (1, B) for k in (1, K)}:
         raise ValueError(f"fill has shape {fill.shape}; it must be [{B}, {K}, {S}].")
     check_integers("fill", fill, "a count of tokens in each page")
     return jnp.broadcast_to(fill, (B, K, S)).astype(jnp.int32), check_layer(layer, L)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.arrays import finite, pad_groups, result
+from pallas_kernels.arrays import finite, merge_splits, pad_groups, result
 from pallas_kernels.decode_attention.hopper_block import (
     WORD,
     Operands,
@@ -153,8 +153,7 @@ def attend_tiles(
         interpret=interpret,
     )(operands)
 
-    top = jnp.max(found.max, axis=1)
-    factor = jnp.exp(found.max - finite(top)[:, None])
+    top, factor = merge_splits(found.max, 1)
     out = jnp.swapaxes(found.out, 2, 3) if on_top else found.out
     out = jnp.sum(out * factor[..., None], axis=1)
     lse = found.page_lse.reshape(B, K, chunks, tiles, pages, group)

@@ -18,6 +18,7 @@ from pallas_kernels.hopper import TILE, commit_memory, product, tile_width
 WORD = 32
 """Tokens per word of the mask of living tokens."""
 LOG2_E = math.log2(math.e)
+Scalar = jax.Array | int
 
 
 class Operands(NamedTuple):
@@ -100,10 +101,10 @@ def attend_block(
     first = split * per_split
     count = jnp.minimum(per_split, tiles - first)
 
-    def living(tile: jax.Array) -> Living:
+    def living(tile: Scalar) -> Living:
         return Living(read.living[query, 2 * tile], read.living[query, 2 * tile + 1])
 
-    def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
+    def fetch(tile: Scalar, slot: Scalar) -> None:
         pl.when(living(tile).some())(partial(fetch_tile, read, own, row, query, tile, slot))
 
     for part in range(parts):
@@ -153,12 +154,7 @@ def write_constants(own: Scratch, pages: int) -> None:
 
 
 def fetch_tile(
-    read: Operands,
-    own: Scratch,
-    row: jax.Array,
-    query: jax.Array,
-    tile: jax.Array,
-    slot: jax.Array | int,
+    read: Operands, own: Scratch, row: Scalar, query: Scalar, tile: Scalar, slot: Scalar
 ) -> None:
     """Starts the copies of a tile's keys and values."""
     tiles, tokens = read.living.shape[1] // 2, read.k.shape[1]

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.arrays import finite, pad_groups, result
+from pallas_kernels.arrays import finite, merge_splits, pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.decode_attention.tuning import TpuBlocks, tpu_blocks
 from pallas_kernels.tpu import LANES, check_served, dot, padded_rows, precision_for
@@ -33,12 +33,7 @@ def decode_attention_tpu(
     device_kind: str = "",
     blocks: TpuBlocks | None = None,
 ) -> DecodeAttention:
-    """See `api.decode_attention`, which checks the arguments.
-
-    Args:
-      q, k_pages, v_pages, fill, layer, scale: as there.
-      device_kind: chooses the block sizes.
-      blocks: these instead.
+    """See `api.decode_attention`, which checks the arguments; `blocks` replaces the heuristic's.
 
     Raises:
       NotImplementedError: a dtype that the kernel does not take, or no slots at all.
@@ -84,21 +79,13 @@ def decode_attention_tpu(
     else:
         kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
     out, stats, lse = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            scale=scale,
-            chunk=chunk,
-            page=P,
-            number=number,
-            precision=precision_for(k_pages),
-        ),
+        functools.partial(_kernel, number=number, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=shape,
             in_specs=[
                 pl.BlockSpec((1, heads, rows, H), lambda b, h, s, j, *_: (b, h, 0, 0)),
-                kv,
-                kv,
+                [kv] * 2,
                 of_block(chunks, chunk_pages),
             ],
             out_specs=[
@@ -122,10 +109,17 @@ def decode_attention_tpu(
             transcendentals=B * N * S * P,
         ),
         name="decode_attention",
-    )(layer.reshape(1), fetched, pad_groups(q, K, rows), k_pages, v_pages, fills)
+    )(layer.reshape(1), fetched, pad_groups(q, K, rows), [k_pages, v_pages], fills)
     # Blocks, chunks and pages in a chunk are, in this order, the slots.
     lse = jnp.moveaxis(lse, 4, 2).reshape(B, K, rows, whole)[:, :, :G, :S]
-    return _merge(out[..., :G, :], stats[..., :G, 0], stats[..., :G, 1], lse.reshape(B, N, S))
+    peak, total = stats[..., :G, 0], stats[..., :G, 1]
+    top, factor = merge_splits(peak, 2)
+    return DecodeAttention(
+        out=jnp.sum(out[..., :G, :] * factor[..., None], axis=2).reshape(B, N, H),
+        max=top.reshape(B, N),
+        sum=jnp.sum(total * factor, axis=2).reshape(B, N),
+        page_lse=lse.reshape(B, N, S),
+    )
 
 
 def chunk_tokens(pages: int, P: int) -> int:
@@ -138,24 +132,6 @@ def fetched_blocks(live: jax.Array) -> jax.Array:
     number = jnp.arange(live.size, dtype=jnp.int32)
     latest = jax.lax.cummax(jnp.where(live, number, -1))
     return jnp.where(latest < 0, jnp.argmax(live).astype(jnp.int32), latest)
-
-
-def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) -> DecodeAttention:
-    """Joins the splits of `out [B, K, splits, G, H]` by log-sum-exp."""
-    B, K, splits, G, H = out.shape
-    if splits == 1:
-        joined = out[:, :, 0], peak[:, :, 0], total[:, :, 0]
-    else:
-        top = jnp.max(peak, axis=2)
-        factor = jnp.exp(peak - finite(top)[:, :, None])
-        joined = (
-            jnp.sum(out * factor[..., None], axis=2),
-            top,
-            jnp.sum(total * factor, axis=2),
-        )
-    return DecodeAttention(
-        joined[0].reshape(B, K * G, H), joined[1].reshape(B, -1), joined[2].reshape(B, -1), lse
-    )
 
 
 class Softmax(NamedTuple):
@@ -177,13 +153,17 @@ class Softmax(NamedTuple):
     def of_head(self, head: int) -> Softmax:
         return Softmax(*(ref.at[head] for ref in self))
 
+    def write(self, out_ref: Any, stats_ref: Any) -> None:
+        out_ref[...] = self.acc[...]
+        stats_ref[..., 0:1] = self.peak[..., 0:1]
+        stats_ref[..., 1:2] = self.total[..., 0:1]
+
 
 def _kernel(
     layer_ref: Any,
     fetched_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    kv_refs: Any,
     fill_ref: Any,
     out_ref: Any,
     stats_ref: Any,
@@ -191,11 +171,11 @@ def _kernel(
     softmax: Softmax,
     *,
     number: Any,
-    **options: Any,
+    scale: float,
 ) -> None:
-    step = number(*(pl.program_id(axis) for axis in range(4)))
-    j, last = pl.program_id(3), pl.num_programs(3) - 1
-    pl.when(j == 0)(softmax.clear)
+    at = [pl.program_id(axis) for axis in range(4)]
+    step = number(*at)
+    pl.when(at[3] == 0)(softmax.clear)
 
     @pl.when(fetched_ref[step] != step)
     def dead() -> None:
@@ -203,43 +183,27 @@ def _kernel(
 
     @pl.when(fetched_ref[step] == step)
     def attend() -> None:
-        for head in range(k_ref.shape[2]):
-            attend_block(
-                q_ref.at[0, head],
-                k_ref.at[0, 0, head],
-                v_ref.at[0, 0, head],
-                fill_ref.at[0, head, 0],
-                lse_ref.at[0, head, 0],
-                softmax.of_head(head),
-                **options,
-            )
+        for head in range(q_ref.shape[1]):
+            kv = [ref.at[0, 0, head] for ref in kv_refs]
+            fill, lse = fill_ref.at[0, head, 0], lse_ref.at[0, head, 0]
+            attend_block(q_ref.at[0, head], kv, fill, lse, softmax.of_head(head), scale)
 
-    @pl.when(j == last)
+    @pl.when(at[3] == pl.num_programs(3) - 1)
     def finish() -> None:
-        out_ref[0, :, 0] = softmax.acc[...]
-        stats_ref[0, :, 0, :, 0:1] = softmax.peak[:, :, 0:1]
-        stats_ref[0, :, 0, :, 1:2] = softmax.total[:, :, 0:1]
+        softmax.write(out_ref.at[0, :, 0], stats_ref.at[0, :, 0])
 
 
 def attend_block(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    fill_ref: Any,
-    lse_ref: Any,
-    softmax: Softmax,
-    *,
-    scale: float,
-    chunk: int,
-    page: int,
-    precision: Any,
+    q_ref: Any, kv_refs: Any, fill_ref: Any, lse_ref: Any, softmax: Softmax, scale: float
 ) -> None:
     """One block of pages, k and v `[pages, P, H]` or, of single tokens, `[pages, H]`, of one head.
 
     q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]`.
     """
     (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
-    k, v = (ref[...].reshape(-1, H) for ref in (k_ref, v_ref))
+    k, v = (ref[...].reshape(-1, H) for ref in kv_refs)
+    chunk, precision = k.shape[0] // chunks, precision_for(k)
+    page, cuts = chunk // chunk_pages, [slice(c * chunk, (c + 1) * chunk) for c in range(chunks)]
     scores = scale * dot(q_ref[...], k, (1, 1), precision)
 
     # member[t, p]: token t of a chunk lies in its page p.
@@ -256,11 +220,11 @@ def attend_block(
     place_row = jax.lax.rem(lane, page).astype(jnp.float32)
     place_column = jax.lax.rem(sublane, page).astype(jnp.float32)
 
-    parts = []
-    for c in range(chunks):
-        valid = place_row < live_row[c : c + 1]
-        parts.append(jnp.where(valid, scores[:, c * chunk : (c + 1) * chunk], -jnp.inf))
-    scores = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=1)
+    live = [place_row < live_row[c : c + 1] for c in range(chunks)]
+    parts = [
+        jnp.where(valid, scores[:, cut], -jnp.inf) for valid, cut in zip(live, cuts, strict=True)
+    ]
+    scores = join(parts, axis=1)
 
     before = softmax.peak[:, 0:1]
     peak = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
@@ -269,22 +233,19 @@ def attend_block(
     weights = jnp.exp(scores - safe)
     shrink = jnp.exp(before - safe)
 
-    stacked = weights
-    if chunks > 1:
-        parts = [weights[:, c * chunk : (c + 1) * chunk] for c in range(chunks)]
-        stacked = jnp.concatenate(parts, axis=0)
+    stacked = join([weights[:, cut] for cut in cuts], axis=0)
     sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
-    lse = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
-    lse_ref[...] = lse
+    lse_ref[...] = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
 
     # A dead token may hold anything, NaN included, and 0 * NaN is NaN.
-    parts = []
-    for c in range(chunks):
-        valid = place_column < live_column[:, c : c + 1]
-        parts.append(jnp.where(valid, v[c * chunk : (c + 1) * chunk], 0))
-    v = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=0)
+    live = [place_column < live_column[:, c : c + 1] for c in range(chunks)]
+    v = join([jnp.where(valid, v[cut], 0) for valid, cut in zip(live, cuts, strict=True)], axis=0)
     values = dot(weights.astype(v.dtype), v, (1, 0), precision)
     softmax.acc[...] = softmax.acc[...] * shrink + values
     total = softmax.total[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
     softmax.peak[...] = jnp.broadcast_to(peak, softmax.peak.shape)
     softmax.total[...] = jnp.broadcast_to(total, softmax.total.shape)
+
+
+def join(parts: list[jax.Array], axis: int) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)

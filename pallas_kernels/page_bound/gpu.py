@@ -63,16 +63,12 @@ def page_bound_gpu(
     queries = pad_groups(q, K, chunks * group).reshape(blocks, group, H)
 
     def body(
-        above_ref: Any,
-        below_ref: Any,
-        low_ref: Any,
-        high_ref: Any,
+        query_refs: Any,
+        key_refs: Any,
         layer_ref: Any,
         out_ref: Any,
-        above_smem: Any,
-        below_smem: Any,
-        low_smem: Any,
-        high_smem: Any,
+        query_smem: Any,
+        key_smem: Any,
         out_smem: Any,
         query_barrier: Any,
         barriers: Any,
@@ -84,10 +80,10 @@ def page_bound_gpu(
 
         def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
             pages = pl.ds(jnp.minimum(tile * TILE, S - TILE), TILE)
-            for ref, smem in (low_ref, low_smem), (high_ref, high_smem):
+            for ref, smem in zip(key_refs, key_smem, strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[row, pages], smem.at[slot], barriers.at[slot])
 
-        for ref, smem in (above_ref, above_smem), (below_ref, below_smem):
+        for ref, smem in zip(query_refs, query_smem, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[block], smem, query_barrier)
         for ahead in range(min(stages, per_split)):
             pl.when(ahead < count)(partial(fetch, first + ahead, ahead))
@@ -97,9 +93,8 @@ def page_bound_gpu(
         def _(number: jax.Array) -> None:
             tile, slot = first + number, lax.rem(number, jnp.int32(stages))
             plgpu.barrier_wait(barriers.at[slot])
-            pairs = (high_smem, above_smem), (low_smem, below_smem)
-            factors = [(pages.at[slot], query.transpose((1, 0))) for pages, query in pairs]
-            bound = product(factors, TILE, group)
+            pairs = [(k.at[slot], q.T) for k, q in zip(key_smem, query_smem, strict=True)]
+            bound = product(pairs, TILE, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_smem[...] = bound * scale
             commit_memory()
@@ -113,10 +108,8 @@ def page_bound_gpu(
         body,
         out_type=result(blocks, tiles, TILE, group),
         scratch_types=[
-            matrix(group, H),
-            matrix(group, H),
-            matrix(stages, TILE, H),
-            matrix(stages, TILE, H),
+            [matrix(group, H)] * 2,
+            [matrix(stages, TILE, H)] * 2,
             plgpu.SMEM((TILE, group), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -127,10 +120,8 @@ def page_bound_gpu(
         compiler_params=COMPILER,
         interpret=interpret,
     )(
-        jnp.maximum(queries, 0),
-        jnp.minimum(queries, 0),
-        key_min.reshape(L * B * K, S, H),
-        key_max.reshape(L * B * K, S, H),
+        [jnp.maximum(queries, 0), jnp.minimum(queries, 0)],
+        [keys.reshape(L * B * K, S, H) for keys in (key_max, key_min)],
         jnp.reshape(layer, 1),
     )
     out = jnp.moveaxis(out.reshape(B, K, chunks, tiles * TILE, group), 3, 4)

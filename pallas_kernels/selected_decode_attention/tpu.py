@@ -18,7 +18,8 @@ from pallas_kernels.arrays import pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.decode_attention.tpu import Softmax, attend_block, chunk_tokens
 from pallas_kernels.decode_attention.tuning import tpu_blocks
-from pallas_kernels.tpu import check_served, check_whole_words, padded_rows, precision_for
+from pallas_kernels.selected_decode_attention.reference import chosen_slots
+from pallas_kernels.tpu import check_served, check_whole_words, padded_rows
 
 
 def selected_decode_attention_tpu(
@@ -33,12 +34,7 @@ def selected_decode_attention_tpu(
     device_kind: str = "",
     pages: int | None = None,
 ) -> DecodeAttention:
-    """See `api.selected_decode_attention`, which checks the arguments.
-
-    Args:
-      q, k_pages, v_pages, fill, slots, layer, scale: as there.
-      device_kind: chooses how many pages a step takes.
-      pages: this many instead.
+    """See `api.selected_decode_attention`, which checks the arguments; a step takes `pages` slots.
 
     Raises:
       NotImplementedError: a dtype that the kernel does not take, no slots, or pages that are not
@@ -57,9 +53,7 @@ def selected_decode_attention_tpu(
     grouped = pad_groups(q, K, rows).reshape(B * K, rows, H)
 
     # What is not read, for whatever reason, is a slot of -1 with a fill of 0.
-    row = jnp.arange(B)[:, None, None] // (B // prompts)
-    filled = fill[row, jnp.arange(K)[:, None], jnp.maximum(slots, 0)]
-    filled = jnp.where(slots < 0, 0, filled)
+    _, filled = chosen_slots(fill, slots)
     slots = jnp.where(filled > 0, slots, -1)
     padding = (0, 0), (0, 0), (0, whole - C)
     chunk = chunk_tokens(pages, P)
@@ -81,16 +75,7 @@ def selected_decode_attention_tpu(
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, stats, lse = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            per_head=per_head,
-            rows_per_prompt=B // prompts,
-            heads=K,
-            scale=scale,
-            chunk=chunk,
-            page=P,
-            precision=precision_for(k_pages),
-        ),
+        functools.partial(_kernel, per_head=per_head, samples=B // prompts, heads=K, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(steps,),
@@ -99,13 +84,11 @@ def selected_decode_attention_tpu(
                 slots_of(1),
                 of_head(rows, H),
                 of_step(*shape[1:]),
-                anywhere,
-                anywhere,
+                [anywhere] * 2,
             ],
             out_specs=[of_head(rows, H), of_head(rows, 2), of_step(shape[1], rows, shape[2])],
             scratch_shapes=[
-                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
-                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
+                [pltpu.VMEM((2, pages, P, H), k_pages.dtype)] * 2,
                 pltpu.SemaphoreType.DMA((2,)),
                 Softmax.scratch(rows, H=H),
             ],
@@ -123,7 +106,7 @@ def selected_decode_attention_tpu(
             transcendentals=B * N * C * P,
         ),
         name="selected_decode_attention",
-    )(layer.reshape(1), slots, slots, grouped, filled, k_pages, v_pages)
+    )(layer.reshape(1), slots, slots, grouped, filled, [k_pages, v_pages])
     lse = lse.reshape(B * K, per_head * shape[1], rows, shape[2])
     lse = jnp.moveaxis(lse, 2, 1).reshape(B, K, rows, whole)[:, :, :G, :C]
     return DecodeAttention(
@@ -140,27 +123,25 @@ def _kernel(
     next_ref: Any,
     q_ref: Any,
     fill_ref: Any,
-    k_pages_ref: Any,
-    v_pages_ref: Any,
+    pages_refs: Any,
     out_ref: Any,
     stats_ref: Any,
     lse_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    kv_refs: Any,
     done: Any,
     softmax: Softmax,
     *,
     per_head: int,
-    rows_per_prompt: int,
+    samples: int,
     heads: int,
-    **options: Any,
+    scale: float,
 ) -> None:
     step, steps = pl.program_id(0), pl.num_programs(0)
     half, part = jax.lax.rem(step, 2), jax.lax.rem(step, per_head)
 
     def for_each_copy(of_step: jax.Array, slots: Any, act: Any) -> None:
         row_and_head = jax.lax.div(of_step, per_head)
-        prompt = jax.lax.div(row_and_head, heads * rows_per_prompt)
+        prompt = jax.lax.div(row_and_head, heads * samples)
         head, into = jax.lax.rem(row_and_head, heads), jax.lax.rem(of_step, 2)
 
         def of_page(place: jax.Array, _: None) -> None:
@@ -168,7 +149,7 @@ def _kernel(
 
             @pl.when(slot >= 0)
             def live() -> None:
-                for pages, buffer in (k_pages_ref, k_ref), (v_pages_ref, v_ref):
+                for pages, buffer in zip(pages_refs, kv_refs, strict=True):
                     page = pages.at[layer_ref[0], prompt, head, slot]
                     act(pltpu.make_async_copy(page, buffer.at[into, place], done.at[into]))
 
@@ -184,18 +165,9 @@ def _kernel(
 
     pl.when(part == 0)(softmax.clear)
     for_each_copy(step, slots_ref, lambda copy: copy.wait())
-    attend_block(
-        q_ref.at[0],
-        k_ref.at[half],
-        v_ref.at[half],
-        fill_ref.at[0],
-        lse_ref.at[0],
-        softmax,
-        **options,
-    )
+    kv = [ref.at[half] for ref in kv_refs]
+    attend_block(q_ref.at[0], kv, fill_ref.at[0], lse_ref.at[0], softmax, scale)
 
     @pl.when(part == per_head - 1)
     def finish() -> None:
-        out_ref[0] = softmax.acc[...]
-        stats_ref[0, :, 0:1] = softmax.peak[:, 0:1]
-        stats_ref[0, :, 1:2] = softmax.total[:, 0:1]
+        softmax.write(out_ref.at[0], stats_ref.at[0])
