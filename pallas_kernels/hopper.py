@@ -99,6 +99,14 @@ def product(factors: Sequence[tuple[Any, Any]], rows: int, columns: int) -> jax.
     return summed
 
 
+def store(memory: Any, x: jax.Array) -> None:
+    """Writes to shared memory, with bank conflicts if need be; jax 0.12 wants that allowed."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(memory, x, optimized=False)
+    else:
+        memory[...] = x
+
+
 def commit_memory() -> None:
     """Shows what was written to shared memory to the tensor cores and to copies out of it."""
     plgpu.commit_smem()  # type: ignore[no-untyped-call]  # jax's is untyped.

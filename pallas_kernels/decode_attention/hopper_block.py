@@ -13,7 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import TILE, commit_memory, product, tile_width
+from pallas_kernels.hopper import TILE, commit_memory, product, store, tile_width
 
 WORD = 32
 """Tokens per word of the mask of living tokens."""
@@ -131,7 +131,7 @@ def attend_block(
     peak = jnp.full((group,), -jnp.inf, jnp.float32)
     peak = plgpu.layout_cast(peak, plgpu.Layout.WGMMA.reduce(0))
     out, peak = lax.fori_loop(0, count, step, (out, peak))
-    own.out[...] = out
+    store(own.out, out)
     own.max[...] = peak * (1 / LOG2_E)
     commit_memory()
     rows = pl.ds(0, write.out.shape[2])
@@ -242,7 +242,7 @@ def write_halves(tile: Any, memory: Any, alive: Living | None) -> list[Any]:
 def write_page_lse(own: Scratch, page_lse: jax.Array, target: Any) -> None:
     """Starts the copy of a tile's pages `[pages, group]`, once that of the last tile has ended."""
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-    own.page_lse[...] = page_lse
+    store(own.page_lse, page_lse)
     commit_memory()
     plgpu.copy_smem_to_gmem(own.page_lse.at[pl.ds(0, target.shape[0])], target)
 

@@ -188,9 +188,8 @@ def _kernel(
             fill, lse = fill_ref.at[0, head, 0], lse_ref.at[0, head, 0]
             attend_block(q_ref.at[0, head], kv, fill, lse, softmax.of_head(head), scale)
 
-    @pl.when(at[3] == pl.num_programs(3) - 1)
-    def finish() -> None:
-        softmax.write(out_ref.at[0, :, 0], stats_ref.at[0, :, 0])
+    results = out_ref.at[0, :, 0], stats_ref.at[0, :, 0]
+    pl.when(at[3] == pl.num_programs(3) - 1)(functools.partial(softmax.write, *results))
 
 
 def attend_block(

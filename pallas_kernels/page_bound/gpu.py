@@ -29,6 +29,7 @@ from pallas_kernels.hopper import (
     require_head_dim,
     require_hopper,
     require_rows,
+    store,
     tile_memory,
     tile_width,
 )
@@ -96,7 +97,7 @@ def page_bound_gpu(
             pairs = [(k.at[slot], q.T) for k, q in zip(key_smem, query_smem, strict=True)]
             bound = product(pairs, TILE, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = bound * scale
+            store(out_smem, bound * scale)
             commit_memory()
             plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, tile])
             pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))

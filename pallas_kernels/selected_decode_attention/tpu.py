@@ -6,7 +6,8 @@ buffer. Places of the list that name no page, or an empty one, are not fetched.
 
 from __future__ import annotations
 
-import functools
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ def selected_decode_attention_tpu(
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, stats, lse = pl.pallas_call(
-        functools.partial(_kernel, per_head=per_head, samples=B // prompts, heads=K, scale=scale),
+        partial(_kernel, per_head=per_head, samples=B // prompts, heads=K, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(steps,),
@@ -155,19 +156,11 @@ def _kernel(
 
         jax.lax.fori_loop(0, slots.shape[2], of_page, None)
 
-    @pl.when(step == 0)
-    def first() -> None:
-        for_each_copy(step, slots_ref, lambda copy: copy.start())
-
-    @pl.when(step + 1 < steps)
-    def ahead() -> None:
-        for_each_copy(step + 1, next_ref, lambda copy: copy.start())
-
+    start, wait = methodcaller("start"), methodcaller("wait")
+    pl.when(step == 0)(partial(for_each_copy, step, slots_ref, start))
+    pl.when(step + 1 < steps)(partial(for_each_copy, step + 1, next_ref, start))
     pl.when(part == 0)(softmax.clear)
-    for_each_copy(step, slots_ref, lambda copy: copy.wait())
+    for_each_copy(step, slots_ref, wait)
     kv = [ref.at[half] for ref in kv_refs]
     attend_block(q_ref.at[0], kv, fill_ref.at[0], lse_ref.at[0], softmax, scale)
-
-    @pl.when(part == per_head - 1)
-    def finish() -> None:
-        softmax.write(out_ref.at[0], stats_ref.at[0])
+    pl.when(part == per_head - 1)(partial(softmax.write, out_ref.at[0], stats_ref.at[0]))
