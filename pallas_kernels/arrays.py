@@ -20,7 +20,7 @@ def pad_groups(q: jax.Array, K: int, padded: int) -> jax.Array:
 
 
 def merge_splits(peak: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
-    """The largest peak along an axis of parts, and what multiplies the sums of each part."""
+    """The largest peak along an axis of splits, and what multiplies the sums of each split."""
     top = jnp.max(peak, axis)
     return top, jnp.exp(peak - jnp.expand_dims(finite(top), axis))
 

@@ -80,7 +80,7 @@ class Case:
 
 
 @dataclasses.dataclass
-class Row:
+class Measurement:
     """One operation at one shape.
 
     Attributes:
@@ -202,8 +202,7 @@ class Program:
         self.calls = case.layers
         self._compile()
         self.seconds()
-        once = self.seconds()
-        self.calls *= max(1, min(1000, math.ceil(least / (once * self.calls))))
+        self.calls *= max(1, min(1000, math.ceil(least / (self.seconds() * self.calls))))
         if self.calls > case.layers:
             self._compile()
             self.seconds()
@@ -233,7 +232,7 @@ def _wait_for(arrays: Any) -> Any:
 
 def bench(
     operations: Sequence[str], shapes: Sequence[str], *, dtype: str, repetitions: int = 7
-) -> Iterator[Row]:
+) -> Iterator[Measurement]:
     """Measures every operation at every shape, one after the other.
 
     Args:
@@ -263,7 +262,7 @@ def bench(
         xla, own = seconds["xla"], seconds.get("own")
         size, bandwidth = programs["xla"].case.bytes, copy.case.bytes / seconds["copy"]
         by_arithmetic = name == "prefill_attention"
-        yield Row(
+        yield Measurement(
             operation=name,
             shape=shape,
             bytes=size,
@@ -281,7 +280,7 @@ TABLE = """
 |---|---|---:|---:|---:|---:|---:|"""
 
 
-def table_line(row: Row) -> str:
+def table_line(row: Measurement) -> str:
     """The row as Markdown."""
     own = "-" if row.ms is None else f"{row.ms:.4f}"
     share = "-" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}"

@@ -42,13 +42,11 @@ class Target:
     @classmethod
     def of(cls, devices: jax.Device | Mesh | None = None) -> Target:
         """For a device, a mesh, or the first device of the default backend."""
-        mesh = devices if isinstance(devices, Mesh) else None
-        if mesh is not None:
-            device = mesh.devices.flat[0]
-        else:
-            device = jax.devices()[0] if devices is None else devices
+        if isinstance(devices, Mesh):
+            return dataclasses.replace(cls.of(devices.devices.flat[0]), mesh=devices)
+        device = devices or jax.devices()[0]
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-        return cls(platform, device.device_kind, mesh)
+        return cls(platform, device.device_kind)
 
 
 def load(module: str, name: str) -> Callable[..., Any]:

@@ -111,7 +111,7 @@ def attend_tiles(
         q=jnp.stack(halves(queries) if exact else [queries], axis=1),
         k=k_pages.reshape(L * prompts * K, S * P, H),
         v=v_pages.reshape(L * prompts * K, S * P, H),
-        living=lax.bitcast_convert_type(words, jnp.int32),
+        alive=lax.bitcast_convert_type(words, jnp.int32),
         layer=jnp.reshape(layer, 1),
         starts=None if starts is None else starts.reshape(B * K, tiles * pieces),
     )

@@ -27,7 +27,7 @@ class Operands(NamedTuple):
     q: Any  # [blocks, parts, group, H]
     k: Any  # [L * B' * K, S * P, H]
     v: Any
-    living: Any  # int32 [B * K, 2 * tiles], a bit for each token that counts
+    alive: Any  # int32 [B * K, 2 * tiles], a bit for each token that counts
     layer: Any  # int32 [1]
     starts: Any  # int32 [B * K, tiles * pieces] or None; see `hopper.attend_tiles`
 
@@ -90,22 +90,22 @@ def values_on_top(H: int) -> bool:
 def attend_block(
     read: Operands, write: Results, own: Scratch, *, K: int, prompts: int, scale: float
 ) -> None:
-    """Attends with one group of query heads to a share of the tiles of its (row, head)."""
+    """Attends with a group of query heads to some tiles of its (row, key/value head) pair."""
     block, split = lax.axis_index("block"), lax.axis_index("split")
-    (blocks, parts, group, _), (queries, words) = read.q.shape, read.living.shape
+    (blocks, parts, group, _), (pairs, words) = read.q.shape, read.alive.shape
     stages, tiles, splits = own.k.shape[0], words // 2, write.out.shape[1]
     per_split = -(-tiles // splits)
-    query = lax.div(block, jnp.int32(blocks // queries))
-    prompt, head = lax.div(query, jnp.int32(queries // prompts)), lax.rem(query, jnp.int32(K))
+    pair = lax.div(block, jnp.int32(blocks // pairs))
+    prompt, head = lax.div(pair, jnp.int32(pairs // prompts)), lax.rem(pair, jnp.int32(K))
     row = (read.layer[0] * prompts + prompt) * K + head
     first = split * per_split
     count = jnp.minimum(per_split, tiles - first)
 
     def living(tile: Scalar) -> Living:
-        return Living(read.living[query, 2 * tile], read.living[query, 2 * tile + 1])
+        return Living(read.alive[pair, 2 * tile], read.alive[pair, 2 * tile + 1])
 
-    def fetch(tile: Scalar, slot: Scalar) -> None:
-        pl.when(living(tile).some())(partial(fetch_tile, read, own, row, query, tile, slot))
+    def fetch(tile: Scalar, stage: Scalar) -> None:
+        pl.when(living(tile).some())(partial(fetch_tile, read, own, row, pair, tile, stage))
 
     for part in range(parts):
         plgpu.copy_gmem_to_smem(read.q.at[block, part], own.q.at[part], own.q_barrier)
@@ -115,29 +115,23 @@ def attend_block(
     plgpu.barrier_wait(own.q_barrier)
 
     def step(number: jax.Array, carry: Any) -> Any:
-        tile, slot = first + number, lax.rem(number, jnp.int32(stages))
+        tile, stage = first + number, lax.rem(number, jnp.int32(stages))
         alive = living(tile)
 
         def attend(carry: Any) -> Any:
-            out, peak, page_lse = attend_tile(own, slot, alive, scale, *carry)
+            out, peak, page_lse = attend_tile(own, stage, alive, scale, *carry)
             write_page_lse(own, page_lse, write.page_lse.at[block, tile])
             return out, peak
 
         carry = lax.cond(alive.some(), attend, lambda carry: carry, carry)
-        pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
+        pl.when(number + stages < count)(lambda: fetch(tile + stages, stage))
         return carry
 
     out = plgpu.layout_cast(jnp.zeros(own.out.shape, jnp.float32), plgpu.Layout.WGMMA)
     peak = jnp.full((group,), -jnp.inf, jnp.float32)
     peak = plgpu.layout_cast(peak, plgpu.Layout.WGMMA.reduce(0))
     out, peak = lax.fori_loop(0, count, step, (out, peak))
-    store(own.out, out)
-    own.max[...] = peak * (1 / LOG2_E)
-    commit_memory()
-    rows = pl.ds(0, write.out.shape[2])
-    plgpu.copy_smem_to_gmem(own.out.at[rows], write.out.at[block, split])
-    plgpu.copy_smem_to_gmem(own.max, write.max.at[block, split])
-    plgpu.wait_smem_to_gmem(0)
+    write_output(own, out, peak, write.out.at[block, split], write.max.at[block, split])
 
 
 def write_constants(own: Scratch, pages: int) -> None:
@@ -154,10 +148,10 @@ def write_constants(own: Scratch, pages: int) -> None:
 
 
 def fetch_tile(
-    read: Operands, own: Scratch, row: Scalar, query: Scalar, tile: Scalar, slot: Scalar
+    read: Operands, own: Scratch, row: Scalar, pair: Scalar, tile: Scalar, stage: Scalar
 ) -> None:
     """Starts the copies of a tile's keys and values."""
-    tiles, tokens = read.living.shape[1] // 2, read.k.shape[1]
+    tiles, tokens = read.alive.shape[1] // 2, read.k.shape[1]
     pieces = 1 if read.starts is None else read.starts.shape[1] // tiles
     size = TILE // pieces
     for ref, memory, barriers in (read.k, own.k, own.k_barriers), (read.v, own.v, own.v_barriers):
@@ -165,21 +159,21 @@ def fetch_tile(
             if read.starts is None:
                 start = jnp.minimum(tile * TILE, tokens - TILE)
             else:
-                start = read.starts[query, tile * pieces + piece]
+                start = read.starts[pair, tile * pieces + piece]
             plgpu.copy_gmem_to_smem(
                 ref.at[row, pl.ds(start, size)],
-                memory.at[slot, pl.ds(piece * size, size)],
-                barriers.at[slot],
+                memory.at[stage, pl.ds(piece * size, size)],
+                barriers.at[stage],
             )
 
 
 def attend_tile(
-    own: Scratch, slot: jax.Array, alive: Living, scale: float, out: jax.Array, peak: jax.Array
+    own: Scratch, stage: jax.Array, alive: Living, scale: float, out: jax.Array, peak: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output so far and its peak (of scores in powers of 2), and the tile's `page_lse`."""
     parts, group, H = own.q.shape
-    plgpu.barrier_wait(own.k_barriers.at[slot])
-    keys = keys_of(own, slot)
+    plgpu.barrier_wait(own.k_barriers.at[stage])
+    keys = keys_of(own, stage)
     queries = [own.q.at[part].T for part in range(parts)]
     scores = product(crossed(keys, queries), TILE, group)
     scores = jnp.where(alive.mask(group), scores * (scale * LOG2_E), -jnp.inf)
@@ -189,35 +183,35 @@ def attend_tile(
     weights = jnp.exp2(scores - by_head(new_peak, TILE))
     for memory, half in zip(by_token, halves(weights), strict=True):
         memory[...] = plgpu.layout_cast(half, plgpu.Layout.WGMMA_TRANSPOSED)
-    plgpu.barrier_wait(own.v_barriers.at[slot])
-    values = living_values_of(own, slot, alive)
+    plgpu.barrier_wait(own.v_barriers.at[stage])
+    values = living_values_of(own, stage, alive)
     if values_on_top(H):
         commit_memory()
-        pairs = crossed([part.T for part in values], by_token)
-        out = out * by_head(factor, H) + product(pairs, H, group)
+        factors = crossed([part.T for part in values], by_token)
+        out = out * by_head(factor, H) + product(factors, H, group)
     else:
         # By column it was found, by row it is wanted.
         own.factor.at[pl.ds(0, group)][...] = factor
         commit_memory()
         factor = plgpu.layout_cast(own.factor[...], plgpu.Layout.WGMMA.reduce(1))
-        pairs = crossed([own.weights.at[part] for part in range(2)], values)
-        out = out * lax.broadcast_in_dim(factor, (TILE, H), (0,)) + product(pairs, TILE, H)
+        factors = crossed([own.weights.at[part] for part in range(2)], values)
+        out = out * lax.broadcast_in_dim(factor, (TILE, H), (0,)) + product(factors, TILE, H)
     page_sum = product([(own.member, part) for part in by_token], TILE, group)
     return out, new_peak, by_head(new_peak * (1 / LOG2_E), TILE) + jnp.log(page_sum)
 
 
-def keys_of(own: Scratch, slot: jax.Array) -> list[Any]:
+def keys_of(own: Scratch, stage: jax.Array) -> list[Any]:
     """The keys of a tile in bfloat16: as they are, or in two parts."""
     if own.k_halves is None:
-        return [own.k.at[slot]]
-    parts = write_halves(own.k.at[slot], own.k_halves, None)
+        return [own.k.at[stage]]
+    parts = write_halves(own.k.at[stage], own.k_halves, None)
     commit_memory()
     return parts
 
 
-def living_values_of(own: Scratch, slot: jax.Array, alive: Living) -> list[Any]:
+def living_values_of(own: Scratch, stage: jax.Array, alive: Living) -> list[Any]:
     """The same of its values, with zeros for what is dead."""
-    tile = own.v.at[slot]
+    tile = own.v.at[stage]
     if own.v_halves is not None:
         return write_halves(tile, own.v_halves, alive)
 
@@ -245,6 +239,16 @@ def write_page_lse(own: Scratch, page_lse: jax.Array, target: Any) -> None:
     store(own.page_lse, page_lse)
     commit_memory()
     plgpu.copy_smem_to_gmem(own.page_lse.at[pl.ds(0, target.shape[0])], target)
+
+
+def write_output(own: Scratch, out: jax.Array, peak: jax.Array, out_ref: Any, max_ref: Any) -> None:
+    """Copies the block's output and largest scores to the results, and waits for all copies."""
+    store(own.out, out)
+    own.max[...] = peak * (1 / LOG2_E)
+    commit_memory()
+    plgpu.copy_smem_to_gmem(own.out.at[pl.ds(0, out_ref.shape[0])], out_ref)
+    plgpu.copy_smem_to_gmem(own.max, max_ref)
+    plgpu.wait_smem_to_gmem(0)
 
 
 def halves(x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -79,10 +79,10 @@ def page_bound_gpu(
         first = split * per_split
         count = jnp.minimum(per_split, tiles - first)
 
-        def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
+        def fetch(tile: jax.Array, stage: jax.Array | int) -> None:
             pages = pl.ds(jnp.minimum(tile * TILE, S - TILE), TILE)
             for ref, smem in zip(key_refs, key_smem, strict=True):
-                plgpu.copy_gmem_to_smem(ref.at[row, pages], smem.at[slot], barriers.at[slot])
+                plgpu.copy_gmem_to_smem(ref.at[row, pages], smem.at[stage], barriers.at[stage])
 
         for ref, smem in zip(query_refs, query_smem, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[block], smem, query_barrier)
@@ -92,15 +92,15 @@ def page_bound_gpu(
 
         @pl.loop(0, count)
         def _(number: jax.Array) -> None:
-            tile, slot = first + number, lax.rem(number, jnp.int32(stages))
-            plgpu.barrier_wait(barriers.at[slot])
-            pairs = [(k.at[slot], q.T) for k, q in zip(key_smem, query_smem, strict=True)]
-            bound = product(pairs, TILE, group)
+            tile, stage = first + number, lax.rem(number, jnp.int32(stages))
+            plgpu.barrier_wait(barriers.at[stage])
+            factors = [(k.at[stage], q.T) for k, q in zip(key_smem, query_smem, strict=True)]
+            bound = product(factors, TILE, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             store(out_smem, bound * scale)
             commit_memory()
             plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, tile])
-            pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
+            pl.when(number + stages < count)(lambda: fetch(tile + stages, stage))
 
         plgpu.wait_smem_to_gmem(0)
 
