@@ -4,21 +4,22 @@ Each is timed against the reference as XLA compiles it, and against the bandwidt
 measured on the same device in the same run. Shapes are those of real models. One program runs an
 operation many times, each time on another layer of its buffers, so that launching it does not count
 and what one call left in the cache does not help the next; programs take turns, and medians are
-reported.
+printed, each as soon as it is known.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,52 +47,40 @@ MODELS = {
     "qwen3-32b": (64, 8, 8, 128),
 }
 """Layers, key/value heads, query heads for each, head dim."""
+COPIED_BYTES = {"cpu": 2**28}
+"""What the large copy reads, and writes; 2^30 where not named."""
 MOST_PREFILLED = 8
 """Rows of a prefill; with more, the inputs alone would fill a device."""
 BATCHES = (1, 8, 32, 128, 256)
 BUDGETS = (512, 1024, 2048, 8192)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
+class Shape(NamedTuple):
     """One model, batch and number of tokens in the cache; `budget` is also a prompt's length."""
 
     model: str
     batch: int
     budget: int
 
-    @property
-    def name(self) -> str:
-        return f"{self.model}/b{self.batch}/{self.budget}"
 
-
-SHAPES = {
-    shape.name: shape
-    for shape in (Shape(m, b, t) for m in MODELS for b in BATCHES for t in BUDGETS)
-}
+SHAPES = {f"{m}/b{b}/{t}": Shape(m, b, t) for m in MODELS for b in BATCHES for t in BUDGETS}
+QUICK = ("qwen2.5-7b/b1/512", "qwen2.5-7b/b1/2048", "qwen2.5-7b/b8/512")
+"""Small enough for a CPU."""
 
 
 @dataclasses.dataclass
 class Case:
-    """What to time.
+    """What to time."""
 
-    Attributes:
-      step: `(carry, arrays, layer) -> carry`, one call; the carry keeps the calls in order.
-      carry: its first value.
-      arrays: what the calls read.
-      layers: how many layers the calls take turns on.
-      bytes: read and written by one call, each input once and each output once.
-    """
-
-    step: Callable[[Any, Any, jax.Array], Any]
-    carry: Any
-    arrays: Any
-    layers: int
-    bytes: int
+    step: Callable[[Any, Any, jax.Array], Any]  # (carry, arrays, layer) -> carry, one call
+    carry: Any  # its first value; it keeps the calls in order
+    arrays: Any  # what the calls read
+    layers: int  # that the calls take turns on
+    bytes: int  # read and written by one call, each input and each output once
 
 
 @dataclasses.dataclass
-class Row:
+class Measurement:
     """One operation at one shape.
 
     Attributes:
@@ -100,6 +89,7 @@ class Row:
       ms: median milliseconds of a call by the kernel; None where none serves it here.
       xla_ms: the same by XLA's path.
       over_xla: `xla_ms / ms`, above 1 where the kernel is faster.
+      copy_bandwidth: bytes that a large copy reads and writes in a second, measured in turn.
       of_bandwidth: bytes over `ms` (or else `xla_ms`), as a share of the copy bandwidth; None where
         arithmetic is the bound.
       why: why there is no kernel.
@@ -111,33 +101,23 @@ class Row:
     ms: float | None
     xla_ms: float
     over_xla: float | None
+    copy_bandwidth: float
     of_bandwidth: float | None
     why: str | None
 
 
-@dataclasses.dataclass
-class Report:
-    """All rows of a run; bandwidth in bytes per second, read and written bytes counted."""
-
-    device: str
-    jax: str
-    dtype: str
-    copy_bandwidth: float
-    rows: list[Row]
-
-
-def _pages(shape: Shape, dtype: Any, key: jax.Array) -> tuple[int, jax.Array, jax.Array, jax.Array]:
-    """Layers to take turns on, q, and keys and values that are full."""
+def _buffers(
+    shape: Shape, dtype: Any, key: jax.Array, *page: int
+) -> tuple[int, jax.Array, jax.Array, jax.Array]:
+    """Layers to take turns on, q, and two buffers `[layers, B, K, S, *page, H]`."""
     layers, K, G, H = MODELS[shape.model]
-    S = shape.budget // PAGE
-    of_layer = 2 * shape.batch * K * shape.budget * H * jnp.dtype(dtype).itemsize
+    sizes = (shape.batch, K, shape.budget // PAGE, *page, H)
+    of_layer = 2 * math.prod(sizes) * jnp.dtype(dtype).itemsize
     layers = min(layers, max(2, math.ceil(ROTATED_BYTES / of_layer)))
     keys = jax.random.split(key, 3)
     q = jax.random.normal(keys[0], (shape.batch, K * G, H), dtype)
-    k, v = (
-        jax.random.normal(each, (layers, shape.batch, K, S, PAGE, H), dtype) for each in keys[1:]
-    )
-    return layers, q, k, v
+    one, other = (jax.random.normal(each, (layers, *sizes), dtype) for each in keys[1:])
+    return layers, q, one, other
 
 
 def _add(total: jax.Array, part: Any) -> jax.Array:
@@ -151,9 +131,8 @@ def _summed(operation: Callable[..., Any], how: dict[str, Any]) -> Callable[...,
 
 
 def _decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
-    layers, q, k, v = _pages(shape, dtype, key)
+    layers, q, k, v = _buffers(shape, dtype, key, PAGE)
     fill = jnp.full(k.shape[1:4], PAGE, jnp.int32)
-
     results = 4 * q.size + 4 * q.shape[0] * q.shape[1] * (2 + k.shape[3])
     size = 2 * k.nbytes // layers + q.nbytes + fill.nbytes + results
     return Case(_summed(decode_attention, how), jnp.zeros(()), (q, k, v, fill), layers, size)
@@ -161,35 +140,25 @@ def _decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> C
 
 def _selected_decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
     """A quarter of the pages."""
-    layers, q, k, v = _pages(shape, dtype, key)
+    layers, q, k, v = _buffers(shape, dtype, key, PAGE)
     _, B, K, S, _, _ = k.shape
     fill = jnp.full((B, K, S), PAGE, jnp.int32)
     order = jax.vmap(lambda key: jax.random.permutation(key, S))(jax.random.split(key, B * K))
     slots = order[:, : S // 4].reshape(B, K, S // 4).astype(jnp.int32)
-
     size = 2 * k.nbytes // layers // 4 + q.nbytes + slots.nbytes + 4 * q.size
     step = _summed(selected_decode_attention, how)
     return Case(step, jnp.zeros(()), (q, k, v, fill, slots), layers, size)
 
 
 def _page_bound(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
-    layers, K, G, H = MODELS[shape.model]
-    S = shape.budget // PAGE
-    of_layer = 2 * shape.batch * K * S * H * jnp.dtype(dtype).itemsize
-    layers = min(layers, max(2, math.ceil(ROTATED_BYTES / of_layer)))
-    keys = jax.random.split(key, 3)
-    q = jax.random.normal(keys[0], (shape.batch, K * G, H), dtype)
-    low, high = (
-        jax.random.normal(each, (layers, shape.batch, K, S, H), dtype) for each in keys[1:]
-    )
-
-    size = 2 * low.nbytes // layers + q.nbytes + 4 * shape.batch * K * G * S
+    layers, q, low, high = _buffers(shape, dtype, key)
+    size = 2 * low.nbytes // layers + q.nbytes + 4 * q.shape[0] * q.shape[1] * low.shape[3]
     return Case(_summed(page_bound, how), jnp.zeros(()), (q, low, high), layers, size)
 
 
 def _page_commit(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
     """All layers at once, as at a page boundary, each time into other slots."""
-    _, _, k, _ = _pages(shape, dtype, key)
+    _, _, k, _ = _buffers(shape, dtype, key, PAGE)
     page = k[:, :, :, 0]
     S = k.shape[3]
 
@@ -233,8 +202,7 @@ class Program:
         self.calls = case.layers
         self._compile()
         self.seconds()
-        once = self.seconds()
-        self.calls *= max(1, min(1000, math.ceil(least / (once * self.calls))))
+        self.calls *= max(1, min(1000, math.ceil(least / (self.seconds() * self.calls))))
         if self.calls > case.layers:
             self._compile()
             self.seconds()
@@ -252,178 +220,130 @@ class Program:
 
     def seconds(self) -> float:
         """Of one call."""
-        jax.block_until_ready((self.carry, self.case.arrays))
+        _wait_for((self.carry, self.case.arrays))
         start = time.perf_counter()
-        self.carry = jax.block_until_ready(self.run(self.carry, self.case.arrays))
+        self.carry = _wait_for(self.run(self.carry, self.case.arrays))
         return (time.perf_counter() - start) / self.calls
 
 
-def copy_case(size: int) -> Case:
-    """Reads `size` bytes and writes as many."""
-    numbers = jnp.zeros((size // 4,), jnp.float32)
-    return Case(lambda carry, one, _: carry + one, numbers, jnp.ones(()), 1, 2 * numbers.nbytes)
+def _wait_for(arrays: Any) -> Any:
+    return jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]  # jax's is untyped.
 
 
 def bench(
-    operations: Sequence[str],
-    shapes: Sequence[Shape],
-    *,
-    dtype: Any = None,
-    repetitions: int = 7,
-    progress: Callable[[str], None] = lambda _: None,
-) -> Report:
-    """Measures every operation at every shape.
+    operations: Sequence[str], shapes: Sequence[str], *, dtype: str, repetitions: int = 7
+) -> Iterator[Measurement]:
+    """Measures every operation at every shape, one after the other.
 
     Args:
-      operations: names, of `OPERATIONS`.
-      shapes: of `SHAPES`, or others.
-      dtype: of queries and cache; bfloat16, and float32 on a CPU, which has no bfloat16 units.
+      operations, shapes: names, of `OPERATIONS` and of `SHAPES`.
+      dtype: of queries and cache.
       repetitions: timed turns; medians count.
-      progress: is told what is measured next.
-
-    Raises:
-      ValueError: an operation is unknown.
     """
-    for name in operations:
-        if name not in OPERATIONS:
-            raise ValueError(
-                f"the operation {name!r} is unknown; there are {', '.join(OPERATIONS)}."
-            )
     target = Target.of()
-    on_cpu = target.platform == "cpu"
-    dtype = jnp.dtype(dtype or (jnp.float32 if on_cpu else jnp.bfloat16))
-    least = 0.0 if on_cpu else PROGRAM_SECONDS
-    copy = Program(copy_case(2**28 if on_cpu else 2**30), least)
-    speeds = [copy.case.bytes / copy.seconds()]
-    rows = []
-    for shape in shapes:
-        for name in operations:
-            if name == "prefill_attention" and shape.batch > MOST_PREFILLED:
-                continue
-            progress(f"{name} {shape.name}")
-            build = partial(OPERATIONS[name], shape, dtype, jax.random.key(0), target=target)
-            programs, why = _programs(build, target.platform, least)
-            times: dict[str, list[float]] = {each: [] for each in programs}
-            for _ in range(repetitions):
-                speeds.append(copy.case.bytes / copy.seconds())
-                for each, program in programs.items():
-                    times[each].append(program.seconds())
-            seconds = {each: statistics.median(of) for each, of in times.items()}
-            xla, own = seconds["xla"], seconds.get(target.platform)
-            rows.append(
-                Row(
-                    operation=name,
-                    shape=shape.name,
-                    bytes=programs["xla"].case.bytes,
-                    ms=None if own is None else 1e3 * own,
-                    xla_ms=1e3 * xla,
-                    over_xla=None if own is None else xla / own,
-                    of_bandwidth=None,
-                    why=why,
-                )
-            )
-    bandwidth = statistics.median(speeds)
-    for row in rows:
-        if row.operation != "prefill_attention":
-            row.of_bandwidth = row.bytes / (1e-3 * (row.ms or row.xla_ms)) / bandwidth
-    return Report(_device(), jax.__version__, dtype.name, bandwidth, rows)
-
-
-def _programs(
-    build: Callable[..., Case], platform: str, least: float
-) -> tuple[dict[str, Program], str | None]:
-    """By implementation; and why there is none but XLA's, where that is so."""
-    programs = {"xla": Program(build(implementation="xla"), least)}
-    try:
-        programs[platform] = Program(build(implementation=platform), least)
-    except ValueError as error:
-        declined = str(error).rpartition(f"{platform}: ")[2]
-        return programs, "the CPU's path is the reference" if platform == "cpu" else declined
-    return programs, None
-
-
-def _device() -> str:
-    device = jax.devices()[0]
-    return device.device_kind or device.platform
-
-
-def quick_shapes() -> list[Shape]:
-    """A few, small enough for a CPU."""
-    return [Shape("qwen2.5-7b", batch, budget) for batch, budget in ((1, 512), (1, 2048), (8, 512))]
-
-
-def table(report: Report) -> str:
-    """The report as Markdown."""
-    lines = [
-        f"{report.device}, jax {report.jax}, {report.dtype}; a copy reads and writes "
-        f"{report.copy_bandwidth / 1e9:,.1f} GB/s",
-        "",
-        "| operation | shape | MB | kernel ms | XLA ms | faster | of copy bandwidth |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in report.rows:
-        own = "-" if row.ms is None else f"{row.ms:.4f}"
-        share = "-" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}"
-        faster = "-" if row.over_xla is None else f"{row.over_xla:.2f} x"
-        lines.append(
-            f"| {row.operation} | {row.shape} | {row.bytes / 1e6:.1f} | {own} | {row.xla_ms:.4f} "
-            f"| {faster} | {share} |"
+    least = 0.0 if target.platform == "cpu" else PROGRAM_SECONDS
+    numbers = jnp.zeros((COPIED_BYTES.get(target.platform, 2**30) // 4,), jnp.float32)
+    copied = Case(lambda carry, one, _: carry + one, numbers, jnp.ones(()), 1, 2 * numbers.nbytes)
+    copy = Program(copied, least)
+    for shape, name in itertools.product(shapes, operations):
+        if name == "prefill_attention" and SHAPES[shape].batch > MOST_PREFILLED:
+            continue
+        build = partial(OPERATIONS[name], SHAPES[shape], dtype, jax.random.key(0), target=target)
+        programs, why = {"xla": Program(build(implementation="xla"), least), "copy": copy}, None
+        try:
+            programs["own"] = Program(build(implementation=target.platform), least)
+        except ValueError as error:
+            why = str(error).rpartition(f"{target.platform}: ")[2].rstrip(".")
+        times: dict[str, list[float]] = {each: [] for each in programs}
+        for _ in range(repetitions):
+            for each, program in programs.items():
+                times[each].append(program.seconds())
+        seconds = {each: statistics.median(of) for each, of in times.items()}
+        xla, own = seconds["xla"], seconds.get("own")
+        size, bandwidth = programs["xla"].case.bytes, copy.case.bytes / seconds["copy"]
+        by_arithmetic = name == "prefill_attention"
+        yield Measurement(
+            operation=name,
+            shape=shape,
+            bytes=size,
+            ms=None if own is None else 1e3 * own,
+            xla_ms=1e3 * xla,
+            over_xla=None if own is None else xla / own,
+            copy_bandwidth=bandwidth,
+            of_bandwidth=None if by_arithmetic else size / (own or xla) / bandwidth,
+            why=why,
         )
-    reasons = sorted({f"{row.operation}: {row.why}" for row in report.rows if row.why})
-    if reasons:
-        lines += ["", "Without a kernel: " + "; ".join(reasons) + "."]
-    return "\n".join(lines)
+
+
+TABLE = """
+| operation | shape | MB | kernel ms | XLA ms | faster | of copy bandwidth |
+|---|---|---:|---:|---:|---:|---:|"""
+
+
+def table_line(row: Measurement) -> str:
+    """The row as Markdown."""
+    own = "-" if row.ms is None else f"{row.ms:.4f}"
+    share = "-" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}"
+    faster = "-" if row.over_xla is None else f"{row.over_xla:.2f} x"
+    return (
+        f"| {row.operation} | {row.shape} | {row.bytes / 1e6:.1f} | {own} | {row.xla_ms:.4f} "
+        f"| {faster} | {share} |"
+    )
+
+
+def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
+    """Reads names with commas between them."""
+
+    def names(text: str) -> list[str]:
+        if unknown := [name for name in text.split(",") if name not in known]:
+            raise argparse.ArgumentTypeError(f"{', '.join(unknown)}: --list prints those there are")
+        return text.split(",")
+
+    return names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns its exit code."""
     parser = argparse.ArgumentParser("python -m pallas_kernels.bench", description=__doc__)
-    parser.add_argument("--op", help="names, with commas; all by default")
-    parser.add_argument("--shapes", help="names, with commas; --list prints them")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"])
+    parser.add_argument("--op", type=names_of(OPERATIONS), help="names, with commas; else all")
+    parser.add_argument("--shapes", type=names_of(SHAPES), help="names, with commas")
+    dtypes = "bfloat16, and float32 on a CPU, which has no bfloat16 units"
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], help=dtypes)
     parser.add_argument("--repetitions", type=int, default=7, help="timed turns (default 7)")
     parser.add_argument("--quick", action="store_true", help="a few small shapes, as on a CPU")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--list", action="store_true", help="print the names of the shapes")
+    parser.add_argument("--json", action="store_true", help="print a JSON object a line, no table")
+    parser.add_argument("--list", action="store_true", help="print all names")
     given = parser.parse_args(arguments)
     if given.list:
-        print("\n".join(SHAPES))
+        print("\n".join([*OPERATIONS, *SHAPES]))
         return 0
-    quick = given.quick or (jax.default_backend() == "cpu" and not given.shapes)
-    shapes = quick_shapes() if quick else list(SHAPES.values())
-    if given.shapes:
-        unknown = [name for name in given.shapes.split(",") if name not in SHAPES]
-        if unknown:
-            parser.error(f"--shapes: {', '.join(unknown)} is unknown; --list prints the names.")
-        shapes = [SHAPES[name] for name in given.shapes.split(",")]
-    elif quick:
-        print(
-            f"pallas_kernels.bench: {len(shapes)} small shapes of {len(SHAPES)} (--quick, or a "
-            "CPU); --shapes names others.",
-            file=sys.stderr,
-        )
     if given.repetitions < 1:
         parser.error(f"--repetitions is {given.repetitions}; it must be at least 1.")
-
-    def progress(text: str) -> None:
-        if sys.stderr.isatty():
-            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
-
-    operations = list(OPERATIONS)
-    if quick:
-        operations.remove("prefill_attention")  # Seconds for each call on a CPU.
-    try:
-        report = bench(
-            given.op.split(",") if given.op else operations,
-            shapes,
-            dtype=given.dtype,
-            repetitions=given.repetitions,
-            progress=progress,
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    progress("")
-    print(json.dumps(dataclasses.asdict(report), indent=2) if given.json else table(report))
+    target = Target.of()
+    operations, shapes = given.op or list(OPERATIONS), given.shapes or list(SHAPES)
+    if not given.shapes and (given.quick or target.platform == "cpu"):
+        shapes = QUICK
+        # Prefill takes seconds for each call on a CPU.
+        operations = given.op or [name for name in operations if name != "prefill_attention"]
+        print(f"{len(QUICK)} shapes of {len(SHAPES)}; --shapes names others.", file=sys.stderr)
+    dtype = given.dtype or ("float32" if target.platform == "cpu" else "bfloat16")
+    about = {
+        "device": target.device_kind or target.platform,
+        "jax": jax.__version__,
+        "dtype": dtype,
+    }
+    if not given.json:
+        print("{device}, jax {jax}, {dtype}".format(**about), TABLE, sep="\n", flush=True)
+    rows = []
+    for row in bench(operations, shapes, dtype=dtype, repetitions=given.repetitions):
+        line = json.dumps(about | dataclasses.asdict(row)) if given.json else table_line(row)
+        print(line, flush=True)
+        rows.append(row)
+    if not given.json:
+        bandwidth = statistics.median(row.copy_bandwidth for row in rows)
+        print(f"\nA copy reads and writes {bandwidth / 1e9:,.1f} GB/s.")
+        for reason in sorted({f"{row.operation}: {row.why}" for row in rows if row.why}):
+            print(f"No kernel for {reason}.")
     return 0
 
 

@@ -7,15 +7,25 @@ import jax.numpy as jnp
 
 
 def check_pages(
-    q: jax.Array, k_pages: jax.Array, v_pages: jax.Array, fill: jax.Array, *, shared: bool
-) -> None:
+    q: jax.Array,
+    k_pages: jax.Array,
+    v_pages: jax.Array,
+    fill: jax.Array,
+    layer: jax.Array | int,
+    *,
+    shared: bool,
+) -> tuple[jax.Array, jax.Array]:
     """Checks queries against pages of keys and values.
 
     Args:
       q: `[B, N, H]`, N a multiple of K.
       k_pages, v_pages: `[L, B', K, S, P, H]`.
       fill: integers `[B', K, S]`, or axes of 1 in place of B' and K.
+      layer: integer scalar.
       shared: whether several rows may share pages: B a multiple of B', and not B = B'.
+
+    Returns:
+      `fill`, whole, and `layer`, both int32.
 
     Raises:
       ValueError: names the argument, its value, and what it must be.
@@ -29,24 +39,31 @@ def check_pages(
     check_floats("q", q)
     check_floats("k_pages", k_pages)
     check_same_dtype("v_pages", v_pages, "k_pages", k_pages)
-    _, B, K, S, P, H = k_pages.shape
+    L, B, K, S, P, H = k_pages.shape
     for name, size in zip("BKPH", (B, K, P, H), strict=True):
         if size < 1:
             raise ValueError(f"k_pages has shape {k_pages.shape}; its axis {name} must not be 0.")
-    fits = q.ndim == 3 and q.shape[2] == H and q.shape[1] > 0 and q.shape[1] % K == 0
-    if not fits or (q.shape[0] % B if shared else q.shape[0] != B):
-        wanted = f"[B, N, {H}], B a multiple of {B} and" if shared else f"[{B}, N, {H}],"
+    check_queries(q, "k_pages", k_pages, q.shape[:1] if shared else (B,), K, H)
+    if q.shape[0] % B:
         raise ValueError(
-            f"q has shape {q.shape}; with k_pages {k_pages.shape} it must be {wanted} "
-            f"N a multiple of {K}."
+            f"q has shape {q.shape}; with k_pages {k_pages.shape} its rows must be a multiple of "
+            f"{B}."
         )
-    if (
-        fill.ndim != 3
-        or fill.shape[2] != S
-        or any(size not in (1, wanted) for size, wanted in zip(fill.shape[:2], (B, K), strict=True))
-    ):
+    if fill.shape not in {(b, k, S) for b in (1, B) for k in (1, K)}:
         raise ValueError(f"fill has shape {fill.shape}; it must be [{B}, {K}, {S}].")
     check_integers("fill", fill, "a count of tokens in each page")
+    return jnp.broadcast_to(fill, (B, K, S)).astype(jnp.int32), check_layer(layer, L)
+
+
+def check_queries(
+    q: jax.Array, name: str, keys: jax.Array, rows: tuple[int, ...], K: int, H: int
+) -> None:
+    """Raises ValueError unless q is `[*rows, N, H]`, N a multiple of K."""
+    if q.ndim < 2 or q.shape != (*rows, q.shape[-2], H) or not q.shape[-2] or q.shape[-2] % K:
+        raise ValueError(
+            f"q has shape {q.shape}; with {name} {keys.shape} it must be "
+            f"[{', '.join(map(str, rows))}, N, {H}], N a multiple of {K}."
+        )
 
 
 def check_layer(layer: jax.Array | int, layers: int) -> jax.Array:

@@ -8,15 +8,16 @@ argument, `Target`: a program that is compiled ahead of time has no device to as
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
 
 Implementation = Literal["xla", "cpu", "tpu", "gpu"] | None
-Backend = Callable[..., Any]
+Result = TypeVar("Result")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,16 +42,14 @@ class Target:
     @classmethod
     def of(cls, devices: jax.Device | Mesh | None = None) -> Target:
         """For a device, a mesh, or the first device of the default backend."""
-        mesh = devices if isinstance(devices, Mesh) else None
-        if mesh is not None:
-            device = mesh.devices.flat[0]
-        else:
-            device = jax.devices()[0] if devices is None else devices
+        if isinstance(devices, Mesh):
+            return dataclasses.replace(cls.of(devices.devices.flat[0]), mesh=devices)
+        device = devices or jax.devices()[0]
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
-        return cls(platform, device.device_kind, mesh)
+        return cls(platform, device.device_kind)
 
 
-def load(module: str, name: str) -> Backend:
+def load(module: str, name: str) -> Callable[..., Any]:
     """A backend that is imported when it is first called: what is not used costs nothing."""
 
     def backend(*args: Any, **kwargs: Any) -> Any:
@@ -65,14 +64,14 @@ def load(module: str, name: str) -> Backend:
 
 def dispatch(
     operation: str,
-    backends: Mapping[str, Backend],
+    backends: Mapping[str, Callable[..., Result]],
     implementation: Implementation,
     target: Target | None,
     arrays: Sequence[jax.Array | None],
     axes: tuple[Sequence[str], Any],
     prefers_xla: Callable[[Target], bool] = lambda target: False,
     **options: Any,
-) -> Any:
+) -> Result:
     """Calls the backend that `implementation` names, or the best one for the target.
 
     Args:
@@ -106,24 +105,19 @@ def dispatch(
         try:
             if name == "xla":
                 return backends[name](*arrays, **options)
-            backend = bind(backends[name], device_kind=target.device_kind, **options)
+            backend = functools.partial(backends[name], device_kind=target.device_kind, **options)
             return split(backend, target, arrays, axes)
         except NotImplementedError as reason:
             declined.append(f"{name}: {reason}")
     raise ValueError(f"{operation}: no backend serves these arguments. " + "; ".join(declined))
 
 
-def bind(backend: Backend, **options: Any) -> Backend:
-    """`backend` with its static arguments."""
-    return lambda *arrays: backend(*arrays, **options)
-
-
 def split(
-    backend: Backend,
+    backend: Callable[..., Result],
     target: Target,
     arrays: Sequence[jax.Array | None],
     axes: tuple[Sequence[str], Any],
-) -> Any:
+) -> Result:
     """Calls `backend` on each device's rows and heads; they do not need each other's.
 
     An axis that the mesh does not divide evenly is not split: every device then does all of it.
@@ -146,7 +140,8 @@ def split(
     of_letter = {"B": split_rows, "K": split_heads, "N": split_heads}
 
     def spec(letters: str) -> PartitionSpec:
-        return PartitionSpec(*(of_letter.get(letter) for letter in letters))
+        parts = map(of_letter.get, letters)
+        return PartitionSpec(*parts)  # type: ignore[no-untyped-call]  # jax's is untyped.
 
     return jax.shard_map(
         backend,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 TILE = 64
@@ -82,3 +84,29 @@ def tile_memory(*sizes: int, width: int, dtype: Any = jnp.bfloat16) -> Any:
     swizzle = width * jnp.dtype(dtype).itemsize
     transforms = (plgpu.TilingTransform((ROWS, width)), plgpu.SwizzleTransform(swizzle))
     return plgpu.SMEM(sizes, dtype, transforms=transforms)
+
+
+def product(factors: Sequence[tuple[Any, Any]], rows: int, columns: int) -> jax.Array:
+    """The sum of `left · right` over pairs of matrices in shared memory, float32, in registers."""
+
+    def multiply(total: Any) -> Any:
+        for left, right in factors:
+            plgpu.wgmma(total, left, right)
+        return total[...]
+
+    total = plgpu.WGMMAAccumulatorRef((rows, columns), jnp.float32)
+    summed: jax.Array = pl.run_scoped(multiply, total)
+    return summed
+
+
+def store(memory: Any, x: jax.Array) -> None:
+    """Writes to shared memory, with bank conflicts if need be; jax 0.12 wants that allowed."""
+    if hasattr(plgpu, "store"):
+        plgpu.store(memory, x, optimized=False)
+    else:
+        memory[...] = x
+
+
+def commit_memory() -> None:
+    """Shows what was written to shared memory to the tensor cores and to copies out of it."""
+    plgpu.commit_smem()  # type: ignore[no-untyped-call]  # jax's is untyped.

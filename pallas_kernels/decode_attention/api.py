@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 
-from pallas_kernels.checks import check_layer, check_pages
+from pallas_kernels.checks import check_pages
 from pallas_kernels.decode_attention.cpu import decode_attention_cpu
 from pallas_kernels.decode_attention.reference import DecodeAttention, decode_attention_reference
 from pallas_kernels.decode_attention.tuning import prefers_xla
@@ -19,7 +18,7 @@ _BACKENDS = {
     "tpu": load("pallas_kernels.decode_attention.tpu", "decode_attention_tpu"),
     "gpu": load("pallas_kernels.decode_attention.gpu", "decode_attention_gpu"),
 }
-_AXES = ("BNH", "LBKSPH", "LBKSPH", "BKS", ""), DecodeAttention("BNH", "BN", "BN", "BNS")  # type: ignore[arg-type]
+_AXES = ("BNH", "LBKSPH", "LBKSPH", "BKS", ""), DecodeAttention._make(["BNH", "BN", "BN", "BNS"])
 
 
 def decode_attention(
@@ -52,9 +51,7 @@ def decode_attention(
     Raises:
       ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
-    check_pages(q, k_pages, v_pages, fill, shared=False)
-    layer = check_layer(layer, k_pages.shape[0])
-    fill = jnp.broadcast_to(fill, (q.shape[0], *k_pages.shape[2:4])).astype(jnp.int32)
+    fill, layer = check_pages(q, k_pages, v_pages, fill, layer, shared=False)
     return dispatch(
         "decode_attention",
         _BACKENDS,

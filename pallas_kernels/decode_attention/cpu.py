@@ -50,7 +50,8 @@ def decode_attention_cpu(
         valid = jnp.arange(P) < filled[..., None]
         scores = _scores(own, part(k_pages, layer)).reshape(size, G, S, P)
         softmax = page_weights(scores * scale, valid[:, None])
-        # Never true, but it makes the copy of the values wait until they are wanted.
+        # Never true, but it makes the copy of the values wait until they are wanted. XLA drops an
+        # `optimization_barrier` before it schedules: with one a call took 1.1 to 1.3 times as long.
         late = (softmax.sum[0, 0] < 0) & (size * pair_bytes >= LATE_BYTES)
         values = part(v_pages, layer + late.astype(layer.dtype))
         # A dead slot may hold anything, NaN included, and 0 * NaN is NaN.

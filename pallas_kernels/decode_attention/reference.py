@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import finite
+
 
 class DecodeAttention(NamedTuple):
     """Attention over one segment of pages, not yet normalised, so that segments can be merged.
@@ -43,7 +45,7 @@ def page_weights(scores: jax.Array, valid: jax.Array) -> PageWeights:
     """Of scores `[..., S, P]`, where `valid`, bool, broadcasts to them."""
     scores = jnp.where(valid, scores, -jnp.inf)
     peak = jnp.max(scores, axis=(-2, -1))
-    safe = jnp.where(jnp.isneginf(peak), 0.0, peak)
+    safe = finite(peak)
     weights = jnp.exp(scores - safe[..., None, None])
     page_sum = jnp.sum(weights, axis=-1)
     page_lse = safe[..., None] + jnp.log(page_sum)

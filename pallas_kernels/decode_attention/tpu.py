@@ -9,15 +9,17 @@ each page (and another spreads each page's fill over its tokens).
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arrays import finite, merge_splits, pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, TpuBlocks, tpu_blocks
+from pallas_kernels.decode_attention.tuning import TpuBlocks, tpu_blocks
+from pallas_kernels.tpu import LANES, check_served, dot, padded_rows, precision_for
 
 
 def decode_attention_tpu(
@@ -31,12 +33,7 @@ def decode_attention_tpu(
     device_kind: str = "",
     blocks: TpuBlocks | None = None,
 ) -> DecodeAttention:
-    """See `api.decode_attention`, which checks the arguments.
-
-    Args:
-      q, k_pages, v_pages, fill, layer, scale: as there.
-      device_kind: chooses the block sizes.
-      blocks: these instead.
+    """See `api.decode_attention`, which checks the arguments; `blocks` replaces the heuristic's.
 
     Raises:
       NotImplementedError: a dtype that the kernel does not take, or no slots at all.
@@ -49,10 +46,9 @@ def decode_attention_tpu(
     heads, pages, splits = blocks.heads, blocks.pages, blocks.splits
     per_split = -(-S // (pages * splits))
     shape = (B, K // heads, splits, per_split)
-    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
-    grouped = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    G, rows = N // K, padded_rows(N // K)
 
-    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    chunk = chunk_tokens(pages, P)
     chunks, chunk_pages = pages * P // chunk, chunk // P
     whole = splits * per_split * pages
     padded = jnp.pad(fill, ((0, 0), (0, 0), (0, whole - S)))
@@ -68,13 +64,13 @@ def decode_attention_tpu(
         block, at = jax.lax.rem(at, splits * per_split), jax.lax.div(at, splits * per_split)
         return layer[0], jax.lax.div(at, shape[1]), jax.lax.rem(at, shape[1]), block, 0, 0
 
-    def of_block(*tail: int) -> pl.BlockSpec:
-        index = lambda b, h, s, j, *_: (b, h, s * per_split + j, *(0 for _ in tail))  # noqa: E731
+    def of_split(*tail: int, steps: int = 1) -> pl.BlockSpec:
+        def index(b: Any, h: Any, s: Any, j: Any, *_: Any) -> Any:
+            return b, h, (s if steps == 1 else s * steps + j), *(0 for _ in tail)
+
         return pl.BlockSpec((1, heads, 1, *tail), index)
 
-    def of_split(*tail: int) -> pl.BlockSpec:
-        index = lambda b, h, s, j, *_: (b, h, s, *(0 for _ in tail))  # noqa: E731
-        return pl.BlockSpec((1, heads, 1, *tail), index)
+    of_block = functools.partial(of_split, steps=per_split)
 
     if P == 1:
         # Pages of one token lie as one long page would; so they are said to be.
@@ -83,21 +79,13 @@ def decode_attention_tpu(
     else:
         kv = pl.BlockSpec((1, 1, heads, pages, P, H), pages_index)
     out, stats, lse = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            scale=scale,
-            chunk=chunk,
-            page=P,
-            number=number,
-            precision=precision_for(k_pages),
-        ),
+        functools.partial(_kernel, number=number, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=shape,
             in_specs=[
                 pl.BlockSpec((1, heads, rows, H), lambda b, h, s, j, *_: (b, h, 0, 0)),
-                kv,
-                kv,
+                [kv] * 2,
                 of_block(chunks, chunk_pages),
             ],
             out_specs=[
@@ -105,18 +93,12 @@ def decode_attention_tpu(
                 of_split(rows, 2),
                 of_block(chunks, rows, chunk_pages),
             ],
-            scratch_shapes=[
-                pltpu.VMEM((heads, rows, H), jnp.float32),
-                pltpu.VMEM((heads, rows, LANES), jnp.float32),
-                pltpu.VMEM((heads, rows, LANES), jnp.float32),
-            ],
+            scratch_shapes=[Softmax.scratch(heads, rows, H=H)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, K, splits, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, K, splits, rows, 2), jnp.float32),
-            jax.ShapeDtypeStruct(
-                (B, K, splits * per_split, chunks, rows, chunk_pages), jnp.float32
-            ),
+            result(B, K, splits, rows, H),
+            result(B, K, splits, rows, 2),
+            result(B, K, splits * per_split, chunks, rows, chunk_pages),
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")
@@ -127,18 +109,22 @@ def decode_attention_tpu(
             transcendentals=B * N * S * P,
         ),
         name="decode_attention",
-    )(layer.reshape(1), fetched, grouped, k_pages, v_pages, fills)
+    )(layer.reshape(1), fetched, pad_groups(q, K, rows), [k_pages, v_pages], fills)
     # Blocks, chunks and pages in a chunk are, in this order, the slots.
     lse = jnp.moveaxis(lse, 4, 2).reshape(B, K, rows, whole)[:, :, :G, :S]
-    return _merge(out[..., :G, :], stats[..., :G, 0], stats[..., :G, 1], lse.reshape(B, N, S))
+    peak, total = stats[..., :G, 0], stats[..., :G, 1]
+    top, factor = merge_splits(peak, 2)
+    return DecodeAttention(
+        out=jnp.sum(out[..., :G, :] * factor[..., None], axis=2).reshape(B, N, H),
+        max=top.reshape(B, N),
+        sum=jnp.sum(total * factor, axis=2).reshape(B, N),
+        page_lse=lse.reshape(B, N, S),
+    )
 
 
-def check_served(k_pages: jax.Array, slots: int) -> None:
-    """Raises NotImplementedError for a dtype that the kernel does not take, or no slots at all."""
-    if k_pages.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"caches are bfloat16 or float32, not {k_pages.dtype}")
-    if not slots:
-        raise NotImplementedError("there are no slots to read")
+def chunk_tokens(pages: int, P: int) -> int:
+    """Tokens whose pages are summed by one product: whole pages, a row of lanes where it can be."""
+    return LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
 
 
 def fetched_blocks(live: jax.Array) -> jax.Array:
@@ -148,57 +134,48 @@ def fetched_blocks(live: jax.Array) -> jax.Array:
     return jnp.where(latest < 0, jnp.argmax(live).astype(jnp.int32), latest)
 
 
-def _merge(out: jax.Array, peak: jax.Array, total: jax.Array, lse: jax.Array) -> DecodeAttention:
-    """Joins the splits of `out [B, K, splits, G, H]` by log-sum-exp."""
-    B, K, splits, G, H = out.shape
-    if splits == 1:
-        joined = out[:, :, 0], peak[:, :, 0], total[:, :, 0]
-    else:
-        top = jnp.max(peak, axis=2)
-        factor = jnp.exp(peak - jnp.where(jnp.isneginf(top), 0.0, top)[:, :, None])
-        joined = (
-            jnp.sum(out * factor[..., None], axis=2),
-            top,
-            jnp.sum(total * factor, axis=2),
-        )
-    return DecodeAttention(
-        joined[0].reshape(B, K * G, H), joined[1].reshape(B, -1), joined[2].reshape(B, -1), lse
-    )
+class Softmax(NamedTuple):
+    """The sums so far, in scratch: `acc [..., rows, H]`; `peak` and `total` in all of the lanes."""
 
+    acc: Any
+    peak: Any
+    total: Any
 
-def precision_for(pages: jax.Array) -> Any:
-    """Full products for a float32 cache; a bfloat16 one needs no more than the plain ones."""
-    return jax.lax.Precision.HIGHEST if pages.dtype == jnp.float32 else None
+    @classmethod
+    def scratch(cls, *rows: int, H: int) -> Softmax:
+        return cls(*(pltpu.VMEM((*rows, columns), jnp.float32) for columns in (H, LANES, LANES)))
+
+    def clear(self) -> None:
+        self.acc[...] = jnp.zeros_like(self.acc)
+        self.peak[...] = jnp.full_like(self.peak, -jnp.inf)
+        self.total[...] = jnp.zeros_like(self.total)
+
+    def of_head(self, head: int) -> Softmax:
+        return Softmax(*(ref.at[head] for ref in self))
+
+    def write(self, out_ref: Any, stats_ref: Any) -> None:
+        out_ref[...] = self.acc[...]
+        stats_ref[..., 0:1] = self.peak[..., 0:1]
+        stats_ref[..., 1:2] = self.total[..., 0:1]
 
 
 def _kernel(
     layer_ref: Any,
     fetched_ref: Any,
     q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    kv_refs: Any,
     fill_ref: Any,
     out_ref: Any,
     stats_ref: Any,
     lse_ref: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
+    softmax: Softmax,
     *,
-    scale: float,
-    chunk: int,
-    page: int,
     number: Any,
-    precision: Any,
+    scale: float,
 ) -> None:
-    step = number(*(pl.program_id(axis) for axis in range(4)))
-    j, last = pl.program_id(3), pl.num_programs(3) - 1
-
-    @pl.when(j == 0)
-    def start() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
-        total_ref[...] = jnp.zeros_like(total_ref)
+    at = [pl.program_id(axis) for axis in range(4)]
+    step = number(*at)
+    pl.when(at[3] == 0)(softmax.clear)
 
     @pl.when(fetched_ref[step] != step)
     def dead() -> None:
@@ -206,50 +183,26 @@ def _kernel(
 
     @pl.when(fetched_ref[step] == step)
     def attend() -> None:
-        for head in range(k_ref.shape[2]):
-            attend_block(
-                q_ref.at[0, head],
-                k_ref.at[0, 0, head],
-                v_ref.at[0, 0, head],
-                fill_ref.at[0, head, 0],
-                lse_ref.at[0, head, 0],
-                acc_ref.at[head],
-                peak_ref.at[head],
-                total_ref.at[head],
-                scale=scale,
-                chunk=chunk,
-                page=page,
-                precision=precision,
-            )
+        for head in range(q_ref.shape[1]):
+            kv = [ref.at[0, 0, head] for ref in kv_refs]
+            fill, lse = fill_ref.at[0, head, 0], lse_ref.at[0, head, 0]
+            attend_block(q_ref.at[0, head], kv, fill, lse, softmax.of_head(head), scale)
 
-    @pl.when(j == last)
-    def finish() -> None:
-        out_ref[0, :, 0] = acc_ref[...]
-        stats_ref[0, :, 0, :, 0:1] = peak_ref[:, :, 0:1]
-        stats_ref[0, :, 0, :, 1:2] = total_ref[:, :, 0:1]
+    results = out_ref.at[0, :, 0], stats_ref.at[0, :, 0]
+    pl.when(at[3] == pl.num_programs(3) - 1)(functools.partial(softmax.write, *results))
 
 
 def attend_block(
-    q_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
-    fill_ref: Any,
-    lse_ref: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
-    *,
-    scale: float,
-    chunk: int,
-    page: int,
-    precision: Any,
+    q_ref: Any, kv_refs: Any, fill_ref: Any, lse_ref: Any, softmax: Softmax, scale: float
 ) -> None:
     """One block of pages, k and v `[pages, P, H]` or, of single tokens, `[pages, H]`, of one head.
 
     q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]`.
     """
     (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
-    k, v = (ref[...].reshape(-1, H) for ref in (k_ref, v_ref))
+    k, v = (ref[...].reshape(-1, H) for ref in kv_refs)
+    chunk, precision = k.shape[0] // chunks, precision_for(k)
+    page, cuts = chunk // chunk_pages, [slice(c * chunk, (c + 1) * chunk) for c in range(chunks)]
     scores = scale * dot(q_ref[...], k, (1, 1), precision)
 
     # member[t, p]: token t of a chunk lies in its page p.
@@ -266,45 +219,32 @@ def attend_block(
     place_row = jax.lax.rem(lane, page).astype(jnp.float32)
     place_column = jax.lax.rem(sublane, page).astype(jnp.float32)
 
-    parts = []
-    for c in range(chunks):
-        valid = place_row < live_row[c : c + 1]
-        parts.append(jnp.where(valid, scores[:, c * chunk : (c + 1) * chunk], -jnp.inf))
-    scores = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=1)
+    live = [place_row < live_row[c : c + 1] for c in range(chunks)]
+    parts = [
+        jnp.where(valid, scores[:, cut], -jnp.inf) for valid, cut in zip(live, cuts, strict=True)
+    ]
+    scores = join(parts, axis=1)
 
-    before = peak_ref[:, 0:1]
+    before = softmax.peak[:, 0:1]
     peak = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     # The block has a live page, but with several heads not every head has.
-    safe = jnp.where(peak == -jnp.inf, 0.0, peak)
+    safe = finite(peak)
     weights = jnp.exp(scores - safe)
     shrink = jnp.exp(before - safe)
 
-    stacked = weights
-    if chunks > 1:
-        parts = [weights[:, c * chunk : (c + 1) * chunk] for c in range(chunks)]
-        stacked = jnp.concatenate(parts, axis=0)
+    stacked = join([weights[:, cut] for cut in cuts], axis=0)
     sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
-    lse = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
-    lse_ref[...] = lse
+    lse_ref[...] = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
 
     # A dead token may hold anything, NaN included, and 0 * NaN is NaN.
-    parts = []
-    for c in range(chunks):
-        valid = place_column < live_column[:, c : c + 1]
-        parts.append(jnp.where(valid, v[c * chunk : (c + 1) * chunk], 0))
-    v = parts[0] if chunks == 1 else jnp.concatenate(parts, axis=0)
-    acc_ref[...] = acc_ref[...] * shrink + dot(weights.astype(v.dtype), v, (1, 0), precision)
-    total = total_ref[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
-    peak_ref[...] = jnp.broadcast_to(peak, peak_ref.shape)
-    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+    live = [place_column < live_column[:, c : c + 1] for c in range(chunks)]
+    v = join([jnp.where(valid, v[cut], 0) for valid, cut in zip(live, cuts, strict=True)], axis=0)
+    values = dot(weights.astype(v.dtype), v, (1, 0), precision)
+    softmax.acc[...] = softmax.acc[...] * shrink + values
+    total = softmax.total[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
+    softmax.peak[...] = jnp.broadcast_to(peak, softmax.peak.shape)
+    softmax.total[...] = jnp.broadcast_to(total, softmax.total.shape)
 
 
-def dot(a: jax.Array, b: jax.Array, axes: tuple[int, int], precision: Any = None) -> jax.Array:
-    """Contracts one axis of each of two matrices, summed in float32."""
-    return jax.lax.dot_general(
-        a,
-        b,
-        (((axes[0],), (axes[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
+def join(parts: list[jax.Array], axis: int) -> jax.Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)

@@ -6,24 +6,16 @@ import dataclasses
 import math
 
 from pallas_kernels.dispatch import Target
-
-LANES = 128
-SUBLANES = 8
+from pallas_kernels.tpu import LANES, SUBLANES
 
 
 @dataclasses.dataclass(frozen=True)
 class TpuBlocks:
-    """How the TPU kernel cuts its work.
+    """How the TPU kernel cuts its work."""
 
-    Attributes:
-      heads: key/value heads per step, a divisor of K.
-      pages: slots per step.
-      splits: parts into which the slots of a row are cut, to be merged at the end.
-    """
-
-    heads: int
-    pages: int
-    splits: int
+    heads: int  # key/value heads per step, a divisor of K
+    pages: int  # slots per step
+    splits: int  # into which the slots of a row are cut, to be merged at the end
 
 
 CORES = {"TPU v4": 2, "TPU v5": 2}
@@ -46,9 +38,7 @@ def prefers_xla(target: Target, P: int, H: int, pages: int | None = None) -> boo
     The kernels want them padded, and to get there costs a copy of the whole buffer.
     """
     tiles = H % LANES == 0 and (P % SUBLANES == 0 or P in (1, 2, 4))
-    if target.platform == "cpu":
-        return False
-    return pages == 1 or (target.platform == "tpu" and not tiles)
+    return target.platform != "cpu" and (pages == 1 or (target.platform == "tpu" and not tiles))
 
 
 def tpu_blocks(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.checks import check_floats, check_layer, check_same_dtype
+from pallas_kernels.checks import check_floats, check_layer, check_queries, check_same_dtype
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.page_bound.reference import page_bound_reference
 
@@ -48,11 +48,7 @@ def page_bound(
             "[L, B, K, S, H]."
         )
     _, B, K, _, H = key_min.shape
-    if q.ndim != 3 or q.shape[0] != B or q.shape[2] != H or q.shape[1] % K:
-        raise ValueError(
-            f"q has shape {q.shape}; with key_min {key_min.shape} it must be [{B}, N, {H}], "
-            f"N a multiple of {K}."
-        )
+    check_queries(q, "key_min", key_min, (B,), K, H)
     check_floats("q", q)
     check_floats("key_min", key_min)
     check_same_dtype("key_max", key_max, "key_min", key_min)

@@ -17,15 +17,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.arrays import pad_groups, result
 from pallas_kernels.hopper import (
     COMPILER,
     TILE,
     choose_splits,
     choose_stages,
+    commit_memory,
     grouping,
+    product,
     require_head_dim,
     require_hopper,
     require_rows,
+    store,
     tile_memory,
     tile_width,
 )
@@ -57,21 +61,15 @@ def page_bound_gpu(
     tiles, blocks = -(-S // TILE), B * K * chunks
     splits, stages = choose_splits(blocks, tiles), min(choose_stages(H), tiles)
     per_split = -(-tiles // splits)
-    queries = q.reshape(B, K, G, H)
-    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, chunks * group - G), (0, 0)))
-    queries = queries.reshape(blocks, group, H)
+    queries = pad_groups(q, K, chunks * group).reshape(blocks, group, H)
 
     def body(
-        above_ref: Any,
-        below_ref: Any,
-        low_ref: Any,
-        high_ref: Any,
+        query_refs: Any,
+        key_refs: Any,
         layer_ref: Any,
         out_ref: Any,
-        above_smem: Any,
-        below_smem: Any,
-        low_smem: Any,
-        high_smem: Any,
+        query_smem: Any,
+        key_smem: Any,
         out_smem: Any,
         query_barrier: Any,
         barriers: Any,
@@ -81,12 +79,12 @@ def page_bound_gpu(
         first = split * per_split
         count = jnp.minimum(per_split, tiles - first)
 
-        def fetch(tile: jax.Array, slot: jax.Array | int) -> None:
+        def fetch(tile: jax.Array, stage: jax.Array | int) -> None:
             pages = pl.ds(jnp.minimum(tile * TILE, S - TILE), TILE)
-            for ref, smem in (low_ref, low_smem), (high_ref, high_smem):
-                plgpu.copy_gmem_to_smem(ref.at[row, pages], smem.at[slot], barriers.at[slot])
+            for ref, smem in zip(key_refs, key_smem, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[row, pages], smem.at[stage], barriers.at[stage])
 
-        for ref, smem in (above_ref, above_smem), (below_ref, below_smem):
+        for ref, smem in zip(query_refs, query_smem, strict=True):
             plgpu.copy_gmem_to_smem(ref.at[block], smem, query_barrier)
         for ahead in range(min(stages, per_split)):
             pl.when(ahead < count)(partial(fetch, first + ahead, ahead))
@@ -94,45 +92,37 @@ def page_bound_gpu(
 
         @pl.loop(0, count)
         def _(number: jax.Array) -> None:
-            tile, slot = first + number, lax.rem(number, jnp.int32(stages))
-            plgpu.barrier_wait(barriers.at[slot])
-
-            def multiply(total: Any) -> jax.Array:
-                for pages, query in (high_smem, above_smem), (low_smem, below_smem):
-                    plgpu.wgmma(total, pages.at[slot], query.transpose((1, 0)))
-                return total[...]
-
-            bound = pl.run_scoped(multiply, plgpu.ACC((TILE, group), jnp.float32))
+            tile, stage = first + number, lax.rem(number, jnp.int32(stages))
+            plgpu.barrier_wait(barriers.at[stage])
+            factors = [(k.at[stage], q.T) for k, q in zip(key_smem, query_smem, strict=True)]
+            bound = product(factors, TILE, group)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            out_smem[...] = bound * scale
-            plgpu.commit_smem()
+            store(out_smem, bound * scale)
+            commit_memory()
             plgpu.copy_smem_to_gmem(out_smem, out_ref.at[block, tile])
-            pl.when(number + stages < count)(lambda: fetch(tile + stages, slot))
+            pl.when(number + stages < count)(lambda: fetch(tile + stages, stage))
 
         plgpu.wait_smem_to_gmem(0)
 
     matrix = partial(tile_memory, width=tile_width(H))
     out = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((blocks, tiles, TILE, group), jnp.float32),
+        out_type=result(blocks, tiles, TILE, group),
         scratch_types=[
-            matrix(group, H),
-            matrix(group, H),
-            matrix(stages, TILE, H),
-            matrix(stages, TILE, H),
+            [matrix(group, H)] * 2,
+            [matrix(stages, TILE, H)] * 2,
             plgpu.SMEM((TILE, group), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
         ],
         grid=(blocks, splits),
         grid_names=("block", "split"),
+        kernel_name="page_bound",
         compiler_params=COMPILER,
         interpret=interpret,
     )(
-        jnp.maximum(queries, 0),
-        jnp.minimum(queries, 0),
-        key_min.reshape(L * B * K, S, H),
-        key_max.reshape(L * B * K, S, H),
+        [jnp.maximum(queries, 0), jnp.minimum(queries, 0)],
+        [keys.reshape(L * B * K, S, H) for keys in (key_max, key_min)],
         jnp.reshape(layer, 1),
     )
     out = jnp.moveaxis(out.reshape(B, K, chunks, tiles * TILE, group), 3, 4)

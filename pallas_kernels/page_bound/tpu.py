@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.tpu import check_served, dot, precision_for
-from pallas_kernels.decode_attention.tuning import SUBLANES, tpu_blocks
+from pallas_kernels.arrays import pad_groups, result
+from pallas_kernels.decode_attention.tuning import tpu_blocks
+from pallas_kernels.tpu import check_served, dot, padded_rows, precision_for
 
 
 def page_bound_tpu(
@@ -33,8 +34,7 @@ def page_bound_tpu(
     # Two keys per page: as `decode_attention` with pages of one token.
     blocks = tpu_blocks(device_kind, B, K, S, 1, H, key_min.dtype.itemsize)
     heads, pages = blocks.heads, S if blocks.splits > 1 else blocks.pages
-    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
-    grouped = jnp.pad(q.reshape(B, K, G, H), ((0, 0), (0, 0), (0, rows - G), (0, 0)))
+    G, rows = N // K, padded_rows(N // K)
     precision = precision_for(key_min)
 
     def kernel(_: Any, q_ref: Any, low_ref: Any, high_ref: Any, out_ref: Any) -> None:
@@ -47,7 +47,7 @@ def page_bound_tpu(
             out_ref[0, head] = scale * (upper + lower)
 
     keys = pl.BlockSpec((1, 1, heads, pages, H), lambda b, h, s, layer: (layer[0], b, h, s, 0))
-    out = pl.pallas_call(
+    out: jax.Array = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -59,7 +59,7 @@ def page_bound_tpu(
             ],
             out_specs=pl.BlockSpec((1, heads, rows, pages), lambda b, h, s, _: (b, h, 0, s)),
         ),
-        out_shape=jax.ShapeDtypeStruct((B, K, rows, S), jnp.float32),
+        out_shape=result(B, K, rows, S),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "parallel")
         ),
@@ -69,5 +69,5 @@ def page_bound_tpu(
             transcendentals=0,
         ),
         name="page_bound",
-    )(layer.reshape(1), grouped, key_min, key_max)
+    )(layer.reshape(1), pad_groups(q, K, rows), key_min, key_max)
     return out[:, :, :G].reshape(B, N, S)

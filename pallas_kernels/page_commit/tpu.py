@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arrays import result
+from pallas_kernels.tpu import check_whole_words
+
 
 def page_commit_tpu(
     pages: jax.Array, page: jax.Array, slot: jax.Array, *, device_kind: str = ""
@@ -19,11 +22,7 @@ def page_commit_tpu(
       NotImplementedError: a page is not whole words of 32 bits in every lane.
     """
     L, B, K, _, P, H = pages.shape
-    if P * pages.dtype.itemsize % 4:
-        raise NotImplementedError(
-            f"a page of {P} {pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
-            "use an even page_size, or float32"
-        )
+    check_whole_words(pages)
 
     def kernel(slot_ref: Any, page_ref: Any, _: Any, pages_ref: Any, done: Any) -> None:
         layer = pl.program_id(0)
@@ -41,7 +40,7 @@ def page_commit_tpu(
         jax.lax.fori_loop(0, B * K, lambda index, _: copy(index).wait(), None)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
-    return pl.pallas_call(
+    written: jax.Array = pl.pallas_call(
         kernel,
         grid=(L,),
         in_specs=[
@@ -50,7 +49,7 @@ def page_commit_tpu(
             anywhere,
         ],
         out_specs=anywhere,
-        out_shape=jax.ShapeDtypeStruct(pages.shape, pages.dtype),
+        out_shape=result(*pages.shape, dtype=pages.dtype),
         scratch_shapes=[pltpu.SemaphoreType.DMA],
         input_output_aliases={2: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
@@ -61,3 +60,4 @@ def page_commit_tpu(
         ),
         name="page_commit",
     )(slot.reshape(L, 1, B * K), page, pages)
+    return written

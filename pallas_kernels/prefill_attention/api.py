@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from pallas_kernels.checks import check_floats, check_integers
+from pallas_kernels.checks import check_floats, check_integers, check_queries
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.prefill_attention.reference import prefill_attention_reference
 
@@ -45,14 +45,10 @@ def prefill_attention(
     if k.ndim != 4 or v.shape != k.shape:
         raise ValueError(f"k has shape {k.shape} and v {v.shape}; both must be [B, T, K, H].")
     B, T, K, H = k.shape
-    if q.ndim != 4 or q.shape[:2] != (B, T) or q.shape[3] != H or q.shape[2] % K:
-        raise ValueError(
-            f"q has shape {q.shape}; with k {k.shape} it must be [{B}, {T}, N, {H}], "
-            f"N a multiple of {K}."
-        )
-    if segments is not None and segments.shape != (B, T):
-        raise ValueError(f"segments has shape {segments.shape}; it must be [{B}, {T}].")
+    check_queries(q, "k", k, (B, T), K, H)
     if segments is not None:
+        if segments.shape != (B, T):
+            raise ValueError(f"segments has shape {segments.shape}; it must be [{B}, {T}].")
         check_integers("segments", segments, "the segment of each token")
     for name, array in (("q", q), ("k", k), ("v", v)):
         check_floats(name, array)

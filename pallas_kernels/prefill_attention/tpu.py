@@ -50,7 +50,8 @@ def prefill_attention_tpu(
 
     def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         ids = None if segments is None else splash.SegmentIds(segments, segments)
-        return attend(q, k, v, ids)
+        out: jax.Array = attend(q, k, v, ids)
+        return out
 
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q * scale).astype(q.dtype), k, v))
     out = jax.vmap(of_row)(q, k, v, segments)

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import check_integers, check_layer, check_pages
+from pallas_kernels.checks import check_integers, check_pages
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
@@ -22,7 +22,7 @@ _BACKENDS = {
 }
 _AXES = (
     ("BNH", "LBKSPH", "LBKSPH", "BKS", "BKC", ""),
-    DecodeAttention("BNH", "BN", "BN", "BNC"),  # type: ignore[arg-type]
+    DecodeAttention._make(["BNH", "BN", "BN", "BNC"]),
 )
 
 
@@ -59,13 +59,11 @@ def selected_decode_attention(
     Raises:
       ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
-    check_pages(q, k_pages, v_pages, fill, shared=True)
+    fill, layer = check_pages(q, k_pages, v_pages, fill, layer, shared=True)
     K = k_pages.shape[2]
     if slots.ndim != 3 or slots.shape[:2] != (q.shape[0], K):
         raise ValueError(f"slots has shape {slots.shape}; it must be [{q.shape[0]}, {K}, any].")
     check_integers("slots", slots, "slots to read")
-    layer = check_layer(layer, k_pages.shape[0])
-    fill = jnp.broadcast_to(fill, k_pages.shape[1:4]).astype(jnp.int32)
     return dispatch(
         "selected_decode_attention",
         _BACKENDS,

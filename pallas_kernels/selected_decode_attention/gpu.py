@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention.hopper import attend_tiles, finish, require_tiles
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.hopper import ROWS, TILE, require_hopper
+from pallas_kernels.selected_decode_attention.reference import chosen_slots
 
 
 def selected_decode_attention_gpu(
@@ -34,19 +35,14 @@ def selected_decode_attention_gpu(
     """
     require_hopper(device_kind)
     require_tiles(q, k_pages)
-    _, prompts, K, _, P, _ = k_pages.shape
-    B, _, C = slots.shape
+    P, (B, K, C) = k_pages.shape[4], slots.shape
     if P % ROWS:
         raise NotImplementedError(f"a page has {P} tokens, no multiple of {ROWS}")
-    samples = B // prompts
     pages = max(1, TILE // P)
     slots = jnp.pad(slots, ((0, 0), (0, 0), (0, -C % pages)), constant_values=-1)
     listed = slots.shape[-1]
     tiles, piece = listed * P // TILE, min(P, TILE)
-    # A slot of -1 reads page 0 where its tile is read at all, and nothing of it counts.
-    page = jnp.maximum(slots, 0)
-    row, head = (jnp.arange(B) // samples)[:, None, None], jnp.arange(K)[:, None]
-    filled = jnp.where(slots < 0, 0, fill[row, head, page])
+    (_, _, page), filled = chosen_slots(fill, slots)
     alive = (jnp.arange(P) < filled[..., None]).reshape(B, K, tiles, TILE)
     starts = page[..., None] * P + jnp.arange(0, P, piece)
     starts = starts.reshape(B, K, tiles, TILE // piece)

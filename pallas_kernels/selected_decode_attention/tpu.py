@@ -6,7 +6,8 @@ buffer. Places of the list that name no page, or an empty one, are not fetched.
 
 from __future__ import annotations
 
-import functools
+from functools import partial
+from operator import methodcaller
 from typing import Any
 
 import jax
@@ -14,9 +15,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.arrays import pad_groups, result
 from pallas_kernels.decode_attention.reference import DecodeAttention
-from pallas_kernels.decode_attention.tpu import attend_block, check_served, precision_for
-from pallas_kernels.decode_attention.tuning import LANES, SUBLANES, tpu_blocks
+from pallas_kernels.decode_attention.tpu import Softmax, attend_block, chunk_tokens
+from pallas_kernels.decode_attention.tuning import tpu_blocks
+from pallas_kernels.selected_decode_attention.reference import chosen_slots
+from pallas_kernels.tpu import check_served, check_whole_words, padded_rows
 
 
 def selected_decode_attention_tpu(
@@ -31,12 +35,7 @@ def selected_decode_attention_tpu(
     device_kind: str = "",
     pages: int | None = None,
 ) -> DecodeAttention:
-    """See `api.selected_decode_attention`, which checks the arguments.
-
-    Args:
-      q, k_pages, v_pages, fill, slots, layer, scale: as there.
-      device_kind: chooses how many pages a step takes.
-      pages: this many instead.
+    """See `api.selected_decode_attention`, which checks the arguments; a step takes `pages` slots.
 
     Raises:
       NotImplementedError: a dtype that the kernel does not take, no slots, or pages that are not
@@ -46,25 +45,19 @@ def selected_decode_attention_tpu(
     _, prompts, K, _, P, _ = k_pages.shape
     C = slots.shape[2]
     check_served(k_pages, C)
-    if P * k_pages.dtype.itemsize % 4:
-        raise NotImplementedError(
-            f"a page of {P} {k_pages.dtype} token{'s' * (P > 1)} is not whole words of 32 bits; "
-            "use an even page_size, or float32"
-        )
+    check_whole_words(k_pages)
     if pages is None:
         pages = tpu_blocks(device_kind, 1, 1, C, P, H, k_pages.dtype.itemsize).pages
     per_head = -(-C // pages)
     steps, whole = B * K * per_head, per_head * pages
-    G, rows = N // K, -(-N // K // SUBLANES) * SUBLANES
-    grouped = jnp.pad(q.reshape(B * K, G, H), ((0, 0), (0, rows - G), (0, 0)))
+    G, rows = N // K, padded_rows(N // K)
+    grouped = pad_groups(q, K, rows).reshape(B * K, rows, H)
 
     # What is not read, for whatever reason, is a slot of -1 with a fill of 0.
-    row = jnp.arange(B)[:, None, None] // (B // prompts)
-    filled = fill[row, jnp.arange(K)[:, None], jnp.maximum(slots, 0)]
-    filled = jnp.where(slots < 0, 0, filled)
+    _, filled = chosen_slots(fill, slots)
     slots = jnp.where(filled > 0, slots, -1)
     padding = (0, 0), (0, 0), (0, whole - C)
-    chunk = LANES if LANES % P == 0 and pages * P % LANES == 0 else pages * P
+    chunk = chunk_tokens(pages, P)
     shape = (steps, pages * P // chunk, chunk // P)
     filled = jnp.pad(filled, padding).reshape(shape)
     slots = jnp.pad(slots, padding, constant_values=-1).reshape(steps, 1, pages)
@@ -76,21 +69,14 @@ def selected_decode_attention_tpu(
         return pl.BlockSpec((1, *tail), lambda g, _: (g, *(0 for _ in tail)))
 
     def slots_of(ahead: int) -> pl.BlockSpec:
-        index = lambda g, _: (jnp.minimum(g + ahead, steps - 1), 0, 0)  # noqa: E731
+        def index(g: Any, _: Any) -> Any:
+            return jnp.minimum(g + ahead, steps - 1), 0, 0
+
         return pl.BlockSpec((1, 1, pages), index, memory_space=pltpu.SMEM)
 
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     out, stats, lse = pl.pallas_call(
-        functools.partial(
-            _kernel,
-            per_head=per_head,
-            rows_per_prompt=B // prompts,
-            heads=K,
-            scale=scale,
-            chunk=chunk,
-            page=P,
-            precision=precision_for(k_pages),
-        ),
+        partial(_kernel, per_head=per_head, samples=B // prompts, heads=K, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(steps,),
@@ -99,23 +85,19 @@ def selected_decode_attention_tpu(
                 slots_of(1),
                 of_head(rows, H),
                 of_step(*shape[1:]),
-                anywhere,
-                anywhere,
+                [anywhere] * 2,
             ],
             out_specs=[of_head(rows, H), of_head(rows, 2), of_step(shape[1], rows, shape[2])],
             scratch_shapes=[
-                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
-                pltpu.VMEM((2, pages, P, H), k_pages.dtype),
+                [pltpu.VMEM((2, pages, P, H), k_pages.dtype)] * 2,
                 pltpu.SemaphoreType.DMA((2,)),
-                pltpu.VMEM((rows, H), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
-                pltpu.VMEM((rows, LANES), jnp.float32),
+                Softmax.scratch(rows, H=H),
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B * K, rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((B * K, rows, 2), jnp.float32),
-            jax.ShapeDtypeStruct((steps, shape[1], rows, shape[2]), jnp.float32),
+            result(B * K, rows, H),
+            result(B * K, rows, 2),
+            result(steps, shape[1], rows, shape[2]),
         ],
         # One step starts the copies of the next, so that they must follow each other.
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
@@ -125,7 +107,7 @@ def selected_decode_attention_tpu(
             transcendentals=B * N * C * P,
         ),
         name="selected_decode_attention",
-    )(layer.reshape(1), slots, slots, grouped, filled, k_pages, v_pages)
+    )(layer.reshape(1), slots, slots, grouped, filled, [k_pages, v_pages])
     lse = lse.reshape(B * K, per_head * shape[1], rows, shape[2])
     lse = jnp.moveaxis(lse, 2, 1).reshape(B, K, rows, whole)[:, :, :G, :C]
     return DecodeAttention(
@@ -142,29 +124,25 @@ def _kernel(
     next_ref: Any,
     q_ref: Any,
     fill_ref: Any,
-    k_pages_ref: Any,
-    v_pages_ref: Any,
+    pages_refs: Any,
     out_ref: Any,
     stats_ref: Any,
     lse_ref: Any,
-    k_ref: Any,
-    v_ref: Any,
+    kv_refs: Any,
     done: Any,
-    acc_ref: Any,
-    peak_ref: Any,
-    total_ref: Any,
+    softmax: Softmax,
     *,
     per_head: int,
-    rows_per_prompt: int,
+    samples: int,
     heads: int,
-    **options: Any,
+    scale: float,
 ) -> None:
     step, steps = pl.program_id(0), pl.num_programs(0)
     half, part = jax.lax.rem(step, 2), jax.lax.rem(step, per_head)
 
     def for_each_copy(of_step: jax.Array, slots: Any, act: Any) -> None:
         row_and_head = jax.lax.div(of_step, per_head)
-        prompt = jax.lax.div(row_and_head, heads * rows_per_prompt)
+        prompt = jax.lax.div(row_and_head, heads * samples)
         head, into = jax.lax.rem(row_and_head, heads), jax.lax.rem(of_step, 2)
 
         def of_page(place: jax.Array, _: None) -> None:
@@ -172,41 +150,17 @@ def _kernel(
 
             @pl.when(slot >= 0)
             def live() -> None:
-                for pages, buffer in (k_pages_ref, k_ref), (v_pages_ref, v_ref):
+                for pages, buffer in zip(pages_refs, kv_refs, strict=True):
                     page = pages.at[layer_ref[0], prompt, head, slot]
                     act(pltpu.make_async_copy(page, buffer.at[into, place], done.at[into]))
 
         jax.lax.fori_loop(0, slots.shape[2], of_page, None)
 
-    @pl.when(step == 0)
-    def first() -> None:
-        for_each_copy(step, slots_ref, lambda copy: copy.start())
-
-    @pl.when(step + 1 < steps)
-    def ahead() -> None:
-        for_each_copy(step + 1, next_ref, lambda copy: copy.start())
-
-    @pl.when(part == 0)
-    def start() -> None:
-        acc_ref[...] = jnp.zeros_like(acc_ref)
-        peak_ref[...] = jnp.full_like(peak_ref, -jnp.inf)
-        total_ref[...] = jnp.zeros_like(total_ref)
-
-    for_each_copy(step, slots_ref, lambda copy: copy.wait())
-    attend_block(
-        q_ref.at[0],
-        k_ref.at[half],
-        v_ref.at[half],
-        fill_ref.at[0],
-        lse_ref.at[0],
-        acc_ref,
-        peak_ref,
-        total_ref,
-        **options,
-    )
-
-    @pl.when(part == per_head - 1)
-    def finish() -> None:
-        out_ref[0] = acc_ref[...]
-        stats_ref[0, :, 0:1] = peak_ref[:, 0:1]
-        stats_ref[0, :, 1:2] = total_ref[:, 0:1]
+    start, wait = methodcaller("start"), methodcaller("wait")
+    pl.when(step == 0)(partial(for_each_copy, step, slots_ref, start))
+    pl.when(step + 1 < steps)(partial(for_each_copy, step + 1, next_ref, start))
+    pl.when(part == 0)(softmax.clear)
+    for_each_copy(step, slots_ref, wait)
+    kv = [ref.at[half] for ref in kv_refs]
+    attend_block(q_ref.at[0], kv, fill_ref.at[0], lse_ref.at[0], softmax, scale)
+    pl.when(part == per_head - 1)(partial(softmax.write, out_ref.at[0], stats_ref.at[0]))

@@ -165,10 +165,9 @@ def test_few_rows_copy_no_weights(device, shared, model, rows):
     """Where few rows share them, a step is bound by reading the weights: once, into no copy."""
     config = ModelConfig.from_file(shared / f"configs/{model}/config.json")
     session, program = compiled_loop(config, rows, pages=4)
-    layers = session.params.weights["layers"]
-    of_layer = lambda tree: size(tree) // config.num_hidden_layers  # noqa: E731
-    assert compiled(program.memory_analysis()).temporaries < of_layer(layers) / 20
-    assert written_in_loops(program.as_text(), of_layer(layers["o"])) == []
+    layers, count = session.params.weights["layers"], config.num_hidden_layers
+    assert compiled(program.memory_analysis()).temporaries < size(layers) // count / 20
+    assert written_in_loops(program.as_text(), size(layers["o"]) // count) == []
 
 
 def test_the_allocation_does_not_grow_with_the_length(device):

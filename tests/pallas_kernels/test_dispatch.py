@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from pallas_kernels import Target, decode_attention, page_commit
+from pallas_kernels.arrays import result
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import dispatch, load
 
@@ -108,12 +109,9 @@ def test_rows_and_heads_are_split_where_they_divide(monkeypatch, data, model, B,
     axes = (AxisType.Auto,) * 2
     mesh = AbstractMesh((data, model), ("data", "model"), axis_types=axes)
     target = Target("tpu", "TPU v5", mesh)
-    struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    pages = struct(2, B, K, 3, 8, 128)
+    q, pages = result(B, 2 * K, 128), result(2, B, K, 3, 8, 128)
     fill = jax.ShapeDtypeStruct((B, K, 3), jnp.int32)
-    out = jax.eval_shape(
-        lambda *x: decode_attention(*x, target=target), struct(B, 2 * K, 128), pages, pages, fill
-    )
+    out = jax.eval_shape(lambda *x: decode_attention(*x, target=target), q, pages, pages, fill)
     local = (2, rows, heads, 3, 8, 128)
     assert given == [[(rows, 2 * heads, 128), local, local, (rows, heads, 3), ()]]
     # Put together again, they are the whole.

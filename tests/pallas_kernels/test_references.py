@@ -69,9 +69,9 @@ def test_decode_attention_ragged_fill(attend, layer, group):
         for n in range(2 * group):
             head = n // group
             live = [(s, p) for s in range(4) for p in range(int(FILL[b, head, s]))]
-            double = lambda x: np.asarray(x[layer, b, head], np.float64)  # noqa: B023, E731
-            scores = np.array([double(k)[at] @ np.asarray(q[b, n], np.float64) for at in live]) / 2
-            wanted = softmax(scores) @ np.array([double(v)[at] for at in live])
+            keys, values = (np.asarray(x[layer, b, head], np.float64) for x in (k, v))
+            scores = np.array([keys[at] @ np.asarray(q[b, n], np.float64) for at in live]) / 2
+            wanted = softmax(scores) @ np.array([values[at] for at in live])
             np.testing.assert_allclose(part.out[b, n] / part.sum[b, n], wanted, atol=2e-6)
             assert float(part.max[b, n]) == pytest.approx(scores.max(), abs=1e-6)
             for s in range(4):
@@ -147,13 +147,10 @@ def test_page_commit():
 
 def test_page_bound_by_hand():
     """q = (2, -1): the bound of a page within [-1, 3] x [-5, 4] is 2 * 3 + -1 * -5 = 11."""
-    low, high = jnp.asarray([-1.0, -5.0]), jnp.asarray([3.0, 4.0])
-    as_pages = lambda x: x.reshape(1, 1, 1, 1, 2)  # noqa: E731
+    low, high = (jnp.asarray(x).reshape(1, 1, 1, 1, 2) for x in ([-1.0, -5.0], [3.0, 4.0]))
     q = jnp.asarray([[[2.0, -1.0]]])
-    assert float(page_bound(q, as_pages(low), as_pages(high), scale=1.0)[0, 0, 0]) == 11
-    assert float(page_bound(q, as_pages(low), as_pages(high))[0, 0, 0]) == pytest.approx(
-        11 / math.sqrt(2)
-    )
+    assert float(page_bound(q, low, high, scale=1.0)[0, 0, 0]) == 11
+    assert float(page_bound(q, low, high)[0, 0, 0]) == pytest.approx(11 / math.sqrt(2))
 
 
 def test_page_bound_is_quests_and_no_score_exceeds_it():

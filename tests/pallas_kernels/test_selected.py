@@ -13,7 +13,10 @@ L, PROMPTS, K, S, P, H = 2, 2, 2, 5, 3, 4
 
 def drawn(rows):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def draw(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     fill = jnp.asarray(rng.integers(1, P + 1, (PROMPTS, K, S)), jnp.int32)
     # Distinct slots in any order; the last place is not used everywhere.
     slots = np.argsort(rng.random((rows, K, S)), axis=-1)[..., :3].astype(np.int32)

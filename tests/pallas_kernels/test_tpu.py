@@ -47,16 +47,19 @@ def checked():
     return run
 
 
+def normal(rng, dtype, *shape):
+    return jnp.asarray(rng.normal(size=shape), dtype)
+
+
 def drawn(dtype, H, G, P, S, *, B=2, K=2, seed=0):
     """Queries, poisoned pages and a ragged fill: empty rows, empty heads, empty blocks."""
     rng = np.random.default_rng(seed)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     fill = rng.integers(0, P + 1, (B, K, S))
     fill[0, 0] = 0
     fill[-1, :, : S // 2] = 0
     dead = (np.arange(P) >= fill[..., None])[None, ..., None]
-    k, v = (jnp.where(dead, jnp.nan, draw(2, B, K, S, P, H)) for _ in range(2))
-    return draw(B, K * G, H), k, v, jnp.asarray(fill, jnp.int32)
+    k, v = (jnp.where(dead, jnp.nan, normal(rng, dtype, 2, B, K, S, P, H)) for _ in range(2))
+    return normal(rng, dtype, B, K * G, H), k, v, jnp.asarray(fill, jnp.int32)
 
 
 f32, bf16 = jnp.float32, jnp.bfloat16
@@ -159,8 +162,9 @@ def test_a_selected_slot_out_of_range_raises(checked):
 @pytest.mark.parametrize(("dtype", "H", "G", "S"), [(f32, 128, 3, 5), (bf16, 80, 9, 16)])
 def test_page_bound(checked, dtype, H, G, S):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
-    operands = draw(2, 2 * G, H), draw(2, 2, 2, S, H), draw(2, 2, 2, S, H), LAYER
+    q = normal(rng, dtype, 2, 2 * G, H)
+    low, high = (normal(rng, dtype, 2, 2, 2, S, H) for _ in range(2))
+    operands = q, low, high, LAYER
     got = checked(page_bound_tpu, *operands, scale=0.1)
     assert_close(got, page_bound_reference(*operands, scale=0.1), dtype, "scores")
 
@@ -197,9 +201,9 @@ def test_half_a_word_is_declined():
 def test_prefill(checked, segmented):
     """Not a multiple of a block, so that the library's kernel sees padding."""
     rng = np.random.default_rng(0)
-    draw = lambda heads: jnp.asarray(rng.normal(size=(1, 200, heads, 64)), f32)  # noqa: E731
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (1, 200))), jnp.int32) if segmented else None
-    operands = draw(2), draw(1), draw(1), segments
+    q, k, v = (normal(rng, f32, 1, 200, heads, 64) for heads in (2, 1, 1))
+    operands = q, k, v, segments
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
         got = prefill_attention_tpu(*operands, scale=0.1)
     assert_close(got, prefill_attention_reference(*operands, scale=0.1), f32)
