@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 def result(*sizes: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     """The shape and dtype of what a kernel returns."""
-    return jax.ShapeDtypeStruct(sizes, dtype)  # type: ignore[no-untyped-call]  # jax's is untyped.
+    return jax.ShapeDtypeStruct(sizes, dtype)
 
 
 def pad_groups(q: jax.Array, K: int, padded: int) -> jax.Array:

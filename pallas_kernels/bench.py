@@ -227,7 +227,7 @@ class Program:
 
 
 def _wait_for(arrays: Any) -> Any:
-    return jax.block_until_ready(arrays)  # type: ignore[no-untyped-call]  # jax's is untyped.
+    return jax.block_until_ready(arrays)
 
 
 def bench(

@@ -141,7 +141,7 @@ def split(
 
     def spec(letters: str) -> PartitionSpec:
         parts = map(of_letter.get, letters)
-        return PartitionSpec(*parts)  # type: ignore[no-untyped-call]  # jax's is untyped.
+        return PartitionSpec(*parts)
 
     return jax.shard_map(
         backend,

@@ -109,4 +109,4 @@ def store(memory: Any, x: jax.Array) -> None:
 
 def commit_memory() -> None:
     """Shows what was written to shared memory to the tensor cores and to copies out of it."""
-    plgpu.commit_smem()  # type: ignore[no-untyped-call]  # jax's is untyped.
+    plgpu.commit_smem()
