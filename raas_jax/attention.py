@@ -16,7 +16,7 @@ from pallas_kernels import (
     prefill_attention,
     selected_decode_attention,
 )
-from raas_jax.cache import Cache, page_bounds
+from raas_jax.cache import Bounds, Cache, CurrentPage, Kept, Prompt, page_bounds
 from raas_jax.policies.base import Bounded, Selection
 
 
@@ -102,35 +102,17 @@ class Reader:
     def attend(
         self, q: jax.Array, selection: Selection = _ALL
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Attention of q `[B, N, H]` over everything, or over the selected pages and the open one.
+        """Attention of q `[B, N, H]` over everything, or the selected pages and the current one.
 
         Returns:
           The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
           kept page, float32 `[B, N, S]`, and the current page, `[B, N]`, received.
         """
         kept, current = self.cache.kept[self.group], self.cache.current
-        if selection.kept is None:
-            of_kept = decode_attention(
-                q, kept.k, kept.v, self.fill, self.layer_in_group, target=self.target
-            )
-        else:
-            of_kept = selected_decode_attention(
-                q,
-                kept.k,
-                kept.v,
-                self.fill,
-                selection.kept,
-                self.layer_in_group,
-                target=self.target,
-            )
-        of_current = decode_attention(
-            q,
-            current.k[:, :, :, None],
-            current.v[:, :, :, None],
-            jnp.broadcast_to(self.offset + 1, (1, 1, 1)),
-            self.layer,
-            target=self.target,
-        )
+        of_kept = self._over(kept, q, self.fill, self.layer_in_group, selection.kept)
+        page = CurrentPage(current.k[:, :, :, None], current.v[:, :, :, None])
+        written = jnp.broadcast_to(self.offset + 1, (1, 1, 1))
+        of_current = self._over(page, q, written, self.layer)
         of_prompt = self._attend_prompt(q, selection.prompt)
         parts = [of_kept, of_current] if of_prompt is None else [of_prompt, of_kept, of_current]
         out, lse = merge_segments(parts)
@@ -145,21 +127,31 @@ class Reader:
         if not prompt.k.shape[3]:
             return None
         if slots is not None:
-            return selected_decode_attention(
-                q, prompt.k, prompt.v, self.prompt_fill, slots, self.layer, target=self.target
-            )
-        shared = decode_attention(
-            by_prompt(q, heads, self.samples),
-            prompt.k,
-            prompt.v,
-            self.prompt_fill,
-            self.layer,
-            target=self.target,
-        )
+            return self._over(prompt, q, self.prompt_fill, self.layer, slots)
+        together = by_prompt(q, heads, self.samples)
+        shared = self._over(prompt, together, self.prompt_fill, self.layer)
         of_row: DecodeAttention = jax.tree.map(
             partial(by_row, heads=heads, samples=self.samples), shared
         )
         return of_row
+
+    def _over(
+        self,
+        pages: Prompt | Kept | CurrentPage,
+        q: jax.Array,
+        fill: jax.Array,
+        layer: jax.Array,
+        slots: jax.Array | None = None,
+    ) -> DecodeAttention:
+        """Attention over a segment, or over some of its slots."""
+        if slots is None:
+            return decode_attention(q, pages.k, pages.v, fill, layer, target=self.target)
+        return selected_decode_attention(
+            q, pages.k, pages.v, fill, slots, layer, target=self.target
+        )
+
+    def _bound(self, bounds: Bounds, q: jax.Array, layer: jax.Array) -> jax.Array:
+        return page_bound(q, bounds.key_min, bounds.key_max, layer, target=self.target)
 
     def bounded(self, q: jax.Array) -> Bounded:
         """Quest's bound of every page that has one, `[B, N, Sp]` and `[B, N, S]`; -inf if empty."""
@@ -167,22 +159,15 @@ class Reader:
         heads, N = prompt.k.shape[2], q.shape[1]
         of_prompt = of_kept = None
         if prompt.bounds is not None:
-            bounds = prompt.bounds
-            of_prompt = page_bound(
-                by_prompt(q, heads, self.samples),
-                bounds.key_min,
-                bounds.key_max,
-                self.layer,
-                target=self.target,
+            together = by_prompt(q, heads, self.samples)
+            of_prompt = by_row(
+                self._bound(prompt.bounds, together, self.layer), heads, self.samples
             )
             filled = jnp.repeat(self.prompt_fill > 0, self.samples, axis=0)
-            of_prompt = jnp.where(filled, by_row(of_prompt, heads, self.samples), -jnp.inf)
+            of_prompt = jnp.where(filled, of_prompt, -jnp.inf)
         if kept.bounds is not None:
-            bounds = kept.bounds
-            of_kept = page_bound(
-                q, bounds.key_min, bounds.key_max, self.layer_in_group, target=self.target
-            )
             filled = jnp.repeat(self.fill > 0, N // heads, axis=1)
+            of_kept = self._bound(kept.bounds, q, self.layer_in_group)
             of_kept = jnp.where(filled, of_kept, -jnp.inf)
         return Bounded(of_prompt, of_kept)
 
@@ -191,12 +176,9 @@ class Reader:
         of_prompt, of_kept = self.bounded(q)
         assert of_prompt is not None and of_kept is not None
         current_k = jax.lax.dynamic_index_in_dim(self.cache.current.k, self.layer, 0)[:, :, :, None]
-        current_bounds = page_bounds(
-            current_k, jnp.broadcast_to(self.offset + 1, current_k.shape[:4])
-        )
-        of_current = page_bound(
-            q, current_bounds.key_min, current_bounds.key_max, 0, implementation="xla"
-        )
+        written = jnp.broadcast_to(self.offset + 1, current_k.shape[:4])
+        bounds = page_bounds(current_k, written)
+        of_current = page_bound(q, bounds.key_min, bounds.key_max, 0, implementation="xla")
         pages = [of_kept, of_prompt, of_current]
         share = jax.nn.softmax(jnp.concatenate(pages, axis=-1), axis=-1)
         return share[..., : of_kept.shape[-1]]

@@ -325,18 +325,10 @@ def hidden_states(
     *,
     attend: Attend = causal_attention,
 ) -> jax.Array:
-    """The causal forward pass up to the last layer's output, of which `Ends.logits` makes logits.
+    """The causal forward pass up to the last layer's output `[B, T, D]`, before `Ends.logits`.
 
-    Args:
-      config: shape of the model.
-      weights: its arrays.
-      tokens: int32 `[B, T]`.
-      positions: int32 `[B, T]`; 0..T-1 where not given.
-      segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
-      attend: the attention of every layer.
-
-    Returns:
-      `[B, T, D]` in the weights' dtype.
+    Tokens, their positions (0..T-1 where not given) and segments (a token attends only within its
+    own; None is one segment) are int32 `[B, T]`; `attend` is the attention of every layer.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)

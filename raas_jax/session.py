@@ -73,12 +73,8 @@ class Session:
     ):
         """Fixes the shapes; nothing is compiled before it is called.
 
-        Args:
-          params: the model, on the mesh if there is one.
-          plan: fixed shapes.
-          rows: `B`, a multiple of the plan's samples and of the mesh's `data` axis.
-          stop_tokens: ids that end the rows of an `empty` state.
-          mesh: from `raas_jax.make_mesh`.
+        `rows` must be a multiple of the plan's samples and of the mesh's `data` axis; `stop_tokens`
+        end the rows of an `empty` state.
         """
         self.params, self.plan, self.rows, self.mesh = params, plan, rows, mesh
         self._key = (params.config, params.dtype.name, plan, rows, tuple(stop_tokens), mesh)
