@@ -18,11 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
-}
+_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {code: jnp.dtype(name) for code, name in _NAMES.items()}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _BLOCK = 1 << 24
 
@@ -45,12 +42,8 @@ class Entry(NamedTuple):
 def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of a file, and the names which it holds more than once.
 
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is cut short or is not a safetensors file.
+    Raises ValueError for a file that is cut short or is not a safetensors file.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"No weights at {file}; the file is missing.")
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
