@@ -174,7 +174,7 @@ class Detokenizer:
         self._special = frozenset(self._tokenizer.all_special_ids)
         self._stop = stop_strings(stop)
         self._held = ""  # Certain, but perhaps the beginning of a stop string.
-        # The window: ids given out already, which space the next ones right, then those that are not.
+        # The window: ids given out already, which space the next ones right, then new ones.
         self._ids: list[int] = []
         self._known = 0
 
