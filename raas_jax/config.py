@@ -20,6 +20,7 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 # Each with the fields that are its own, by their names in a config.json and in `Rope`.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -88,8 +89,9 @@ class Rope:
         fields: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
             fields.update(config.get(name) or {})
-        kind = fields.get("rope_type", fields.get("type", "default"))
-        _check_supported("rope_type", kind, ROPE_TYPES)
+        kind = _one_of(
+            ROPE_TYPES, "rope_type", fields.get("rope_type", fields.get("type", "default"))
+        )
         theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
         own = {name: type(getattr(cls, name))(fields[name]) for name in ROPE_TYPES[kind]}
         return cls(theta, kind, **own)
@@ -160,12 +162,9 @@ class ModelConfig:
         Raises ValueError for an architecture, activation, rope type or attention window that this
         library does not implement, naming the value and the supported ones.
         """
-        kind = config.get("model_type")
-        _check_supported("model_type", kind, ARCHITECTURES)
-        _check_supported("hidden_act", config.get("hidden_act", "silu"), ("silu",))
-        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-        dtype = str(dtype).removeprefix("torch.")
-        _check_supported("dtype", dtype, ("float32", "float16", "bfloat16"))
+        kind = _one_of(ARCHITECTURES, "model_type", config.get("model_type"))
+        _one_of(["silu"], "hidden_act", config.get("hidden_act", "silu"))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         _refuse_sliding_window(config)
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
@@ -189,7 +188,7 @@ class ModelConfig:
             model_type=kind,
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=eos_token_ids(config),
-            dtype=dtype,
+            dtype=_one_of(DTYPES, "dtype", dtype.removeprefix("torch.")),
         )
 
     @classmethod
@@ -226,9 +225,11 @@ def eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(found) if isinstance(found, list) else () if found is None else (found,)
 
 
-def _check_supported(name: str, value: Any, supported: Collection[str]) -> None:
-    if value not in supported:
-        raise ValueError(f"config.json: {name} is {value!r}; supported are {', '.join(supported)}.")
+def _one_of(supported: Collection[str], name: str, value: Any) -> str:
+    """The value, if it is supported; else raises ValueError."""
+    if value in supported:
+        return str(value)
+    raise ValueError(f"config.json: {name} is {value!r}; supported are {', '.join(supported)}.")
 
 
 def _refuse_sliding_window(config: Mapping[str, Any]) -> None:

@@ -125,8 +125,9 @@ def memory(
     dtype = jnp.dtype(dtype or config.dtype)
     session = abstract_session(config, policy, [prompt_tokens] * batch, max_new_tokens, dtype, mesh)
     plan, cache = session.plan, session.shape.cache
-    parts = [cache.prompt, cache.current, *cache.kept]
-    prompt, current, *groups = (_bytes(part.k, part.v) for part in parts)
+    prompt = _bytes(cache.prompt.k, cache.prompt.v)
+    current = _bytes(cache.current.k, cache.current.v)
+    groups = [_bytes(group.k, group.v) for group in cache.kept]
     # What lies in the slots when the run ends, or when they are all taken.
     tokens = [slots * plan.page_size for slots in plan.slots]
     among_kept = prompt_tokens if policy.evicts_prompt else 0

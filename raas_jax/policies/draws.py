@@ -13,10 +13,10 @@ def by_slot(
     keys: jax.Array,
     shape: tuple[int, int, int],
 ) -> jax.Array:
-    """Independent numbers `[L, B, K, S]` by `jax.random.uniform` or the like, from typed keys `[B]`.
+    """Independent numbers `[L, B, K, S]` of `jax.random.uniform` or the like.
 
-    Shape is `(L, K, S)`. A row's numbers depend on its key alone, and a slot's not on how many
-    there are.
+    The keys are typed, `[B]`; the shape is `(L, K, S)`. A row's numbers depend on its key alone,
+    and a slot's not on how many there are.
     """
     L, K, S = shape
 

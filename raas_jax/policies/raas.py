@@ -88,7 +88,7 @@ class RaaS(Budgeted):
         given = [f"{name}={value}" for name, value in rules.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given, each a rule for which pages are in use. Give one."
+                f"{' and '.join(given)} are given, each a rule for what is in use. Give one."
             )
         check_choice("score", self.score, ("mass", "bound"))
         super().__post_init__()
