@@ -89,9 +89,8 @@ class Rope:
         fields: dict[str, Any] = {}
         for name in ("rope_scaling", "rope_parameters"):
             fields.update(config.get(name) or {})
-        kind = _one_of(
-            ROPE_TYPES, "rope_type", fields.get("rope_type", fields.get("type", "default"))
-        )
+        kind = fields.get("rope_type", fields.get("type", "default"))
+        _one_of(ROPE_TYPES, "rope_type", kind)
         theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
         own = {name: type(getattr(cls, name))(fields[name]) for name in ROPE_TYPES[kind]}
         return cls(theta, kind, **own)
@@ -170,13 +169,12 @@ class ModelConfig:
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; the file is not complete.")
         shape = {name: int(config[name]) for name in _REQUIRED}
-        heads = shape["num_attention_heads"]
-        head_dim = 128 if kind == "qwen3" else shape["hidden_size"] // heads
+        heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
         attention_bias = bool(config.get("attention_bias", False))
         return cls(
             **shape,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or head_dim),
+            head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)),
             max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
             rope=Rope.from_hf(config),
             rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),

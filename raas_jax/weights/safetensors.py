@@ -68,7 +68,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
             entries[name] = Entry(file, tensor["dtype"], tuple(tensor["shape"]), begin, end)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a whole safetensors file ({error}), but cut short or corrupt; copy it anew."
+            f"{file} is not a whole safetensors file ({error}): cut short or corrupt; copy it anew."
         ) from error
     return entries, twice
 
