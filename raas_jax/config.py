@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +20,25 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+DTYPES = ("float32", "float16", "bfloat16")
 # Each with the fields that are its own, by their names in a config.json and in `Rope`.
 ROPE_TYPES: dict[str, tuple[str, ...]] = {
     "default": (),
     "linear": ("factor",),
     "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
+        *("factor", "low_freq_factor", "high_freq_factor"),
         "original_max_position_embeddings",
     ),
 }
+_REQUIRED = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
+    "num_attention_heads",
+)
+# With the same name and meaning in a config.json.
+_SHARED = (
+    *("model_type", *_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype"),
+)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -39,13 +47,21 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is no such file. ValueError: it holds something else.
     """
-    path = Path(file)
-    if not path.is_file():
+    if not Path(file).is_file():
         raise FileNotFoundError(f"config is {str(file)!r}; there is no such file.")
+    return _named_fields(Path(file), yaml.safe_load, "YAML")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The fields of the JSON object in a file; ValueError for anything else."""
+    return _named_fields(file, json.loads, "JSON")
+
+
+def _named_fields(file: Path, parse: Callable[[str], object], language: str) -> dict[str, Any]:
     try:
-        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not valid YAML ({error}).") from error
+        fields = parse(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError) as error:
+        raise ValueError(f"{file} is not valid {language} ({error}).") from error
     if not isinstance(fields, dict):
         raise ValueError(f"{file} holds a {type(fields).__name__}; expected named fields.")
     return fields
@@ -74,11 +90,7 @@ class Rope:
         for name in ("rope_scaling", "rope_parameters"):
             fields.update(config.get(name) or {})
         kind = fields.get("rope_type", fields.get("type", "default"))
-        if kind not in ROPE_TYPES:
-            raise ValueError(
-                f"config.json: rope_type is {kind!r}, but the supported ones are "
-                f"{', '.join(ROPE_TYPES)}. Choose a model with one of these."
-            )
+        _one_of(ROPE_TYPES, "rope_type", kind)
         theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
         own = {name: type(getattr(cls, name))(fields[name]) for name in ROPE_TYPES[kind]}
         return cls(theta, kind, **own)
@@ -130,9 +142,7 @@ class ModelConfig:
                 f"multiple of num_key_value_heads = {self.num_key_value_heads}."
             )
         if self.head_dim % 2:
-            raise ValueError(
-                f"ModelConfig.head_dim is {self.head_dim}; rotary embedding needs an even number."
-            )
+            raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotation needs it even.")
 
     @property
     def group_size(self) -> int:
@@ -151,31 +161,18 @@ class ModelConfig:
         Raises ValueError for an architecture, activation, rope type or attention window that this
         library does not implement, naming the value and the supported ones.
         """
-        kind = config.get("model_type")
-        if kind not in ARCHITECTURES:
-            raise ValueError(
-                f"config.json: model_type is {kind!r}, but the supported ones are "
-                f"{', '.join(ARCHITECTURES)}."
-            )
-        activation = config.get("hidden_act", "silu")
-        if activation != "silu":
-            raise ValueError(
-                f"config.json: hidden_act is {activation!r}; only 'silu' is supported."
-            )
+        kind = _one_of(ARCHITECTURES, "model_type", config.get("model_type"))
+        _one_of(["silu"], "hidden_act", config.get("hidden_act", "silu"))
+        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
         _refuse_sliding_window(config)
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
             raise ValueError(f"config.json lacks {', '.join(missing)}; the file is not complete.")
-        heads = int(config["num_attention_heads"])
-        hidden = int(config["hidden_size"])
+        shape = {name: int(config[name]) for name in _REQUIRED}
+        heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
         attention_bias = bool(config.get("attention_bias", False))
-        eos = config.get("eos_token_id")
         return cls(
-            vocab_size=int(config["vocab_size"]),
-            hidden_size=hidden,
-            intermediate_size=int(config["intermediate_size"]),
-            num_hidden_layers=int(config["num_hidden_layers"]),
-            num_attention_heads=heads,
+            **shape,
             num_key_value_heads=int(config.get("num_key_value_heads") or heads),
             head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)),
             max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
@@ -188,8 +185,8 @@ class ModelConfig:
             qk_norm=kind == "qwen3",
             model_type=kind,
             bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
-            dtype=_dtype_name(config.get("dtype") or config.get("torch_dtype") or "float32"),
+            eos_token_ids=eos_token_ids(config),
+            dtype=_one_of(DTYPES, "dtype", dtype.removeprefix("torch.")),
         )
 
     @classmethod
@@ -199,52 +196,38 @@ class ModelConfig:
         path = path / "config.json" if path.is_dir() else path
         if not path.is_file():
             raise FileNotFoundError(f"No model configuration at {path}; expected a config.json.")
-        try:
-            fields = json.loads(path.read_text())
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is not valid JSON ({error}).") from error
-        if not isinstance(fields, dict):
-            raise ValueError(f"{path} holds a {type(fields).__name__}; expected a JSON object.")
-        return cls.from_hf(fields)
+        return cls.from_hf(read_json(path))
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of a config.json that transformers and `from_hf` read back alike."""
         fields: dict[str, Any] = {
             "architectures": [ARCHITECTURES[self.model_type]],
-            "model_type": self.model_type,
             "hidden_act": "silu",
-            "vocab_size": self.vocab_size,
-            "hidden_size": self.hidden_size,
-            "intermediate_size": self.intermediate_size,
-            "num_hidden_layers": self.num_hidden_layers,
-            "num_attention_heads": self.num_attention_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "max_position_embeddings": self.max_position_embeddings,
-            "rms_norm_eps": self.rms_norm_eps,
+            **{name: getattr(self, name) for name in _SHARED},
             "rope_theta": self.rope.theta,
             "rope_scaling": self.rope.to_hf(),
-            "tie_word_embeddings": self.tie_word_embeddings,
-            "bos_token_id": self.bos_token_id,
             "eos_token_id": list(self.eos_token_ids) or None,
-            "dtype": self.dtype,
         }
         if self.model_type != "qwen2":
             fields["attention_bias"] = self.qkv_bias
         if self.model_type == "llama":
             fields["mlp_bias"] = self.mlp_bias
-        if self.model_type in ("mistral", "qwen2", "qwen3"):
+        else:
             fields["sliding_window"] = None
         return fields
 
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+def eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
+    """`eos_token_id` of a config.json or generation_config.json, which is one, several or none."""
+    found = fields.get("eos_token_id")
+    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+
+
+def _one_of(supported: Collection[str], name: str, value: Any) -> str:
+    """The value, if it is supported; else raises ValueError."""
+    if value in supported:
+        return str(value)
+    raise ValueError(f"config.json: {name} is {value!r}; supported are {', '.join(supported)}.")
 
 
 def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
@@ -257,10 +240,3 @@ def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
             f"config.json: sliding_window is {window}, and sliding-window attention is not "
             "supported. Set sliding_window to null only if the model was trained without it."
         )
-
-
-def _dtype_name(value: Any) -> str:
-    name = str(value).removeprefix("torch.")
-    if name not in ("float32", "float16", "bfloat16"):
-        raise ValueError(f"config.json: dtype is {name!r}; expected float32, float16 or bfloat16.")
-    return name

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import jax
 import numpy as np
 
+from raas_jax.config import eos_token_ids, read_json
 from raas_jax.params import Params
 
 if TYPE_CHECKING:
@@ -127,8 +127,9 @@ def stop_token_ids(params: Params, extra: Iterable[int] = ()) -> tuple[int, ...]
       ValueError: an id of `extra` outside the vocabulary. TypeError: not integers.
     """
     ids = set(params.config.eos_token_ids)
-    if params.source is not None:
-        ids.update(_generation_eos(Path(params.source) / "generation_config.json"))
+    file = Path(params.source or "") / "generation_config.json"
+    if params.source is not None and file.is_file():
+        ids.update(eos_token_ids(read_json(file)))
     if has_tokenizer(params) and (eos := load(params).eos_token_id) is not None:
         ids.add(int(eos))
     # Published configs name ids beyond a cut vocabulary at times; such an id can never be drawn.
@@ -173,8 +174,7 @@ class Detokenizer:
         self._special = frozenset(self._tokenizer.all_special_ids)
         self._stop = stop_strings(stop)
         self._held = ""  # Certain, but perhaps the beginning of a stop string.
-        # The window: ids given out already, which the next ones need to be spaced right, then
-        # those that are not.
+        # The window: ids given out already, which space the next ones right, then new ones.
         self._ids: list[int] = []
         self._known = 0
 
@@ -195,8 +195,8 @@ class Detokenizer:
         if self.stopped is not None:
             return ""
         piece = self._release(self._advance(last=True))
-        held, self._held = self._held, ""
-        return self._give(piece + held if self.stopped is None else piece)
+        held, self._held = self._held, ""  # Nothing where a stop string was just met.
+        return self._give(piece + held)
 
     def _advance(self, *, last: bool) -> str:
         """The new text of the window, or nothing while its last character is not whole."""
@@ -212,16 +212,15 @@ class Detokenizer:
     def _release(self, new: str) -> str:
         """Adds to the held text and returns what of it cannot belong to a stop string."""
         self._held += new
-        found = [(self._held.find(stop), -len(stop), stop) for stop in self._stop]
-        found = [match for match in found if match[0] >= 0]
+        held = self._held
+        found = [(held.find(stop), -len(stop), stop) for stop in self._stop if stop in held]
         if found:
             at, _, self.stopped = min(found)
-            piece, self._held = self._held[:at], ""
-            return piece
-        keep = max((_overlap(self._held, stop) for stop in self._stop), default=0)
-        cut = len(self._held) - keep
-        piece, self._held = self._held[:cut], self._held[cut:]
-        return piece
+            self._held = ""
+            return held[:at]
+        cut = len(held) - max((_overlap(held, stop) for stop in self._stop), default=0)
+        self._held = held[cut:]
+        return held[:cut]
 
     def _give(self, piece: str) -> str:
         self.text += piece
@@ -251,41 +250,35 @@ def _is_integer(value: object) -> bool:
 
 
 def _is_one(prompt: object) -> bool:
-    """Whether this is one prompt: a string, a chat, or ids; not a list of them."""
+    """Whether this is one prompt: a string, a chat, or ids (perhaps none); not a list of them."""
     if isinstance(prompt, str):
         return True
     if _is_array(prompt):
         return prompt.ndim == 1
-    if not isinstance(prompt, list | tuple) or not prompt:
+    if not isinstance(prompt, list | tuple):
         return False
-    return isinstance(prompt[0], Mapping) or _is_scalar(prompt[0])
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, int | float | np.generic) or (_is_array(value) and value.ndim == 0)
+    first = prompt[0] if prompt else 0
+    number = isinstance(first, int | float | np.generic) or (_is_array(first) and first.ndim == 0)
+    return number or isinstance(first, Mapping)
 
 
 def _encode_one(params: Params, prompt: Any, name: str) -> list[int]:
+    if not _is_one(prompt):
+        raise _wrong_type(name, prompt)
     if isinstance(prompt, str):
         if not prompt:
             raise ValueError(f"{name} is an empty string; give at least one character.")
         ids = load(params)(prompt)["input_ids"]
-    elif not _is_one(prompt):
-        if isinstance(prompt, list | tuple) and not prompt:
-            raise ValueError(f"{name} is empty; give at least one message or token id.")
-        raise _wrong_type(name, prompt)
-    elif isinstance(prompt[0] if len(prompt) else None, Mapping):
+    elif len(prompt) and isinstance(prompt[0], Mapping):
         ids = _encode_chat(params, prompt, name)
     else:
         return _checked_prompt_ids(params, prompt, name)
     if not len(ids):
         raise ValueError(f"{name} is {prompt!r}, which has no tokens; give some text.")
-    top = max(ids)
-    if top >= params.config.vocab_size:
+    if max(ids) >= params.config.vocab_size:
         raise ValueError(
-            f"{name} becomes token {top}, but the model's vocabulary ends at "
-            f"{params.config.vocab_size - 1}; the tokenizer in {params.source} belongs to another "
-            "model."
+            f"{name} becomes token {max(ids)}, but the vocabulary has {params.config.vocab_size}; "
+            f"the tokenizer in {params.source} belongs to another model."
         )
     return [int(i) for i in ids]
 
@@ -296,7 +289,7 @@ def _checked_prompt_ids(params: Params, prompt: Any, name: str) -> list[int]:
             raise TypeError(f"{name} is an array of {prompt.dtype}; token ids are integers.")
         prompt = np.asarray(prompt).tolist()
     if not prompt:
-        raise ValueError(f"{name} is empty; give at least one token id.")
+        raise ValueError(f"{name} is empty; give at least one message or token id.")
     return _checked_ids(params, prompt, name)
 
 
@@ -307,21 +300,17 @@ def _checked_ids(params: Params, ids: Sequence[Any], name: str) -> list[int]:
             raise TypeError(f"{name}[{i}] is {value!r}; token ids are integers.")
         if not 0 <= int(value) < size:
             raise ValueError(
-                f"{name}[{i}] is {int(value)}, outside the vocabulary; token ids of this model are "
-                f"0 to {size - 1}."
+                f"{name}[{i}] is {int(value)}; token ids of this model are 0 to {size - 1}."
             )
     return [int(value) for value in ids]
 
 
 def _encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int]:
     for i, message in enumerate(messages):
-        good = isinstance(message, Mapping) and all(
-            isinstance(message.get(key), str) for key in ("role", "content")
-        )
-        if not good:
+        fields = message if isinstance(message, Mapping) else {}
+        if not all(isinstance(fields.get(key), str) for key in ("role", "content")):
             raise TypeError(
-                f"{name}[{i}] is {message!r}; a message is a dictionary with the strings 'role' "
-                "and 'content'."
+                f"{name}[{i}] is {message!r}; a message has the strings 'role' and 'content'."
             )
     found = load(params)
     if not found.chat_template:
@@ -338,27 +327,11 @@ def _encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int
             continue_final_message=continued,
             return_dict=False,
         )
-    except ImportError as error:
-        raise ImportError(
-            f"{name} is a chat; its template needs jinja2: pip install jinja2."
-        ) from error
     except Exception as error:  # A template raises whatever its author wrote.
         raise ValueError(
             f"{name} does not fit the chat template of {params.source}: {_first_line(error)}"
         ) from error
     return ids
-
-
-def _generation_eos(file: Path) -> list[int]:
-    """`eos_token_id` of a generation_config.json, which may be absent."""
-    if not file.is_file():
-        return []
-    try:
-        fields = json.loads(file.read_text())
-        eos = fields.get("eos_token_id")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file} is not a JSON object ({error}).") from error
-    return list(eos) if isinstance(eos, list) else [] if eos is None else [eos]
 
 
 def _wrong_type(name: str, value: object) -> TypeError:

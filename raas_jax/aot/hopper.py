@@ -44,8 +44,8 @@ device_description_str: "{DEVICE_KIND}"
 
 def _has_ptxas() -> bool:
     """Whether CUDA's assembler is where XLA looks: on PATH, in CUDA's own place, or from pip."""
-    places = [*os.environ.get("PATH", "").split(os.pathsep), "/usr/local/cuda/bin"]
-    if shutil.which("ptxas", path=os.pathsep.join(places)):
+    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/local/cuda/bin"])
+    if shutil.which("ptxas", path=path):
         return True
     return any(next(Path(place).glob("nvidia/*/bin/ptxas"), None) for place in sys.path if place)
 

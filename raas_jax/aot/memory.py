@@ -125,10 +125,8 @@ def memory(
     dtype = jnp.dtype(dtype or config.dtype)
     session = abstract_session(config, policy, [prompt_tokens] * batch, max_new_tokens, dtype, mesh)
     plan, cache = session.plan, session.shape.cache
-    prompt, current = (
-        _bytes(cache.prompt.k, cache.prompt.v),
-        _bytes(cache.current.k, cache.current.v),
-    )
+    prompt = _bytes(cache.prompt.k, cache.prompt.v)
+    current = _bytes(cache.current.k, cache.current.v)
     groups = [_bytes(group.k, group.v) for group in cache.kept]
     # What lies in the slots when the run ends, or when they are all taken.
     tokens = [slots * plan.page_size for slots in plan.slots]
@@ -139,12 +137,12 @@ def memory(
     )
     kv = _bytes(cache, session.shape.meta)
     # How much of the whole cache a device holds, the same share of its every token.
-    share = _bytes(cache.current.k) / _whole_bytes(cache.current.k)
+    share = _bytes(cache.current.k) / (cache.current.k.size * dtype.itemsize)
     dense = partial(dense_bytes, config, dtype=dtype)
     decode, refused = _account(session.lower_advance(max(1, TOKENS_PER_SYNC // plan.page_size)))
     first, refused_first = _account(session.lower_start())
     kind = None if mesh is None else mesh.devices.flat[0].device_kind
-    available = DEVICE_MEMORY.get(kind or "")
+    axes = {"data": 1, "model": 1} if mesh is None else mesh.shape
     return Memory(
         weights=_bytes(session.params.weights),
         prompt=prompt,
@@ -157,10 +155,10 @@ def memory(
         decode=decode,
         prefill=first,
         platform=kind or jax.default_backend(),
-        devices=1 if mesh is None else mesh.size,
-        data=1 if mesh is None else mesh.shape["data"],
-        model=1 if mesh is None else mesh.shape["model"],
-        available=None if available is None else int(available),
+        devices=axes["data"] * axes["model"],
+        data=axes["data"],
+        model=axes["model"],
+        available=DEVICE_MEMORY.get(kind or ""),
         fits=None if mesh is None else not (refused or refused_first),
         refusal=refused or refused_first,
     )
@@ -176,21 +174,13 @@ def abstract_session(
 ) -> Session:
     """A session with shapes in the place of weights, to compile for devices that need not be there.
 
-    Args:
-      config: shape of the model.
-      policy: which pages to keep.
-      prompt_tokens: length of every row's prompt.
-      max_new_tokens: tokens generated per row.
-      dtype: of weights and cache.
-      mesh: of the devices; None for the default one.
+    Arguments as of `memory`, but for `prompt_tokens`, a length for each row, and `mesh`, the
+    devices; None is the default one.
     """
     weights = abstract_weights(config, jnp.dtype(dtype).name)
     if mesh is not None:
-        weights = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            weights,
-            weight_shardings(config, mesh),
-        )
+        shardings = weight_shardings(config, mesh)
+        weights = jax.tree.map(lambda x, where: x.update(sharding=where), weights, shardings)
     return Session.create(Params(weights, config), policy, prompt_tokens, max_new_tokens, mesh=mesh)
 
 
@@ -233,8 +223,3 @@ def _bytes(*trees: Any) -> int:
         shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         total += math.prod(shape) * leaf.dtype.itemsize
     return total
-
-
-def _whole_bytes(leaf: Any) -> int:
-    size: int = leaf.dtype.itemsize
-    return size * math.prod(leaf.shape)

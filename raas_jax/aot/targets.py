@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
 
 import jax
 from jax.experimental import topologies
@@ -27,13 +26,13 @@ TPU_TARGETS = (
 )
 """The usual slices; the compiler knows more."""
 
-GIB = 1 << 30
-DEVICE_MEMORY = {
-    "TPU v4": 15.25 * GIB,  # One of a chip's two cores.
-    "TPU v5 lite": 15.75 * GIB,
-    "TPU v5": 95.74 * GIB,
-    "TPU v6 lite": 31.25 * GIB,
-    "TPU7x": 94.75 * GIB,  # One of a chip's two halves.
+_GIB = 1 << 30
+DEVICE_MEMORY: dict[str, int] = {
+    "TPU v4": int(15.25 * _GIB),  # One of a chip's two cores.
+    "TPU v5 lite": int(15.75 * _GIB),
+    "TPU v5": int(95.74 * _GIB),
+    "TPU v6 lite": int(31.25 * _GIB),
+    "TPU7x": int(94.75 * _GIB),  # One of a chip's two halves.
     hopper.DEVICE_KIND: hopper.DEVICE_MEMORY,
 }
 """Bytes that the compiler has at its disposal, by `device_kind`."""
@@ -58,40 +57,31 @@ def _tpu(name: str) -> list[jax.Device]:
     return topologies.get_topology_desc(platform="tpu", topology_name=name).devices
 
 
-_KINDS: dict[str, tuple[tuple[str, ...], Callable[[str], list[jax.Device]]]] = {
-    "tpu": (TPU_TARGETS, _tpu),
-    "gpu": (("h100",), lambda _: [hopper.hopper_device()]),
-}
-"""For each platform, the names to suggest, and the devices of a name."""
-
-
 def target_names() -> list[str]:
     """Names to suggest."""
-    return [name for names, _ in _KINDS.values() for name in names]
+    return [*TPU_TARGETS, "h100"]
 
 
 @functools.cache
 def target_devices(name: str) -> tuple[jax.Device, ...]:
-    """The devices of a target, to compile for; nothing can run on them.
+    """The devices of a target, such as `v5e:2x4`, to compile for; nothing can run on them.
 
     Asked twice, the devices are the same, so that meshes of them are equal.
-
-    Args:
-      name: for instance `v5e:2x4`.
 
     Raises:
       ValueError: there is no such target; the message has the nearest.
       ModuleNotFoundError: its compiler is not installed; the message says how to.
     """
-    for names, devices in _KINDS.values():
-        chips = {known.split(":")[0] for known in names}
-        # Of a known chip, also slices that are not listed.
-        if name in names or (name.split(":")[0] in chips and re.search(r":\d+(x\d+)+$", name)):
-            try:
-                return tuple(devices(name))
-            except jax.errors.JaxRuntimeError as error:
-                raise _unknown(name) from error
-    raise _unknown(name)
+    if name == "h100":
+        return (hopper.hopper_device(),)
+    # Of a known chip, also slices that are not listed.
+    chip = re.fullmatch(r"(\w+):\d+(x\d+)+", name)
+    if chip is None or chip[1] not in {known.partition(":")[0] for known in TPU_TARGETS}:
+        raise _unknown(name)
+    try:
+        return tuple(_tpu(name))
+    except jax.errors.JaxRuntimeError as error:
+        raise _unknown(name) from error
 
 
 def _unknown(name: str) -> ValueError:

@@ -13,15 +13,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
-from raas_jax.policies.base import (
-    Boundary,
-    Evidence,
-    Metadata,
-    Page,
-    Policy,
-    PromptPages,
-    set_slot,
-)
+from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, Policy, PromptPages, set_slot
 from raas_jax.policies.dense import Dense
 from raas_jax.policies.sizes import bucket, pages_for
 
@@ -58,8 +50,7 @@ class Budgeted(Policy):
         check_count("dense_layers", self.dense_layers, 0)
         if self.dense_layers and self.evicts_prompt:
             raise ValueError(
-                f"dense_layers is {self.dense_layers}, but prompt='evict' leaves no layer that "
-                "keeps the prompt. Use dense_layers=0, or another prompt."
+                f"dense_layers is {self.dense_layers}, but prompt='evict' allows none; use 0."
             )
         pages, reason = self.reserve()
         if self.budget <= pages * self.page_size:
@@ -87,7 +78,7 @@ class Budgeted(Policy):
 
     def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
         slots, new = self.budget // self.page_size, pages_for(max_new_tokens, self.page_size)
-        if self.prompt == "evict":
+        if self.evicts_prompt:
             new += pages_for(max(prompt_tokens), self.page_size)
         if self.prompt == "included":
             # Rounded to eighths of the budget, so that few prompt lengths compile anew.
@@ -146,14 +137,9 @@ class Budgeted(Policy):
     ) -> tuple[jax.Array, jax.Array]:
         """`insert_prompt`: keeps the prompt pages of the largest score, in the order of the text.
 
-        Args:
-          score: float32, broadcasts to `[L, B, K, Sp]`; of equal ones the later page stays.
-          prompt: the pages.
-          shape: `(L, B, K, S)`.
-
-        Returns:
-          The page in each slot, and the clock when it would have been written had the prompt been
-          generated: 1 for the last page. Both int32 `[L, B, K, S]`.
+        The float32 score broadcasts to `[L, B, K, Sp]`; of equal ones the later page stays. `shape`
+        is `(L, B, K, S)`. Returns the page in each slot, and the clock when it would have been
+        written had the prompt been generated, 1 for the last page: int32 `[L, B, K, S]`.
         """
         filled = prompt.fill > 0
         score = jnp.where(filled[:, None], score, -jnp.inf)
@@ -246,16 +232,15 @@ def check_budget(budget: int, page_size: int) -> None:
     """Raises ValueError unless the budget is a whole number of at least two pages."""
     if not isinstance(budget, int) or isinstance(budget, bool):
         raise ValueError(f"budget is {budget!r}; it must be a whole number of tokens.")
+    two, down = 2 * page_size, budget // page_size * page_size
     if budget % page_size:
-        down = budget // page_size * page_size
         raise ValueError(
             f"budget is {budget}, not a multiple of page_size={page_size}. "
-            f"Use {max(down, 2 * page_size)} or {max(down, page_size) + page_size}."
+            f"Use {max(down, two)} or {max(down + page_size, two)}."
         )
-    if budget < 2 * page_size:
+    if budget < two:
         raise ValueError(
-            f"budget is {budget}, less than two pages of page_size={page_size}. "
-            f"Use at least {2 * page_size}, or a smaller page_size."
+            f"budget is {budget}, less than two pages of page_size={page_size}. Use at least {two}."
         )
 
 

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import jax
 
 from raas_jax.policies.base import Boundary, Metadata, Policy, lowest
-from raas_jax.policies.sizes import bucket as bucket
-from raas_jax.policies.sizes import pages_for
+from raas_jax.policies.sizes import bucket, pages_for
 
 
 @dataclasses.dataclass(frozen=True)

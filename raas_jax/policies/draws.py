@@ -13,16 +13,10 @@ def by_slot(
     keys: jax.Array,
     shape: tuple[int, int, int],
 ) -> jax.Array:
-    """Independent numbers for every layer, row, head and slot.
+    """Independent numbers `[L, B, K, S]` of `jax.random.uniform` or the like.
 
-    Args:
-      draw: `jax.random.uniform` or the like.
-      keys: typed keys `[B]`.
-      shape: `(L, K, S)`.
-
-    Returns:
-      `[L, B, K, S]`. A row's numbers depend on its key alone, and a slot's not on how many there
-      are.
+    The keys are typed, `[B]`; the shape is `(L, K, S)`. A row's numbers depend on its key alone,
+    and a slot's not on how many there are.
     """
     L, K, S = shape
 

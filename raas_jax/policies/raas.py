@@ -82,15 +82,13 @@ class RaaS(Budgeted):
             )
         if self.half_life is not None and not 0 < self.half_life < math.inf:
             raise ValueError(
-                f"half_life is {self.half_life!r}; it must be a finite number of tokens above 0, "
-                "or None."
+                f"half_life is {self.half_life!r}; it must be a finite number of tokens above 0."
             )
         rules = {name: getattr(self, name) for name in ("alpha", "top_fraction", "half_life")}
         given = [f"{name}={value}" for name, value in rules.items() if value is not None]
         if len(given) > 1:
             raise ValueError(
-                f"{' and '.join(given)} are given, but each is a rule of its own for which pages "
-                "are in use. Give one of them."
+                f"{' and '.join(given)} are given, each a rule for what is in use. Give one."
             )
         check_choice("score", self.score, ("mass", "bound"))
         super().__post_init__()

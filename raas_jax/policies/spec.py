@@ -10,68 +10,106 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from raas_jax.policies.base import Policy
+from raas_jax.policies.dense import Dense
+from raas_jax.policies.h2o import H2O
+from raas_jax.policies.lazy_eviction import LazyEviction
+from raas_jax.policies.quest import Quest
+from raas_jax.policies.raas import RaaS
+from raas_jax.policies.raas_quest import RaaSQuest
+from raas_jax.policies.random import RandomEviction
+from raas_jax.policies.recent import Recent
+from raas_jax.policies.rkv import RKV
+from raas_jax.policies.sink import Sink
+from raas_jax.policies.snapkv import SnapKV
+from raas_jax.policies.tova import TOVA
+from raas_jax.policies.triattention import TriAttention
+from raas_jax.policies.vase import VaSE
 
-Kinds = Mapping[str, type[Policy]]
+_BY_NAME: dict[str, type[Policy]] = {
+    "dense": Dense,
+    "fifo": Recent,  # The same at any page size, see `Recent`.
+    "h2o": H2O,
+    "lazy_eviction": LazyEviction,
+    "quest": Quest,
+    "raas": RaaS,
+    "raas_quest": RaaSQuest,
+    "random": RandomEviction,
+    "recent": Recent,
+    "rkv": RKV,
+    "sink": Sink,
+    "snapkv": SnapKV,
+    "tova": TOVA,
+    "triattention": TriAttention,
+    "vase": VaSE,
+}
 _WORDS = {"none": None, "null": None, "true": True, "false": False}
+_KINDS = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def from_text(spec: str, kinds: Kinds, given: Mapping[str, Any] | None = None) -> Policy:
-    """The policy that a text names, with `given` options besides; see `raas_jax.policies.parse`."""
-    parts = spec.split(":")
-    named = [part for part in parts if "=" not in part]
-    made = kind(":".join(named), kinds)
-    options = dict(given or {})
-    for pair in parts:
-        if pair in named:
-            continue
-        name, _, value = pair.partition("=")
-        name = name.strip().replace("-", "_")
-        if name in options:
-            raise ValueError(f"option {name} of policy {parts[0]} is given twice; give it once.")
-        options[name] = literal(value)
-    return make(made, options, parts[0])
+def available() -> tuple[str, ...]:
+    """Names that the command line and configuration files accept."""
+    return tuple(sorted(_BY_NAME))
 
 
-def kind(name: str, kinds: Kinds) -> type[Policy]:
-    """The class of a name, or of an import path: `module:Class`, or `path/to/file.py:Class`.
+def by_name(name: str) -> type[Policy]:
+    """The class of a named policy, or of `module:Class` and `path/to/file.py:Class`.
 
-    Modules are found as Python finds them, and in the current folder. Raises ValueError.
+    Modules are found as Python finds them, and in the current folder. Raises ValueError, with near
+    matches for an unknown name.
     """
     if ":" in name:
         return _import(name)
-    if name in kinds:
-        return kinds[name]
-    raise ValueError(
-        f"policy is {name!r}; there are {', '.join(sorted(kinds))}.{_near(name, kinds)}"
-    )
+    if name not in _BY_NAME:
+        known = ", ".join(available())
+        raise ValueError(f"policy is {name!r}; there are {known}.{_near(name, _BY_NAME)}")
+    return _BY_NAME[name]
 
 
-def make(kind: type[Policy], options: Mapping[str, Any], name: str) -> Policy:
-    """The policy with these options, by the names of its fields; `name` is for the errors.
+def create(name: str, **options: Any) -> Policy:
+    """A named policy with its options; those that it does not have raise TypeError."""
+    return by_name(name)(**options)
 
-    Raises ValueError for an option that is unknown or whose value is of another kind.
+
+def parse(text: str, **options: Any) -> Policy:
+    """A policy as the command line takes it: `h2o:recent_fraction=0.25`, `file.py:Mine:budget=64`.
+
+    Args:
+      text: a name, or an import path as in `by_name`, and options.
+      options: more options, by the names of the policy's fields.
+
+    Raises:
+      ValueError: for an unknown name or option (with near matches), a value of the wrong kind, an
+        option given twice, and whatever the policy refuses.
     """
+    parts = text.split(":")
+    kind = by_name(":".join(part for part in parts if "=" not in part))
+    for pair in parts:
+        name, given, value = pair.partition("=")
+        name = name.strip().replace("-", "_")
+        if given and name in options:
+            raise ValueError(f"option {name} of policy {parts[0]} is given twice; give it once.")
+        if given:
+            options[name] = _literal(value)
     fields = {field.name for field in dataclasses.fields(kind) if field.repr}
     hints = typing.get_type_hints(kind)
     for option, value in options.items():
         if option not in fields:
             raise ValueError(
-                f"{option} is not an option of the policy {name}, which has "
+                f"{option} is not an option of the policy {parts[0]}, which has "
                 f"{', '.join(sorted(fields))}.{_near(option, fields)}"
             )
-        if not _fits(value, hints.get(option, Any)):
-            raise ValueError(
-                f"{option} of the policy {name} is {value!r}; expected {_say(hints[option])}."
-            )
+        if not _fits(value, hints[option]):
+            wanted = _say(hints[option])
+            raise ValueError(f"{option} of the policy {parts[0]} is {value!r}; expected {wanted}.")
     return kind(**options)
 
 
-def literal(text: str) -> Any:
+def _literal(text: str) -> Any:
     """A number, none, true or false; any other text is itself."""
     text = text.strip()
     if text.lower() in _WORDS:
@@ -97,13 +135,9 @@ def _import(path: str) -> type[Policy]:
             sys.path.remove("")
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
-        ours = [
-            key
-            for key, value in vars(module).items()
-            if isinstance(value, type)
-            and issubclass(value, Policy)
-            and value.__module__ == module.__name__
-        ]
+        kinds = (value for value in vars(module).values() if isinstance(value, type))
+        own = (kind for kind in kinds if kind.__module__ == module.__name__)
+        ours = [kind.__name__ for kind in own if issubclass(kind, Policy)]
         raise ValueError(
             f"policy is {path!r}; {module_name} has no policy {name}, "
             f"but {', '.join(ours) or 'none at all'}. A policy is a subclass of raas_jax.Policy."
@@ -136,18 +170,14 @@ def _fits(value: Any, hint: Any) -> bool:
         return any(_fits(value, each) for each in typing.get_args(hint))
     if typing.get_origin(hint) is typing.Literal:
         return value in typing.get_args(hint) or isinstance(value, str)  # It names its choices.
-    if hint is type(None):
-        return value is None
     if hint in (int, float):
         numbers = (int, float) if hint is float else (int,)
         return isinstance(value, numbers) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (str, bool) else True
+    return isinstance(value, hint) if hint in (str, bool, type(None)) else True
 
 
 def _say(hint: Any) -> str:
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        return " or ".join(_say(each) for each in typing.get_args(hint))
+    parts = typing.get_args(hint)
     if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(repr, typing.get_args(hint)))
-    names = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
-    return names.get(hint, "None")
+        return " or ".join(map(repr, parts))
+    return " or ".join(map(_say, parts)) if parts else _KINDS.get(hint, "None")

@@ -89,15 +89,14 @@ class TriAttention(Batched):
         if not self.calibration:
             raise ValueError(
                 "calibration is not given, but TriAttention needs to know the model's queries. "
-                "Make a file with `raas-jax calibrate --model MODEL --out FILE`, and give "
-                "calibration=FILE."
+                "Make its file with `raas-jax calibrate --model MODEL --out FILE`."
             )
         Centres.read(self.calibration)
         digest = hashlib.blake2b(Path(self.calibration).read_bytes(), digest_size=8).hexdigest()
         if self.digest not in ("", digest):
             raise ValueError(
                 f"calibration is {self.calibration!r}, whose contents have changed since this "
-                "policy was made. Bring the old file back, or make the policy anew."
+                "policy was made; make the policy anew."
             )
         object.__setattr__(self, "digest", digest)
         super().__post_init__()
@@ -144,24 +143,20 @@ def expected_queries(
 ) -> tuple[jax.Array, jax.Array]:
     """The mean query to come, rotated, and how much queries stray from their centre.
 
-    Args:
-      centres: heads as `[L, K, G, ...]`.
-      position: int32 `[B]`, tokens so far in each row.
-      horizon: the largest distance.
-
-    Returns:
-      float32 `[L, B, K, G, H]`, and `[L, K, G, H / 2]`.
+    Of centres with heads as `[L, K, G, ...]`, at positions int32 `[B]`, the tokens so far in each
+    row, and up to the distance `horizon`: float32 `[L, B, K, G, H]`, and `[L, K, G, H / 2]`.
     """
     distance = 2.0 ** np.arange(int(horizon).bit_length())
     # In float64, once: a distance turns a pair many thousand times.
     turn = np.mean(np.exp(1j * distance[:, None] * centres.frequency.astype(np.float64)), axis=0)
     halves = np.split(centres.centre.astype(np.float64), 2, axis=-1)
-    ahead = (halves[0] + 1j * halves[1]) * turn
-    real, imaginary = (jnp.asarray(x[:, None], jnp.float32) for x in (ahead.real, ahead.imag))
+    centre = halves[0] + 1j * halves[1]
+    ahead = (centre * turn)[:, None]
+    real, imaginary = (jnp.asarray(x, jnp.float32) for x in (ahead.real, ahead.imag))
     angle = position.astype(jnp.float32)[:, None, None, None] * jnp.asarray(centres.frequency)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     query = jnp.concatenate([real * cos - imaginary * sin, imaginary * cos + real * sin], axis=-1)
-    return query, jnp.asarray(centres.length - _lengths(centres.centre))
+    return query, jnp.asarray(centres.length - np.abs(centre), jnp.float32)
 
 
 def score_keys(k: jax.Array, query: jax.Array, stray: jax.Array) -> jax.Array:
@@ -180,9 +175,3 @@ def standardised(score: jax.Array, valid: jax.Array) -> jax.Array:
     apart = jnp.where(valid, score - mean, 0.0)
     deviation = jnp.sqrt(jnp.sum(apart * apart, axis=(-2, -1), keepdims=True) / count)
     return apart / jnp.maximum(deviation, 1e-6)
-
-
-def _lengths(x: np.ndarray) -> np.ndarray:
-    real, imaginary = np.split(x, 2, axis=-1)
-    length: np.ndarray = np.sqrt(real * real + imaginary * imaginary)
-    return length

@@ -9,35 +9,19 @@ import re
 from pathlib import Path
 from typing import Literal
 
-import jax
 from jax.typing import DTypeLike
 
 from raas_jax.model import separate
 from raas_jax.params import Params
-from raas_jax.weights.files import check_vacant
-from raas_jax.weights.hf import Shardings, load_hf, save_hf
+from raas_jax.weights.files import COMPANIONS, check_vacant, first_line
+from raas_jax.weights.hf import INDEX, SINGLE, Shardings, load_hf, save_hf
 from raas_jax.weights.orbax import is_orbax, load_orbax, save_orbax
 
 __all__ = ["convert", "load", "load_hf", "load_orbax", "save_hf", "save_orbax"]
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 # All that is ever downloaded: no pickles, no code, no second copy in another format.
-DOWNLOADED = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors",
-    "model-*-of-*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-)
-LAYERS: dict[str, Literal["stacked", "separate"]] = {}
-"""How layers are stored on a backend where that is not "stacked"; decided once, as they are
-loaded."""
+DOWNLOADED = ["config.json", SINGLE, "model-*-of-*.safetensors", INDEX, *COMPANIONS]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -60,7 +44,7 @@ def load(
         their logical axes; one `Sharding` for every array; a tree of them in the structure of
         `Params.weights`; or a function from the config to any of these.
       layers: how the layers are stored. "stacked" layers are scanned, so that compile time does not
-        grow with depth; "separate" ones are unrolled. None is what suits the backend.
+        grow with depth; "separate" ones are unrolled. None is "stacked".
 
     Returns:
       `Params`, with `source` the folder in which its tokenizer is found.
@@ -69,20 +53,14 @@ def load(
       FileNotFoundError: nothing found; the message names what was tried, and near matches.
       ValueError: an unsupported model, damaged files, or tensors that do not fit the model.
     """
-    folder = locate(source)
-    reader = load_orbax if is_orbax(folder) else load_hf
-    check_layers(layers)
-    params = reader(folder, dtype=dtype, sharding=sharding)
-    if (layers or LAYERS.get(jax.default_backend(), "stacked")) == "stacked":
-        return params
-    weights = separate(params.weights, consume=True)
-    return dataclasses.replace(params, weights=weights)
-
-
-def check_layers(layers: str | None) -> None:
-    """Raises ValueError for a way to store layers that does not exist."""
     if layers not in (None, "stacked", "separate"):
         raise ValueError(f"layers is {layers!r}; expected 'stacked', 'separate' or None.")
+    folder = locate(source)
+    reader = load_orbax if is_orbax(folder) else load_hf
+    params = reader(folder, dtype=dtype, sharding=sharding)
+    if layers != "separate":
+        return params
+    return dataclasses.replace(params, weights=separate(params.weights, consume=True))
 
 
 def convert(
@@ -117,9 +95,7 @@ def convert(
 def locate(source: str | os.PathLike[str]) -> Path:
     """The local folder of a source, downloaded first where it is a hub id."""
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
-        raise ValueError(
-            f"source is {source!r}; expected a hub id, a folder, or 'demo', as a string or a path."
-        )
+        raise ValueError(f"source is {source!r}; expected a hub id, a folder or 'demo', as text.")
     name = os.fspath(source)
     if name == "demo":
         if not DEMO.is_dir():
@@ -129,9 +105,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return path
     if path.is_file():
-        raise FileNotFoundError(
-            f"source is {name!r}, which is a file; give the folder with its config.json."
-        )
+        raise FileNotFoundError(f"source is {name!r}, which is a file; give the folder it is in.")
     if isinstance(source, str) and _HUB_ID.fullmatch(name):
         return _download(name)
     raise FileNotFoundError(
@@ -145,9 +119,9 @@ def _download(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=list(DOWNLOADED)))
+        return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".") + "."
+        reason = first_line(error).rstrip(".") + "."
         raise FileNotFoundError(
             f"source is {name!r}; tried the folder {Path(name).absolute()}, which does not exist, "
             f"and the Hugging Face hub: {reason}{_near(name)} Check the name and the connection; "
@@ -157,18 +131,12 @@ def _download(name: str) -> Path:
 
 def _near(name: str) -> str:
     """The names on this machine that are close to one that was not found, as a sentence."""
-    parent = Path(name).expanduser().absolute().parent
-    folders = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-    near = difflib.get_close_matches(Path(name).name, folders)
-    near = [str(Path(name).parent / match) for match in near]
-    near += difflib.get_close_matches(name, ["demo", *_cached()])
-    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-
-
-def _cached() -> list[str]:
-    """Hub ids in the local cache."""
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    prefix = "models--"
-    folders = Path(HF_HUB_CACHE).glob(prefix + "*")
-    return [folder.name.removeprefix(prefix).replace("--", "/") for folder in folders]
+    parent = Path(name).expanduser().absolute().parent
+    folders = [p.name for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+    close = difflib.get_close_matches(Path(name).name, folders)
+    near = [str(Path(name).parent / match) for match in close]
+    cached = (p.name.removeprefix("models--") for p in Path(HF_HUB_CACHE).glob("models--*"))
+    near += difflib.get_close_matches(name, ["demo", *(p.replace("--", "/") for p in cached)])
+    return f" Did you mean {' or '.join(map(repr, near))}?" if near else ""

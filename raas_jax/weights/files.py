@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -15,18 +15,11 @@ import numpy as np
 
 from raas_jax.params import Params
 
+Shape = tuple[int, ...]
 # What belongs to a tokenizer or to the generation defaults, and so travels with the weights.
 COMPANIONS = (
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "merges.txt", "chat_template.*"),
 )
 
 
@@ -36,9 +29,26 @@ def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config.to_hf(), indent=2) + "\n")
     if params.source is None:
         return
-    for name in COMPANIONS:
-        if (file := Path(params.source) / name).is_file():
-            shutil.copyfile(file, folder / name)
+    for pattern in COMPANIONS:
+        for file in Path(params.source).glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, folder / file.name)
+
+
+def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[str]:
+    """A line for every array that is unknown, missing or misshapen."""
+    problems = [f"unknown: {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [f"missing: {name}" for name in expected if name not in found]
+    return problems + [
+        f"misshapen: {name} is {list(found[name])}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+
+
+def first_line(error: Exception) -> str:
+    """What an error says first, or its name where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_vacant(folder: Path, argument: str) -> None:
@@ -63,8 +73,8 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     folder = Path(folder).expanduser().absolute()
     check_vacant(folder, "folder")
     first, several = jax.process_index() == 0, jax.process_count() > 1
-    suffix = "partial" if several else f"partial-{os.getpid()}"
-    partial = folder.with_name(f".{folder.name}.{suffix}")
+    suffix = "" if several else f"-{os.getpid()}"
+    partial = folder.with_name(f".{folder.name}.partial{suffix}")
     try:
         if first:
             partial.parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,46 +27,29 @@ from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.sharding import weight_shardings
 from raas_jax.weights import safetensors
-from raas_jax.weights.files import new_folder, write_companions
+from raas_jax.weights.files import Shape, misfits, new_folder, write_companions
 
-Shape = tuple[int, ...]
 # None: the default device. A mesh, on which the weights lie by their logical axes; one sharding for
 # all arrays; a tree of them like `weights`; or a function from the config to any of these.
 Shardings = Mesh | Sharding | Mapping[str, Any] | Callable[[ModelConfig], Any] | None
 
-# Each named transform gives the Hugging Face shape of one layer's tensor from our shape of it.
-# The order of the numbers in memory is the same in both, so reading and writing are reshapes.
-TRANSFORMS: dict[str, Callable[[Shape], Shape]] = {
-    "same": lambda shape: shape,
-    # ours [heads, head_dim, ...], theirs [heads * head_dim, ...]
-    "rows_to_heads": lambda shape: (shape[0] * shape[1], *shape[2:]),
+# The arrays of a layer, by Hugging Face's names and ours. A bias is `.bias` there and `_bias` here.
+LAYER = {
+    "input_layernorm": "attention_norm",
+    "self_attn.q_proj": "q",
+    "self_attn.q_norm": "q_norm",
+    "self_attn.k_proj": "k",
+    "self_attn.k_norm": "k_norm",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "post_attention_layernorm": "mlp_norm",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
 }
-
-# Hugging Face name → (our path, transform). `{layer}` numbers the leading axis of our array.
-# In Hugging Face's order. A row counts only where the model has that array.
-TABLE: dict[str, tuple[str, str]] = {
-    "model.embed_tokens.weight": ("embedding", "same"),
-    "model.layers.{layer}.input_layernorm.weight": ("layers.attention_norm", "same"),
-    "model.layers.{layer}.self_attn.q_proj.weight": ("layers.q", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.q_proj.bias": ("layers.q_bias", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.q_norm.weight": ("layers.q_norm", "same"),
-    "model.layers.{layer}.self_attn.k_proj.weight": ("layers.k", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.k_proj.bias": ("layers.k_bias", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.k_norm.weight": ("layers.k_norm", "same"),
-    "model.layers.{layer}.self_attn.v_proj.weight": ("layers.v", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.v_proj.bias": ("layers.v_bias", "rows_to_heads"),
-    "model.layers.{layer}.self_attn.o_proj.weight": ("layers.o", "same"),
-    "model.layers.{layer}.self_attn.o_proj.bias": ("layers.o_bias", "same"),
-    "model.layers.{layer}.post_attention_layernorm.weight": ("layers.mlp_norm", "same"),
-    "model.layers.{layer}.mlp.gate_proj.weight": ("layers.gate", "same"),
-    "model.layers.{layer}.mlp.gate_proj.bias": ("layers.gate_bias", "same"),
-    "model.layers.{layer}.mlp.up_proj.weight": ("layers.up", "same"),
-    "model.layers.{layer}.mlp.up_proj.bias": ("layers.up_bias", "same"),
-    "model.layers.{layer}.mlp.down_proj.weight": ("layers.down", "same"),
-    "model.layers.{layer}.mlp.down_proj.bias": ("layers.down_bias", "same"),
-    "model.norm.weight": ("norm", "same"),
-    "lm_head.weight": ("head", "same"),
-}
+# Ours are [heads, head_dim, ...], theirs [heads * head_dim, ...]. The numbers lie in memory in the
+# same order, so reading and writing are reshapes.
+JOINED = ("layers.q", "layers.k", "layers.v")
 
 # Constants that old checkpoints saved; they follow from the config.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
@@ -85,17 +68,20 @@ class Destination(NamedTuple):
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Every Hugging Face tensor name of a model → where it goes, in Hugging Face's order."""
+    rows: list[tuple[str, str, int | None]] = [("model.embed_tokens.weight", "embedding", None)]
+    for i, (theirs, ours) in itertools.product(range(config.num_hidden_layers), LAYER.items()):
+        rows.append((f"model.layers.{i}.{theirs}.weight", f"layers.{ours}", i))
+        rows.append((f"model.layers.{i}.{theirs}.bias", f"layers.{ours}_bias", i))
+    rows += [("model.norm.weight", "norm", None), ("lm_head.weight", "head", None)]
     leaves = flat_shapes(config, "float32")
-    rows = {name: rule for name, rule in TABLE.items() if rule[0] in leaves}
-    assert {path for path, _ in rows.values()} == set(leaves), "TABLE lacks an array of the model"
     found: dict[str, Destination] = {}
-    for per_layer, group in itertools.groupby(rows, lambda name: "{layer}" in name):
-        layers: Iterable[int | None] = range(config.num_hidden_layers) if per_layer else (None,)
-        for layer, name in itertools.product(layers, group):
-            path, transform = rows[name]
-            shape = leaves[path].shape[1:] if per_layer else leaves[path].shape
-            place = Destination(path, layer, TRANSFORMS[transform](shape))
-            found[name.format(layer=layer)] = place
+    for name, path, layer in rows:
+        if path in leaves:
+            shape = leaves[path].shape[0 if layer is None else 1 :]
+            if path.removesuffix("_bias") in JOINED:
+                shape = (shape[0] * shape[1], *shape[2:])
+            found[name] = Destination(path, layer, shape)
+    assert {place.path for place in found.values()} == set(leaves), "an array without a name"
     return found
 
 
@@ -104,15 +90,12 @@ def flat_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStru
     return flatten(abstract_weights(config, dtype))
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionary → dotted paths."""
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
+    if not isinstance(tree, Mapping):
+        return {prefix.removesuffix("."): tree}
+    parts = (flatten(value, f"{prefix}{name}.") for name, value in tree.items())
+    return {path: leaf for part in parts for path, leaf in part.items()}
 
 
 def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,23 +117,17 @@ def flat_shardings(config: ModelConfig, sharding: Shardings) -> dict[str, Shardi
         tree = sharding(config)
     if isinstance(tree, Mesh):
         tree = weight_shardings(config, tree)
-    paths = list(flat_shapes(config, "float32"))
+    paths = flat_shapes(config, "float32").keys()
     if tree is None or isinstance(tree, Sharding):
         return dict.fromkeys(paths, tree)
     flat = flatten(tree)
-    if set(flat) != set(paths):
-        odd = sorted(set(flat) ^ set(paths))
-        raise ValueError(
-            f"sharding does not have the structure of the weights; it differs in {', '.join(odd)}."
-        )
+    if odd := ", ".join(sorted(flat.keys() ^ paths)):
+        raise ValueError(f"sharding has another structure than the weights; it differs in {odd}.")
     return flat
 
 
 def wanted_dtype(dtype: DTypeLike | None, source: str) -> np.dtype:
-    """The dtype to load in.
-
-    None means bfloat16 on an accelerator and float32 on a CPU; "source" means that of the files.
-    """
+    """The dtype to load in, as `raas_jax.load` takes it; `source` is that of the files."""
     if dtype is None:
         dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     elif isinstance(dtype, str) and dtype == "source":
@@ -165,14 +142,9 @@ def wanted_dtype(dtype: DTypeLike | None, source: str) -> np.dtype:
 def load_hf(
     folder: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings = None
 ) -> Params:
-    """Loads a Hugging Face folder: config.json with model.safetensors, whole or in shards.
+    """Loads a local Hugging Face folder: config.json with model.safetensors, whole or in shards.
 
-    Args:
-      folder: the local folder.
-      dtype, sharding: as for `raas_jax.load`.
-
-    Returns:
-      `Params` whose `source` is the folder and whose config has the dtype that was loaded.
+    `dtype` and `sharding` are those of `raas_jax.load`. The config has the dtype that was loaded.
 
     Raises:
       FileNotFoundError: no config.json, no safetensors (also where there is only a pickle), or a
@@ -187,16 +159,16 @@ def load_hf(
     to = wanted_dtype(dtype, stored.pop() if len(stored) == 1 else "float32")
     places = destinations(config)
     shardings = flat_shardings(config, sharding)
-    _check_layers_whole(shardings)
-    leaves = flat_shapes(config, to.name)
-    arrays = {
-        path: jnp.zeros(leaf.shape, to, device=shardings[path])
-        for path, leaf in leaves.items()
-        if path.startswith("layers.")
-    }
+    shapes = {path: leaf.shape for path, leaf in flat_shapes(config, to.name).items()}
+    stacks = [path for path in shapes if path.startswith("layers.")]
+    for path in stacks:
+        where = shardings[path]
+        if isinstance(where, NamedSharding) and (over := next(iter(where.spec), None)):
+            raise ValueError(f"sharding splits the layers axis over {over!r}; keep it whole.")
+    arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in stacks}
     for name, entry in entries.items():
         path, layer, _ = places[name]
-        shape = leaves[path].shape
+        shape = shapes[path]
         if layer is None:
             arrays[path] = _to_device(entry, shape, to, shardings[path])
         else:
@@ -225,22 +197,13 @@ def _set_layer(array: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Arr
     return jax.lax.dynamic_update_slice_in_dim(array, tensor, layer, 0)
 
 
-def _check_layers_whole(shardings: Mapping[str, Sharding | None]) -> None:
-    """Raises ValueError for a stack that is split over layers, which are loaded one by one."""
-    for path, sharding in shardings.items():
-        if path.startswith("layers.") and isinstance(sharding, NamedSharding):
-            over = next(iter(sharding.spec), None)
-            if over is not None:
-                raise ValueError(f"sharding splits the layers axis over {over!r}; keep it whole.")
-
-
 def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.Entry]:
     """The tensors of a folder, once all of them are known to fit the model.
 
     Raises:
       ValueError: one message that lists every unknown, missing, duplicate and misshapen tensor.
     """
-    places = destinations(config)
+    places, known = destinations(config), safetensors.DTYPES
     entries: dict[str, safetensors.Entry] = {}
     problems: list[str] = []
     for file in weight_files(folder):
@@ -255,26 +218,20 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
     head, table = entries.get("lm_head.weight"), entries.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head and table:
         # A tied head that was saved anyway is dropped, but only when dropping it changes nothing.
-        if safetensors.same_bytes(head, table):
-            del entries["lm_head.weight"]
-        else:
+        if not safetensors.same_bytes(head, table):
             problems.append(
                 "unknown: lm_head.weight differs from model.embed_tokens.weight, but config.json "
                 "ties them; set tie_word_embeddings to false if the model has its own head"
             )
-            del entries["lm_head.weight"]
-    problems += [f"unknown: {name}" for name in sorted(entries.keys() - places.keys())]
-    problems += [f"missing: {name}" for name in places if name not in entries]
-    both = [(name, place, entries[name]) for name, place in places.items() if name in entries]
+        del entries["lm_head.weight"]
+    problems += misfits(
+        {name: entry.shape for name, entry in entries.items()},
+        {name: place.shape for name, place in places.items()},
+    )
     problems += [
-        f"misshapen: {name} is {list(entry.shape)}, expected {list(place.shape)}"
-        for name, place, entry in both
-        if entry.shape != place.shape
-    ]
-    problems += [
-        f"unsupported dtype: {name} is {entry.code}, expected {', '.join(safetensors.DTYPES)}"
-        for name, _, entry in both
-        if entry.code not in safetensors.DTYPES
+        f"unsupported dtype: {name} is {entries[name].code}, expected {', '.join(known)}"
+        for name in places
+        if name in entries and entries[name].code not in known
     ]
     if problems:
         raise ValueError(
@@ -290,8 +247,7 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / SINGLE]
     if (folder / INDEX).is_file():
         return _shards(folder)
-    pickles = sorted(file.name for file in folder.glob("*.bin"))
-    if pickles:
+    if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise FileNotFoundError(
             f"{folder} has its weights only as a pickle ({pickles[0]}), which can run code when "
             f"it is read. Convert it to {SINGLE} first, e.g. by save_pretrained of transformers."
@@ -303,22 +259,18 @@ def _shards(folder: Path) -> list[Path]:
     """The files named by an index, in its order; none of them outside the folder."""
     index = folder / INDEX
     try:
-        names = json.loads(index.read_text())["weight_map"].values()
-        unique = list(dict.fromkeys(names))
+        unique = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
         assert unique and all(isinstance(name, str) for name in unique)
     except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise ValueError(
             f"{index} is not an index of shards; expected a JSON object with a weight_map from "
             "tensor names to file names."
         ) from error
-    outside = [name for name in unique if not _inside(folder, name)]
-    if outside:
+    if outside := [name for name in unique if not _inside(folder, name)]:
         raise ValueError(
-            f"{index} points outside its folder: {', '.join(map(repr, outside))}. This is refused; "
-            "the shards must lie beside the index."
+            f"{index} points outside its folder, which is refused: {', '.join(map(repr, outside))}."
         )
-    absent = [name for name in unique if not (folder / name).is_file()]
-    if absent:
+    if absent := [name for name in unique if not (folder / name).is_file()]:
         raise FileNotFoundError(
             f"{folder} lacks {len(absent)} of the {len(unique)} files in its index: "
             f"{', '.join(absent)}. Download or copy them again."
@@ -349,13 +301,12 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
       OSError: it cannot be written.
     """
     leaves = flatten(params.stacked().weights)
-    dtype = np.dtype(leaves["embedding"].dtype)
+    dtype = np.dtype(params.dtype)
     places = destinations(params.config)
 
-    def tensor(place: Destination) -> np.ndarray:
-        leaf = leaves[place.path]
-        value = leaf if place.layer is None else leaf[place.layer]
-        return np.asarray(value).reshape(place.shape)
+    def tensor(name: str) -> np.ndarray:
+        path, layer, shape = places[name]
+        return np.asarray(leaves[path] if layer is None else leaves[path][layer]).reshape(shape)
 
     shards = _split({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
     with new_folder(folder) as partial:
@@ -364,8 +315,7 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
         for number, shapes in enumerate(shards, start=1):
             several = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
             file = SINGLE if len(shards) == 1 else several
-            values: Iterator[np.ndarray] = (tensor(places[name]) for name in shapes)
-            safetensors.write_file(partial / file, shapes, dtype, values)
+            safetensors.write_file(partial / file, shapes, dtype, map(tensor, shapes))
             weight_map.update(dict.fromkeys(shapes, file))
         if len(shards) > 1:
             size = sum(leaf.nbytes for leaf in leaves.values())

@@ -8,7 +8,6 @@ tokenizer.json, ...  the tokenizer and generation files of the source, where it 
 from __future__ import annotations
 
 import dataclasses
-from functools import partial
 from pathlib import Path
 
 import jax
@@ -16,15 +15,8 @@ from jax.typing import DTypeLike
 
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
-from raas_jax.weights.files import new_folder, write_companions
-from raas_jax.weights.hf import (
-    Shardings,
-    flat_shapes,
-    flat_shardings,
-    flatten,
-    unflatten,
-    wanted_dtype,
-)
+from raas_jax.weights import hf
+from raas_jax.weights.files import first_line, misfits, new_folder, write_companions
 
 ARRAYS = "orbax"
 
@@ -53,7 +45,7 @@ def save_orbax(params: Params, folder: str | Path) -> None:
 
 
 def load_orbax(
-    folder: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings = None
+    folder: str | Path, *, dtype: DTypeLike | None = None, sharding: hf.Shardings = None
 ) -> Params:
     """Restores what `save_orbax` wrote; the arguments are those of `load_hf`.
 
@@ -67,47 +59,33 @@ def load_orbax(
     config = ModelConfig.from_file(folder)
     if not is_orbax(folder):
         raise FileNotFoundError(f"No Orbax arrays in {folder}; expected a folder {ARRAYS!r} there.")
-    shardings = flat_shardings(config, sharding)
+    shardings = hf.flat_shardings(config, sharding)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = flatten(checkpointer.metadata(folder / ARRAYS).item_metadata.tree)
+            stored = hf.flatten(checkpointer.metadata(folder / ARRAYS).item_metadata.tree)
             found = {path: tuple(array.shape) for path, array in stored.items()}
         except Exception as error:  # Orbax lets through whatever its storage raised.
             raise _damaged(folder, error) from error
-        _check_fit(folder, config, found)
-        to = wanted_dtype(dtype, config.dtype)
-        abstract = partial(jax.ShapeDtypeStruct, dtype=to)
+        # Orbax would pad or drop what does not fit.
+        expected = {path: leaf.shape for path, leaf in hf.flat_shapes(config, "float32").items()}
+        if problems := misfits(found, expected):
+            lines = "\n  ".join(["", *problems])
+            raise ValueError(f"The Orbax arrays in {folder} do not fit its config.json:{lines}")
+        to = hf.wanted_dtype(dtype, config.dtype)
         target = {
-            path: abstract(leaf.shape, sharding=shardings[path] or default)
-            for path, leaf in flat_shapes(config, to.name).items()
+            path: jax.ShapeDtypeStruct(shape, to, sharding=shardings[path] or default)
+            for path, shape in expected.items()
         }
         try:
-            weights = checkpointer.restore(folder / ARRAYS, unflatten(target))
+            weights = checkpointer.restore(folder / ARRAYS, hf.unflatten(target))
         except Exception as error:
             raise _damaged(folder, error) from error
     return Params(weights, dataclasses.replace(config, dtype=to.name), str(folder))
 
 
 def _damaged(folder: Path, error: Exception) -> ValueError:
-    reason = (next(iter(str(error).splitlines()), "") or type(error).__name__)[:200]
     return ValueError(
-        f"The Orbax arrays in {folder / ARRAYS} cannot be read ({reason}); the folder is damaged "
-        "or not complete. Copy or convert it again."
+        f"The Orbax arrays in {folder / ARRAYS} cannot be read ({first_line(error)[:200]}); the "
+        "folder is damaged or not complete. Copy or convert it again."
     )
-
-
-def _check_fit(folder: Path, config: ModelConfig, found: dict[str, tuple[int, ...]]) -> None:
-    """Orbax would pad or drop what does not fit; here it is an error that lists everything."""
-    expected = {path: leaf.shape for path, leaf in flat_shapes(config, "float32").items()}
-    problems = [f"unknown: {path}" for path in found if path not in expected]
-    problems += [f"missing: {path}" for path in expected if path not in found]
-    problems += [
-        f"misshapen: {path} is {list(found[path])}, expected {list(shape)}"
-        for path, shape in expected.items()
-        if path in found and found[path] != shape
-    ]
-    if problems:
-        raise ValueError(
-            f"The Orbax arrays in {folder} do not fit its config.json:\n  " + "\n  ".join(problems)
-        )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import mmap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(jnp.bfloat16),
+DTYPES: dict[str, np.dtype] = {
+    "F32": jnp.dtype("float32"),
+    "F16": jnp.dtype("float16"),
+    "BF16": jnp.dtype("bfloat16"),
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _BLOCK = 1 << 24
@@ -45,21 +46,14 @@ class Entry(NamedTuple):
 def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of a file, and the names which it holds more than once.
 
-    Raises:
-      FileNotFoundError: no such file.
-      ValueError: the file is cut short or is not a safetensors file.
+    Raises ValueError for a file that is cut short or is not a safetensors file.
     """
-    if not file.is_file():
-        raise FileNotFoundError(f"No weights at {file}; the file is missing.")
     twice: list[str] = []
 
     def pairs(items: list[tuple[str, object]]) -> dict[str, object]:
-        seen: dict[str, object] = {}
-        for name, value in items:
-            if name in seen:
-                twice.append(name)
-            seen[name] = value
-        return seen
+        counts = Counter(name for name, _ in items)
+        twice.extend(name for name, count in counts.items() if count > 1)
+        return dict(items)
 
     try:
         with safe_open(file, framework="numpy"):
@@ -74,8 +68,7 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
             entries[name] = Entry(file, tensor["dtype"], tuple(tensor["shape"]), begin, end)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{file} is not a whole safetensors file ({error}); it is cut short or corrupt. "
-            "Download or copy it again."
+            f"{file} is not a whole safetensors file ({error}): cut short or corrupt; copy it anew."
         ) from error
     return entries, twice
 
@@ -116,10 +109,7 @@ def _blocks(entry: Entry) -> Iterator[bytes]:
 
 
 def write_file(
-    file: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: np.dtype,
-    tensors: Iterable[np.ndarray],
+    file: Path, shapes: dict[str, tuple[int, ...]], dtype: np.dtype, tensors: Iterable[np.ndarray]
 ) -> None:
     """Writes a file whose `tensors` come in the order of `shapes`, all of one dtype."""
     # transformers refuses a file that does not say which framework's layout it has.

@@ -22,9 +22,8 @@ import numpy as np
 from raas_jax.decode import DecodeState
 from raas_jax.lab.inspect.recording import Diary, Recording, record
 from raas_jax.params import Params
-from raas_jax.policies import Boundary, Budgeted, RaaS, pages_for
+from raas_jax.policies import Boundary, Budgeted, RaaS, bucket, pages_for
 from raas_jax.policies.base import Metadata
-from raas_jax.policies.dense import bucket
 
 NEVER = np.iinfo(np.int32).max
 
