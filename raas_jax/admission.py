@@ -165,13 +165,8 @@ def _copy(
 ) -> jax.Array:
     """Overwrites, of block `to` of `buffer`, the `wanted` entries by those of block `at` of `part`.
 
-    Args:
-      wanted: bool `[size]`.
-      size: length of a block along `axis`.
-      to, at: int32 scalars.
-      axis: of the rows or prompts. Along later axes `part` may be the shorter one.
-      buffer: array to write into.
-      part: array to read from.
+    Blocks are `size` long along `axis`, that of the rows or prompts; wanted is bool `[size]`. Along
+    later axes `part` may be the shorter one.
     """
     if not part.size:
         return buffer

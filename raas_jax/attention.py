@@ -37,15 +37,8 @@ def prompt_mass(
 ) -> jax.Array:
     """Causal attention that each page of a prompt receives from its last tokens, summed over them.
 
-    Args:
-      q: `[B, T, N, H]`, T a multiple of P.
-      k: `[B, T, K, H]`.
-      lengths: int32 `[B]`, true lengths.
-      page_size: `P`.
-      queries: how many of the last tokens count.
-
-    Returns:
-      float32 `[B, K, G, T / P]`.
+    Of q `[B, T, N, H]` and k `[B, T, K, H]`, T a multiple of P, with true lengths int32 `[B]`, over
+    the last `queries` tokens: float32 `[B, K, G, T / P]`.
     """
     B, T, N, H = q.shape
     K, block = k.shape[2], min(T, 256)

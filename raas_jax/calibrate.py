@@ -12,10 +12,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.attention import causal_attention
-from raas_jax.generation import generate
 from raas_jax.model import Layer, ends, rope_frequencies, rope_rotation, run_layers
 from raas_jax.params import Params
-from raas_jax.policies import Dense, bucket
+from raas_jax.policies import bucket
 from raas_jax.policies.triattention import Centres
 
 
@@ -47,17 +46,6 @@ def calibrate(
     centre, length = ((x / tokens).astype(np.float32) for x in sums)
     frequency = np.asarray(rope_frequencies(params.config.rope, params.config.head_dim))
     return Centres(centre, length, frequency)
-
-
-def with_answers(
-    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> list[list[int]]:
-    """Prompts with the model's own greedy answers, to calibrate on; 0 tokens for prompts alone."""
-    ids = [list(each) for each in prompts]
-    if not max_new_tokens:
-        return ids
-    answers = generate(params, ids, policy=Dense(), max_new_tokens=max_new_tokens)
-    return [[*each, *answer.tokens] for each, answer in zip(ids, answers, strict=True)]
 
 
 @jax.jit

@@ -145,11 +145,6 @@ class ModelConfig:
             raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotation needs it even.")
 
     @property
-    def group_size(self) -> int:
-        """`G`: query heads per key/value head."""
-        return self.num_attention_heads // self.num_key_value_heads
-
-    @property
     def layer_pattern(self) -> tuple[str, ...]:
         """Kinds of layers, repeated `L / len(layer_pattern)` times; there is one kind today."""
         return ("full",)

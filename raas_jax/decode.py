@@ -380,39 +380,30 @@ def decode_until_done(
 ) -> tuple[DecodeState, Sampled]:
     """The whole answer in one compiled loop, for use inside a `jax.jit`; stops when all rows have.
 
-    Args:
-      params: the model.
-      state: as `prefill` left it.
-      first: the tokens that `prefill` sampled.
-      plan: fixed shapes.
-      max_new_tokens: no row's limit may be larger.
-
-    Returns:
-      The last state, and what was sampled: `[max_new_tokens, B]`, -1 after the end of a row.
+    From the state that `prefill` left and what it sampled first, gives the last state, and what was
+    sampled: `[max_new_tokens, B]`, -1 after the end of a row. No row's limit may be larger.
     """
-    P, rows = plan.page_size, first.tokens.shape[1]
+    P = plan.page_size
     pages = pages_for(max_new_tokens - 1, P)
-    shape = (1 + pages * P, rows)
-    blank = Sampled(jnp.full(shape, -1, jnp.int32), jnp.zeros(shape, jnp.float32))
+    after = ((0, pages * P), (0, 0))
+    buffers = (
+        jnp.pad(first.tokens, after, constant_values=-1),
+        jnp.pad(first.logprobs, after),
+    )
 
-    def write(buffers: Sampled, sampled: Sampled, start: jax.Array) -> Sampled:
-        pairs = zip(buffers, sampled, strict=True)
-        return Sampled(*(jax.lax.dynamic_update_slice(*pair, (start, 0)) for pair in pairs))
-
-    def going(carry: tuple[DecodeState, Sampled, jax.Array]) -> jax.Array:
+    def going(carry: tuple[DecodeState, Any, jax.Array]) -> jax.Array:
         state, _, page = carry
         return (page < pages) & ~jnp.all(state.rows.done)
 
-    def body(
-        carry: tuple[DecodeState, Sampled, jax.Array],
-    ) -> tuple[DecodeState, Sampled, jax.Array]:
+    def body(carry: tuple[DecodeState, Any, jax.Array]) -> tuple[DecodeState, Any, jax.Array]:
         state, buffers, page = carry
-        state, ((tokens, logprobs, _), _) = decode_page(params, state, plan)
-        return state, write(buffers, Sampled(tokens, logprobs), 1 + page * P), page + 1
+        state, ((*sampled, _), _) = decode_page(params, state, plan)
+        at = (1 + page * P, jnp.int32(0))
+        pairs = zip(buffers, sampled, strict=True)
+        return state, tuple(jax.lax.dynamic_update_slice(*pair, at) for pair in pairs), page + 1
 
-    buffers = write(blank, Sampled(first.tokens, first.logprobs), jnp.int32(0))
     state, buffers, _ = jax.lax.while_loop(going, body, (state, buffers, jnp.int32(0)))
-    return state, jax.tree.map(lambda buffer: buffer[:max_new_tokens], buffers)
+    return state, Sampled(*(buffer[:max_new_tokens] for buffer in buffers))
 
 
 def decode_page(

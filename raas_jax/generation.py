@@ -111,9 +111,8 @@ def generate(
     if isinstance(prompt, jax.core.Tracer):
         if stop:
             raise ValueError(f"stop is {stop!r}; inside a jit use stop_token_ids.")
-        return _generate_traced(
-            params, prompt, policy, sampling, max_new_tokens, stop_token_ids, seed
-        )
+        options = {"policy": policy, "sampling": sampling, "seed": seed}
+        return _generate_traced(params, prompt, max_new_tokens, stop_token_ids, **options)
     run = _Run(params, prompt, policy, sampling, max_new_tokens, stop, stop_token_ids, seed)
     total = sum(row.limit for row in run.rows)
     with tqdm(
@@ -221,28 +220,17 @@ def _is_integer(seed: Any) -> bool:
 def _generate_traced(
     params: Params,
     prompt: jax.Array,
-    policy: Policy | None,
-    sampling: Any,
     max_new_tokens: int | None,
     stop_token_ids: Iterable[int],
-    seed: Any,
+    **options: Any,
 ) -> Output:
     if prompt.ndim not in (1, 2):
         raise ValueError(f"prompt has shape {prompt.shape}; inside a jit give ids [T] or [B, T].")
     batch = prompt[None] if prompt.ndim == 1 else prompt
-    if max_new_tokens is None:
-        max_new_tokens = default_limit(params, batch.shape[1])
+    limit = default_limit(params, batch.shape[1]) if max_new_tokens is None else max_new_tokens
     stops = tuple(sorted({*params.config.eos_token_ids, *stop_token_ids}))
-    drawn = generate_ids(
-        params,
-        batch,
-        policy=policy,
-        sampling=sampling,
-        max_new_tokens=max_new_tokens,
-        stop_token_ids=stops,
-        seed=seed,
-    )
-    tokens, logprobs = drawn if prompt.ndim == 2 else (drawn.tokens[0], drawn.logprobs[0])
+    found = generate_ids(params, batch, max_new_tokens=limit, stop_token_ids=stops, **options)
+    tokens, logprobs = found if prompt.ndim == 2 else (found.tokens[0], found.logprobs[0])
     return Output(None, tokens, None, logprobs, None)
 
 

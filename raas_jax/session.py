@@ -125,12 +125,8 @@ class Session:
         Returns:
           The state at the start of the first page, and the first token of every row.
         """
-        self.called.add(("start", force is None))
         arguments = (self.params, *pad_prompts(prompts, self.plan), request)
-        if force is None and "start" in self._compiled:
-            return self._given(self._compiled["start"](*arguments))
-        given = {} if force is None else {"force": jnp.asarray(force, jnp.int32)}
-        return self._given(self._program(prefill)(*arguments, plan=self.plan, **given))
+        return self._call(("start",), prefill, *arguments, force=force)
 
     def empty(self) -> DecodeState:
         """A state in which no row runs, for rows that `admit` brings."""
@@ -148,9 +144,8 @@ class Session:
         Returns:
           The state, and the first tokens, `[1, n * samples]`.
         """
-        self.called.add(("admit", *admissions.tokens.shape))
-        program = self._program(_admit)
-        return self._given(program(self.params, state, admissions, plan=self.plan, mesh=self.mesh))
+        name = ("admit", *admissions.tokens.shape)
+        return self._call(name, _admit, self.params, state, admissions, mesh=self.mesh)
 
     def advance(
         self,
@@ -172,14 +167,9 @@ class Session:
         Returns:
           The state at the next boundary, and what happened.
         """
-        self.called.add(("advance", pages, force is None, probe))
-        if force is None and probe is None and pages in self._compiled:
-            return self._given(self._compiled[pages](self.params, state))
-        given: dict[str, Any] = {} if probe is None else {"probe": probe}
-        if force is not None:
-            given["force"] = jnp.asarray(force, jnp.int32)
-        program = self._program(decode_pages)
-        return self._given(program(self.params, state, plan=self.plan, pages=pages, **given))
+        options = {"pages": pages, **({} if probe is None else {"probe": probe})}
+        name = ("advance", *options.values())
+        return self._call(name, decode_pages, self.params, state, force=force, **options)
 
     def read(self, progress: Any) -> Any:
         """Brings a `Progress`, or several in a list, to the host: one transfer, NumPy arrays."""
@@ -204,8 +194,8 @@ class Session:
 
     def compile(self, pages: int) -> None:
         """Compiles `start` and `advance(pages=pages)` now; they then use what was compiled."""
-        self._compiled["start"] = self.lower_start().compile()
-        self._compiled[pages] = self.lower_advance(pages).compile()
+        self._compiled["start",] = self.lower_start().compile()
+        self._compiled["advance", pages] = self.lower_advance(pages).compile()
 
     def lower_start(self) -> Any:
         """The program of `start`, lowered, to be compiled for devices that need not be there."""
@@ -231,9 +221,22 @@ class Session:
     def _program(self, function: Any) -> Any:
         return function if self.mesh is None else _on_mesh(function, *self._key)
 
-    @staticmethod
-    def _given(pair: Any) -> tuple[DecodeState, Progress]:
-        state, progress = pair
+    def _call(
+        self,
+        name: tuple[Any, ...],
+        function: Any,
+        *arguments: Any,
+        force: Any = None,
+        **options: Any,
+    ) -> tuple[DecodeState, Progress]:
+        if force is not None:
+            name = (*name, "forced")
+            options["force"] = jnp.asarray(force, jnp.int32)
+        self.called.add(name)
+        if name in self._compiled:
+            state, progress = self._compiled[name](*given)
+        else:
+            state, progress = self._program(function)(*given, plan=self.plan, **options)
         return state, progress
 
     def _whole(self, tree: Any) -> Any:

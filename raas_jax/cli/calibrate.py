@@ -28,7 +28,8 @@ class Calibrate:
         """Writes the file and says what it was made of."""
         import raas_jax
         from raas_jax import tokenizer
-        from raas_jax.calibrate import calibrate, with_answers
+        from raas_jax.calibrate import calibrate
+        from raas_jax.lab.runs.planning import with_answers
 
         if self.max_new_tokens < 0:
             raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 0.")

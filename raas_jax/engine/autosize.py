@@ -20,13 +20,8 @@ def largest_batch(
     Memory grows with the rows by nearly equal steps, so that a guess from two sizes is close; it is
     then bisected. Nothing is allocated.
 
-    Args:
-      account: lowered programs for a number of rows.
-      together: rows come in multiples of this.
-      memory_limit: bytes per device; None for what there is.
-
-    Raises:
-      ValueError: not even the smallest batch fits, with the bytes that it takes.
+    `account` gives the lowered programs for a number of rows, and `memory_limit` is in bytes per
+    device; None is what there is. Raises ValueError where not even the smallest batch fits.
     """
     limit = available_memory() if memory_limit is None else memory_limit
     found: dict[int, int] = {}

@@ -110,17 +110,7 @@ class Job:
 
 
 def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> Job:
-    """The job of a request.
-
-    Args:
-      params: the model.
-      plan: of the engine.
-      max_new_tokens: the most that the engine was made for.
-      request: what was asked.
-
-    Raises:
-      TypeError, ValueError, ImportError: says what is wrong with the request.
-    """
+    """The job of a request; TypeError, ValueError or ImportError say what is wrong with it."""
     if not isinstance(request.sampling, Sampling):
         raise TypeError(f"sampling is {request.sampling!r}; expected a raas_jax.Sampling.")
     for name, least in (("seed", None), ("n", 1)):

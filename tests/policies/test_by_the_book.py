@@ -80,7 +80,7 @@ def test_the_method_by_the_book(case, page_size):
         method.centre = centres.centre[..., :4] + 1j * centres.centre[..., 4:]
         method.length = centres.length
     rows = [book.Sequence(network, method, prompt) for prompt in prompts]
-    check_logprobs(first.tokens, first.logprobs, [row.logits for row in rows])
+    check_logprobs(first.tokens[0], first.logprobs[0], [row.logits for row in rows])
     both = Library(state, rows, plan, row_keys(2, 3))
     one_page = jax.jit(partial(decode_page, plan=plan))
     dropped = 0
@@ -129,12 +129,13 @@ class Library:
                 wanted = self.slots[index, layer, head]
                 row.kept[layer][head] = [p for p in pages if p.number in wanted]
 
-    def page(self, state, drawn):
+    def page(self, state, given):
         """Compares one page: log-probabilities of every token, then what is kept."""
-        fed = np.concatenate([np.asarray(self.state.rows.token)[None], np.asarray(drawn.tokens)])
+        (tokens, logprobs, _), _ = given
+        fed = np.concatenate([np.asarray(self.state.rows.token)[None], np.asarray(tokens)])
         for offset in range(self.plan.page_size):
             logits = [row.step(int(fed[offset, i])) for i, row in enumerate(self.rows)]
-            check_logprobs(drawn.tokens[offset], drawn.logprobs[offset], logits)
+            check_logprobs(tokens[offset], logprobs[offset], logits)
         self.state = state
         kept = jax.tree.map(np.asarray, state.cache.kept[0])
         dropped = 0

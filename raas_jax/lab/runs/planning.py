@@ -8,11 +8,12 @@ that keep everything, such as Dense, are run as they are.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from raas_jax.calibrate import calibrate, with_answers
+from raas_jax.calibrate import calibrate
+from raas_jax.generation import generate
 from raas_jax.lab.inspect.ceiling import ceiling
 from raas_jax.lab.inspect.recording import record, row_bytes
 from raas_jax.lab.runs.decoding import RecordedDecoding
@@ -23,7 +24,7 @@ from raas_jax.lab.runs.runner import run_cells
 from raas_jax.lab.runs.speed import measure_speed, measure_steps
 from raas_jax.lab.runs.study import Study, StudyTask, Variant
 from raas_jax.params import Params
-from raas_jax.policies import Policy
+from raas_jax.policies import Dense, Policy
 
 TOLERANCE = 0.02
 """How far, as a share, a policy's bytes may exceed the reference's at the same budget: pages are
@@ -201,3 +202,14 @@ class _TaskPlan:
                 f"{study.reference} takes {target}"
             )
         raise ValueError(reason)
+
+
+def with_answers(
+    params: Params, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> list[list[int]]:
+    """Prompts with the model's own greedy answers, to calibrate on; 0 tokens for prompts alone."""
+    ids = [list(each) for each in prompts]
+    if not max_new_tokens:
+        return ids
+    answers = generate(params, ids, policy=Dense(), max_new_tokens=max_new_tokens)
+    return [[*each, *answer.tokens] for each, answer in zip(ids, answers, strict=True)]
