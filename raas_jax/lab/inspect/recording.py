@@ -221,17 +221,19 @@ def _of_row(
     return tables, [None if parts[0] is None else joined(parts) for parts in stamps]
 
 
+def _by_page(table: np.ndarray, values: Any, empty: np.generic, pages: int) -> np.ndarray:
+    """What is known of the page in each slot `[..., S]`, by number of the page: `[..., pages]`."""
+    found = np.full((*table.shape[:-1], pages + 1), empty)
+    # An empty slot points at a column that is cut off.
+    np.put_along_axis(found, np.where(table < 0, pages, table), values, axis=-1)
+    return found[..., :pages]
+
+
 def _present(tables: list[np.ndarray], pages: int) -> np.ndarray:
-    parts = []
-    for table in tables:
-        # An empty slot points at a column that is cut off.
-        present = np.zeros((*table.shape[:3], pages + 1), bool)
-        np.put_along_axis(present, np.where(table < 0, pages, table), True, axis=-1)
-        parts.append(present[..., :pages])
-    if not parts:
+    if not tables:
         return np.zeros((0, 0, 0, 0), bool)
-    present = np.concatenate(parts, axis=1)
-    now = np.arange(pages)
+    parts = [_by_page(table, True, np.bool_(False), pages) for table in tables]
+    present, now = np.concatenate(parts, axis=1), np.arange(pages)
     present[now, :, :, now] = True
     return present
 
@@ -240,19 +242,15 @@ def _stamps(
     tables: list[np.ndarray], marks: list[np.ndarray | None], pages: int
 ) -> np.ndarray | None:
     """`[n * P, L, K, n]`; layers of a group without stamps (dense ones) have -1."""
-    known = [each for each in marks if each is not None]
-    if not known:
+    P = next((each.shape[1] for each in marks if each is not None), None)
+    if P is None:
         return None
-    P = known[0].shape[1]
     parts: list[np.ndarray] = []
     for table, stamp in zip(tables, marks, strict=True):
-        found = np.full((pages, P, *table.shape[1:3], pages + 1), -1, np.int32)
-        if stamp is not None:
-            index = np.where(table < 0, pages, table)[:, None]
-            index = np.broadcast_to(index, (pages, P, *table.shape[1:]))
-            np.put_along_axis(found, index, stamp, axis=-1)
-        parts.append(found[..., :pages])
-    return np.concatenate(parts, axis=2).reshape(pages * P, -1, parts[0].shape[3], pages)
+        every_step = np.broadcast_to(table[:, None], (pages, P, *table.shape[1:]))
+        values = -1 if stamp is None else stamp
+        parts.append(_by_page(every_step, values, np.int32(-1), pages))
+    return np.concatenate(parts, axis=2).reshape(pages * P, -1, tables[0].shape[2], pages)
 
 
 @functools.cache
