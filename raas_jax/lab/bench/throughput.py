@@ -231,9 +231,9 @@ def sharing(
         _begun(params, policy, rows, each, prompt_tokens).after(1) for each in (samples, 1)
     )
     prompts = shared.state.cache.prompt, unshared.state.cache.prompt
-    sizes = (prompt.k.nbytes + prompt.v.nbytes for prompt in prompts)
+    shared_bytes, unshared_bytes = (prompt.k.nbytes + prompt.v.nbytes for prompt in prompts)
     timing = _in_turn(turns, shared=shared, unshared=unshared)
-    return Sharing(rows, samples, prompt_tokens, *sizes, *timing)
+    return Sharing(rows, samples, prompt_tokens, shared_bytes, unshared_bytes, *timing)
 
 
 def _in_turn(turns: int, **batches: TimedDecode) -> tuple[float, float, float]:
