@@ -95,7 +95,7 @@ class Eval:
             if self.task == "lemma":
                 self._run_lemma(self.out)
             else:
-                self._ask(self.out, self._open(), self._tried("1024"))
+                self._ask(self.out, self._tried("1024"), self._open())
         return print_report(self.out)
 
     def _given(self) -> dict[str, str]:
@@ -125,7 +125,7 @@ class Eval:
         if self.samples > 1 or self.sampling.temperature > 0:
             from raas_jax.lab.tasks.benchmarks.lemma import lemma_benchmark
 
-            self._ask(out, lemma_benchmark(task), tried)
+            self._ask(out, tried, lemma_benchmark(task))
             return
         if self.rows == "auto" or self.mesh is not None:
             raise ValueError(
@@ -145,7 +145,7 @@ class Eval:
             raise ValueError(f"--limit is {self.limit}; it must be at least 1.")
         return open_benchmark(self.task, self.data).first(self.limit)
 
-    def _ask(self, out: str, benchmark: Benchmark, tried: list[Policy]) -> None:
+    def _ask(self, out: str, tried: list[Policy], benchmark: Benchmark) -> None:
         from raas_jax import load
         from raas_jax.lab import runs as evaluate
         from raas_jax.sharding import make_mesh
