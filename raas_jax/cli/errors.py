@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 import typing
 
 import tyro
+
+
+def note(text: str) -> None:
+    """Says on stderr what a user should know beside the results."""
+    print(f"raas-jax: note: {text}", file=sys.stderr)
 
 
 def flags(command: type) -> dict[str, str]:

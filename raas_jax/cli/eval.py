@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import re
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from raas_jax.cli.options import (
-    Dtype,
-    File,
-    Int,
-    Mesh,
-    Model,
-    SamplingOptions,
-    parse_mesh,
-    parse_policies,
-    unset,
-)
+from raas_jax.cli import options
+from raas_jax.cli.errors import note
 
 if TYPE_CHECKING:
     from raas_jax.lab.tasks.benchmarks import Benchmark
@@ -38,25 +28,27 @@ class Eval:
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Task: lemma, gsm8k, math500, aime24, or your own: JSONL ("prompt", "answer") or Python."""
-    out: Annotated[str | None, unset("DIR", aliases=["-o"])] = None
+    out: Annotated[str | None, options.unset("DIR", aliases=["-o"])] = None
     """Folder for the samples and the tables."""
-    config: File = None
+    config: options.File = None
     """Study, such as configs/study_tradeoff.yaml; only --out, --model and --dtype go with it."""
-    model: Model = "demo"
+    model: options.Model = "demo"
     policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = "dense,raas"
     """Policies with commas, each with its options, as in raas:alpha=0.01:granularity=layer."""
-    budgets: Annotated[str | None, unset("INTS", "32,64,128,256 for lemma, else 1024")] = None
+    budgets: Annotated[str | None, options.unset("INTS", "32,64,128,256 for lemma, else 1024")] = (
+        None
+    )
     """Budgets, with commas, of the policies that have one."""
-    page_size: Annotated[int | None, unset("INT", "16")] = None
+    page_size: options.PageSize = None
     """Tokens per page, for all policies."""
-    data: File = None
+    data: options.File = None
     """JSONL file with the problems, in place of the hub."""
-    limit: Int = None
+    limit: options.Int = None
     """Number of problems to ask, from the first; by default all."""
     samples: int = 1
     """Answers per problem and policy, at a --temperature above 0."""
-    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
-    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    sampling: options.SamplingOptions = dataclasses.field(default_factory=options.SamplingOptions)
+    max_new_tokens: options.MaxNewTokens = None
     """Most tokens of an answer; by default as for generate, in lemma 1.5 times the right answer."""
     no_chat: bool = False
     """Ask without the model's chat template."""
@@ -64,7 +56,7 @@ class Eval:
     """Answers at once; auto is as many as fit the device's memory."""
     share: int = 1
     """Samples of a problem that share one copy of its prompt; divides --rows."""
-    mesh: Mesh = None
+    mesh: options.Mesh = None
     tokens: bool = False
     """Keep the token ids of every answer too."""
     graders: int = 2
@@ -75,13 +67,13 @@ class Eval:
     """Grade the reference answers and near misses instead, and count the right verdicts."""
     problems: int = 200
     """Number of problems (lemma)."""
-    definitions: Annotated[str, tyro.conf.arg(metavar="FROM-TO")] = "24-48"
+    definitions: options.Definitions = "24-48"
     """Definitions of each problem (lemma)."""
     late_facts: int = 0
     """Values that are found early and needed only at the end (lemma)."""
     split: Annotated[str, tyro.conf.arg(metavar="{test,validation}")] = "test"
     """Split of the problems, none of which the demo was trained on (lemma)."""
-    dtype: Dtype = None
+    dtype: options.Dtype = None
 
     def run(self) -> int:
         """Runs what is missing, then prints the table and saves it beside the samples."""
@@ -89,33 +81,37 @@ class Eval:
 
         evaluate.check_task(self.task)
         if self.check_grader:
-            return self._check_grader()
+            with _missing_packages():
+                return self._check_grader()
         if self.out is None:
             raise ValueError("--out DIR is missing: the folder for the samples and the tables.")
         if self.config is not None:
             return self._run_study(self.out, self.config)
-        self._refuse(BENCHMARK_ONLY if self.task == "lemma" else LEMMA_ONLY)
-        try:
-            with _resumable(self.out):
-                (self._run_lemma if self.task == "lemma" else self._run_benchmark)(self.out)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        of_others = BENCHMARK_ONLY if self.task == "lemma" else LEMMA_ONLY
+        for name, flag in self._given().items():
+            if name in of_others:
+                raise ValueError(f"{flag} is not an option of the task {self.task}; leave it out.")
+        with _missing_packages(), _resumable(self.out):
+            if self.task == "lemma":
+                self._run_lemma(self.out)
+            else:
+                self._ask(self.out, self._tried("1024"), self._open())
         return print_report(self.out)
 
-    def _refuse(self, names: tuple[str, ...]) -> None:
-        for field in dataclasses.fields(self):
-            if field.name in names and getattr(self, field.name) != field.default:
-                flag, kind = field.name.replace("_", "-"), "not an option of"
-                raise ValueError(f"--{flag} is {kind} the task {self.task}; leave it out.")
+    def _given(self) -> dict[str, str]:
+        """Flags of the options that differ from their defaults, by name."""
+        usual = vars(Eval(self.task))
+        names = (name for name, value in vars(self).items() if value != usual[name])
+        return {name: "--" + name.replace("_", "-") for name in names}
 
     def _tried(self, budgets: str) -> list[Policy]:
-        return parse_policies(self.policies, self.budgets or budgets, self.page_size)
+        return options.parse_policies(self.policies, self.budgets or budgets, self.page_size)
 
     def _run_lemma(self, out: str) -> None:
         """With milestones recorded; sampled answers go through the engine, without."""
         from raas_jax.lab import runs as evaluate
 
-        smallest, largest = parse_range(self.definitions)
+        smallest, largest = options.parse_range(self.definitions)
         task = evaluate.LemmaTask(
             problems=self.problems,
             smallest=smallest,
@@ -129,7 +125,7 @@ class Eval:
         if self.samples > 1 or self.sampling.temperature > 0:
             from raas_jax.lab.tasks.benchmarks.lemma import lemma_benchmark
 
-            self._ask(out, lemma_benchmark(task), tried)
+            self._ask(out, tried, lemma_benchmark(task))
             return
         if self.rows == "auto" or self.mesh is not None:
             raise ValueError(
@@ -142,10 +138,6 @@ class Eval:
         decoding = evaluate.RecordedDecoding(self.rows)
         evaluate.run(params, task, tried, out, model=self.model, decoding=decoding)
 
-    def _run_benchmark(self, out: str) -> None:
-        tried = self._tried("1024")
-        self._ask(out, self._open(), tried)
-
     def _open(self) -> Benchmark:
         from raas_jax.lab.tasks.benchmarks import open_benchmark
 
@@ -153,7 +145,7 @@ class Eval:
             raise ValueError(f"--limit is {self.limit}; it must be at least 1.")
         return open_benchmark(self.task, self.data).first(self.limit)
 
-    def _ask(self, out: str, benchmark: Benchmark, tried: list[Policy]) -> None:
+    def _ask(self, out: str, tried: list[Policy], benchmark: Benchmark) -> None:
         from raas_jax import load
         from raas_jax.lab import runs as evaluate
         from raas_jax.sharding import make_mesh
@@ -166,17 +158,12 @@ class Eval:
             chat=False if self.no_chat else None,
             grading_seconds=self.grading_seconds,
         )
-        sizes = parse_mesh(self.mesh)
+        sizes = options.parse_mesh(self.mesh)
         mesh = make_mesh(sizes.get("data", 1), sizes.get("model", 1)) if sizes else None
         decoding = evaluate.EngineDecoding(asking, self.rows, self.share, mesh, self.tokens)
+        params = load(self.model, dtype=self.dtype, sharding=mesh)
         evaluate.run(
-            load(self.model, dtype=self.dtype, sharding=mesh),
-            benchmark,
-            tried,
-            out,
-            model=self.model,
-            decoding=decoding,
-            workers=self.graders,
+            params, benchmark, tried, out, model=self.model, decoding=decoding, workers=self.graders
         )
 
     def _check_grader(self) -> int:
@@ -186,28 +173,22 @@ class Eval:
         if self.task == "lemma":
             raise ValueError("lemma grades by plain comparison; --check-grader is for the others.")
         benchmark = self._open()
-        try:
-            with GraderPool(self.graders, self.grading_seconds, benchmark.grader) as graders:
-                table, bad = check_grader(benchmark.questions, graders)
-        except ImportError as error:
-            raise ValueError(str(error)) from error
+        with GraderPool(self.graders, self.grading_seconds, benchmark.grader) as graders:
+            table, bad = check_grader(benchmark.questions, graders)
         print(table, end="")
         for line in bad:
             print(f"raas-jax: wrong mark: {line}", file=sys.stderr)
         return 1 if bad else 0
 
     def _run_study(self, out: str, file: str) -> int:
+        from raas_jax import load
         from raas_jax.lab.runs.planning import run_study
         from raas_jax.lab.runs.study import Study
 
-        meant = {"task", "out", "config", "model", "dtype"}
-        for field in dataclasses.fields(self):
-            if field.name not in meant and getattr(self, field.name) != _default(field):
-                flag = field.name.replace("_", "-")
-                raise ValueError(f"--{flag} is given beside --config; write it into {file}.")
+        for name, flag in self._given().items():
+            if name not in ("out", "config", "model", "dtype"):
+                raise ValueError(f"{flag} is given beside --config; write it into {file}.")
         study = Study.from_file(file)
-        from raas_jax import load
-
         params = load(self.model, dtype=self.dtype)
         with _resumable(out):
             run_study(params, study, out, model=self.model)
@@ -226,10 +207,12 @@ class Report:
         return print_report(self.folder)
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+@contextlib.contextmanager
+def _missing_packages() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -248,13 +231,5 @@ def print_report(folder: str) -> int:
     text, remarks = evaluate.report(folder)
     print(text, end="")
     for remark in remarks:
-        print(f"raas-jax: note: {remark}", file=sys.stderr)
+        note(remark)
     return 0
-
-
-def parse_range(text: str) -> tuple[int, int]:
-    """`24-48`, or `64` for 64-64. Raises ValueError."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if not found:
-        raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
-    return int(found[1]), int(found[2] or found[1])

@@ -6,21 +6,13 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import raas_jax
-from raas_jax.cli.options import (
-    Dtype,
-    File,
-    Model,
-    PolicyOptions,
-    SamplingOptions,
-    readable_bytes,
-    unset,
-)
+from raas_jax.cli import options
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -33,13 +25,13 @@ INTERRUPTED = 130
 class Generate:
     """Answer a prompt, or a file of them."""
 
-    prompt: Annotated[str | None, tyro.conf.Positional, unset("[PROMPT]")] = None
+    prompt: Annotated[str | None, tyro.conf.Positional, options.unset("[PROMPT]")] = None
     """Text to answer; or give --prompt-file."""
-    prompt_file: File = None
+    prompt_file: options.File = None
     """Prompts, one per line, as text or JSON ({"prompt": ...}, {"messages": [...]}); - is stdin."""
-    model: Model = "demo"
-    dtype: Dtype = None
-    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    model: options.Model = "demo"
+    dtype: options.Dtype = None
+    max_new_tokens: options.MaxNewTokens = None
     """Most tokens of an answer; by default what the model's context leaves, at most 32768."""
     stop: Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], tyro.conf.arg(metavar="TEXT")] = ()
     """Text before which an answer stops."""
@@ -49,15 +41,15 @@ class Generate:
     """Print one JSON object per prompt instead of streaming text."""
     rows: int = 1
     """Prompts that are answered at once, with --json."""
-    policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
-    sampling: SamplingOptions = dataclasses.field(default_factory=SamplingOptions)
+    policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)
+    sampling: options.SamplingOptions = dataclasses.field(default_factory=options.SamplingOptions)
 
     def run(self) -> int:
         """Prints the answers. Ctrl-C ends with what there is, and exit code 130."""
         prompts = self._prompts()
         if self.rows < 1:
             raise ValueError(f"--rows is {self.rows}; it must be at least 1.")
-        options: dict[str, Any] = {
+        wanted: dict[str, Any] = {
             "policy": self.policy.create(),
             "sampling": self.sampling.create(),
             "seed": self.sampling.seed,
@@ -66,7 +58,7 @@ class Generate:
         }
         params = raas_jax.load(self.model, dtype=self.dtype)
         answer = self._print_json if self.json else self._stream
-        return INTERRUPTED if answer(params, prompts, options) else 0
+        return INTERRUPTED if answer(params, prompts, wanted) else 0
 
     def _prompts(self) -> list[Prompt]:
         if (self.prompt is None) == (self.prompt_file is None):
@@ -87,7 +79,7 @@ class Generate:
         return prompt
 
     def _stream(
-        self, params: raas_jax.Params, prompts: list[Prompt], options: dict[str, Any]
+        self, params: raas_jax.Params, prompts: list[Prompt], wanted: dict[str, Any]
     ) -> bool:
         """Prints each answer as it comes; gives whether it was interrupted."""
         from tqdm import tqdm
@@ -99,7 +91,7 @@ class Generate:
                 print()
             clock = _Clock()
             with tqdm(unit=" tokens", delay=1, disable=hidden) as bar:
-                pieces = raas_jax.stream(params, prompt, **options)
+                pieces = raas_jax.stream(params, prompt, **wanted)
                 try:
                     for piece in pieces:
                         output = _show(piece, clock, bar)
@@ -115,12 +107,12 @@ class Generate:
         return False
 
     def _print_json(
-        self, params: raas_jax.Params, prompts: list[Prompt], options: dict[str, Any]
+        self, params: raas_jax.Params, prompts: list[Prompt], wanted: dict[str, Any]
     ) -> bool:
         """Prints one object per prompt, in their order; gives whether it was interrupted."""
         began, tokens = time.perf_counter(), 0
-        for batch in _batches(prompts, self.rows):
-            outputs = raas_jax.generate(params, batch, **options)
+        for start in range(0, len(prompts), self.rows):
+            outputs = raas_jax.generate(params, prompts[start : start + self.rows], **wanted)
             for output in outputs:
                 print(json.dumps(as_json(output), ensure_ascii=False), flush=True)
                 tokens += len(output.tokens)
@@ -157,21 +149,15 @@ def _show(piece: raas_jax.Piece, clock: _Clock, bar: tqdm) -> raas_jax.Output | 
     return piece.output
 
 
-def _batches(prompts: list[Prompt], rows: int) -> Iterator[list[Prompt]]:
-    for start in range(0, len(prompts), rows):
-        yield prompts[start : start + rows]
-
-
 def as_json(output: raas_jax.Output) -> dict[str, Any]:
     """The object that `--json` prints."""
     assert output.stats is not None
-    stats = dataclasses.asdict(output.stats)
-    fields = ("prompt_tokens", "generated_tokens", "kept_pages", "evicted_pages")
+    sizes = ("prompt_tokens", "generated_tokens", "kept_pages", "evicted_pages")
     return {
         "text": output.text,
         "token_ids": list(output.tokens),
         "finish_reason": output.finish_reason,
-        **{name: stats[name] for name in (*fields, "kv_bytes", "dense_kv_bytes")},
+        **{name: getattr(output.stats, name) for name in (*sizes, "kv_bytes", "dense_kv_bytes")},
     }
 
 
@@ -185,8 +171,7 @@ def summary(output: raas_jax.Output, speed: float | None = None) -> str:
         "interrupted": "interrupted",
     }
     rate = "" if speed is None else f", {speed:.0f} tokens/s"
-    memory = readable_bytes(stats.kv_bytes)
-    dense = readable_bytes(stats.dense_kv_bytes)
+    memory, dense = map(options.readable_bytes, (stats.kv_bytes, stats.dense_kv_bytes))
     return (
         f"[{stats.generated_tokens} tokens after a prompt of {stats.prompt_tokens}{rate}; "
         f"{ends.get(str(output.finish_reason), output.finish_reason)}]\n"

@@ -6,20 +6,11 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from raas_jax.cli.options import (
-    File,
-    Int,
-    Mesh,
-    PolicyOptions,
-    parse_mesh,
-    read_config,
-    readable_bytes,
-    unset,
-)
+from raas_jax.cli import options
 from raas_jax.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -31,9 +22,9 @@ if TYPE_CHECKING:
 class Memory:
     """Say what a run takes in memory, without running it."""
 
-    config: File = None
+    config: options.File = None
     """Shape of the model: a config.json, or YAML with the same fields."""
-    model: Annotated[str | None, unset("SOURCE", aliases=["-m"])] = None
+    model: Annotated[str | None, options.unset("SOURCE", aliases=["-m"])] = None
     """Model in place of --config: hub id (only config.json is fetched), folder, or demo."""
     batch: int = 1
     """Sequences at once."""
@@ -41,18 +32,16 @@ class Memory:
     """Length of every prompt."""
     max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 32768
     """Tokens generated per sequence."""
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, unset("{float32,bfloat16,float16}")
-    ] = None
+    dtype: Annotated[options.DtypeName | None, options.unset("{float32,bfloat16,float16}")] = None
     """Data type of weights and cache; by default the model's own."""
-    layers: Int = None
+    layers: options.Int = None
     """Number of layers, in place of the model's own."""
-    target: Annotated[str | None, unset("KIND:SHAPE")] = None
+    target: Annotated[str | None, options.unset("KIND:SHAPE")] = None
     """Hardware to compile for, in place of what is at hand, such as v5e:2x4; nothing is run."""
-    mesh: Mesh = None
+    mesh: options.Mesh = None
     json: bool = False
     """Print JSON instead of a table."""
-    policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
+    policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)
 
     def run(self) -> int:
         """Prints the table, or the JSON object."""
@@ -69,7 +58,7 @@ class Memory:
             batch=self.batch,
             dtype=self.dtype,
             target=self.target,
-            **parse_mesh(self.mesh),
+            **options.parse_mesh(self.mesh),
         )
         print(json.dumps(dataclasses.asdict(account), indent=2) if self.json else table(account))
         return 0
@@ -78,14 +67,11 @@ class Memory:
         if (self.config is None) == (self.model is None):
             raise ValueError("give one of --config FILE and --model SOURCE.")
         file = self.config if self.config is not None else config_file(str(self.model))
-        return read_config(file, self.layers)
+        return options.read_config(file, self.layers)
 
 
 def config_file(source: str) -> str:
-    """The config.json of a model; of a hub id nothing else is downloaded.
-
-    Raises FileNotFoundError where it cannot be found.
-    """
+    """The config.json of a model, the only file that is fetched. Raises FileNotFoundError."""
     from raas_jax.weights import locate
 
     if source == "demo" or Path(source).exists() or source.count("/") != 1:
@@ -116,7 +102,7 @@ def table(account: Account) -> str:
         *_compiled("prefill", account.prefill, account.platform),
     ]
     lines = [
-        f"{name:22}{readable_bytes(size):>10}  {size:>16,} {note}".rstrip()
+        f"{name:22}{options.readable_bytes(size):>10}  {size:>16,} {note}".rstrip()
         for name, size, note in rows
     ]
     if account.devices > 1:
@@ -128,10 +114,10 @@ def table(account: Account) -> str:
 
 
 def _verdict(account: Account) -> str:
-    room = f" of {readable_bytes(account.available)}" if account.available else ""
+    room = f" of {options.readable_bytes(account.available)}" if account.available else ""
     if account.fits:
         peaks = [part.peak for part in (account.decode, account.prefill) if part is not None]
-        taken = readable_bytes(max(peaks)) if peaks else "all"
+        taken = options.readable_bytes(max(peaks)) if peaks else "all"
         return f"fits                  {taken:>10}{room} on {account.platform}"
     return f"does not fit {account.platform}{room}: {account.refusal}"
 

@@ -28,13 +28,14 @@ def unset(metavar: str, default: str = "", **more: Any) -> Any:
 
 Int = Annotated[int | None, unset("INT")]
 File = Annotated[str | None, unset("FILE")]
+PageSize = Annotated[int | None, unset("INT", "16")]
+MaxNewTokens = Annotated[int | None, unset("INT", aliases=["-n"])]
+Definitions = Annotated[str, tyro.conf.arg(metavar="FROM-TO")]
 SOURCE = "Hub id, Hugging Face or Orbax folder, or demo."
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help=SOURCE)]
 DTYPE = "Data type of the weights; by default bfloat16 on accelerators, float32 on CPUs."
-Dtype = Annotated[
-    Literal["float32", "bfloat16", "float16"] | None,
-    unset("{float32,bfloat16,float16}", help=DTYPE),
-]
+DtypeName = Literal["float32", "bfloat16", "float16"]
+Dtype = Annotated[DtypeName | None, unset("{float32,bfloat16,float16}", help=DTYPE)]
 MESH = "Devices that split rows (data) and heads (model), as in data=4,model=2, or 4x2 for short."
 Mesh = Annotated[str | None, unset("data=INT,model=INT", help=MESH)]
 
@@ -59,7 +60,7 @@ class PolicyOptions:
     """Any other option of the policy, such as recent=64; a wrong one lists all."""
     budget: Annotated[int | None, unset("INT", "1024")] = None
     """Tokens kept for each sequence, layer and key/value head."""
-    page_size: Annotated[int | None, unset("INT", "16")] = None
+    page_size: PageSize = None
     """Tokens per page, the unit that is kept or forgotten."""
     granularity: Annotated[
         Literal["kv_head", "layer"] | None, unset("{kv_head,layer}", "kv_head; tova: layer")
@@ -80,10 +81,7 @@ class PolicyOptions:
     """Attention of a page: exact (mass), or the paper's upper bound (raas)."""
 
     def create(self) -> Policy:
-        """The policy with the options that were given.
-
-        Raises ValueError for an unknown policy or option (near matches), and for a wrong value.
-        """
+        """The policy. Raises ValueError for an unknown policy or option, or a wrong value."""
         from raas_jax import policies
 
         given = {name: value for name, value in vars(self).items() if value is not None}
@@ -114,15 +112,14 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
     """
     from raas_jax import policies
 
-    sizes = _whole_numbers(budgets)
+    sizes = whole_numbers("--budgets", budgets, "32,64,128")
     found: list[Policy] = []
     for spec in split_names(names):
-        given: dict[str, int] = {}
-        if page_size is not None and not _names(spec, "page_size"):
-            given["page_size"] = page_size
+        own = {part.partition("=")[0].strip().replace("-", "_") for part in spec.split(":")[1:]}
+        given = {} if page_size is None or "page_size" in own else {"page_size": page_size}
         kind = policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
         has_budget = any(field.name == "budget" for field in dataclasses.fields(kind))
-        if has_budget and not _names(spec, "budget"):
+        if has_budget and "budget" not in own:
             found += [policies.parse(spec, budget=budget, **given) for budget in sizes]
         else:
             found.append(policies.parse(spec, **given))
@@ -131,16 +128,20 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
     return found
 
 
-def _names(spec: str, option: str) -> bool:
-    parts = (part.partition("=")[0].strip().replace("-", "_") for part in spec.split(":")[1:])
-    return option in parts
-
-
-def _whole_numbers(text: str) -> list[int]:
+def whole_numbers(flag: str, text: str, example: str) -> list[int]:
+    """`32,64` → `[32, 64]`. Raises ValueError, with flag and example, for anything else."""
     try:
         return [int(part) for part in split_names(text)]
     except ValueError:
-        raise ValueError(f"--budgets is {text!r}; write for example 32,64,128.") from None
+        raise ValueError(f"{flag} is {text!r}; write for example {example}.") from None
+
+
+def parse_range(text: str) -> tuple[int, int]:
+    """`24-48`, or `64` for 64-64. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
+    if not found:
+        raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def split_names(text: str) -> list[str]:
@@ -149,10 +150,7 @@ def split_names(text: str) -> list[str]:
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
-    """`data=2,model=4`, or `2x4`, as the arguments of `make_mesh`; none for None.
-
-    Raises ValueError for anything else.
-    """
+    """`data=2,model=4`, or `2x4`, as arguments of `make_mesh`. Raises ValueError."""
     if text is None:
         return {}
     short = re.fullmatch(r"(\d+)x(\d+)", text.strip())

@@ -58,10 +58,8 @@ def parse_line(line: str, where: str) -> Prompt:
             "text that begins with a brace goes there too."
         ) from error
     if ("prompt" in fields) == ("messages" in fields):
-        raise ValueError(
-            f'{where}: has the fields {", ".join(fields) or "none"}; give one of "prompt" and '
-            '"messages".'
-        )
+        has = f"has the fields {', '.join(fields) or 'none'}"
+        raise ValueError(f'{where}: {has}; give one of "prompt" and "messages".')
     if "messages" in fields:
         return _messages(fields["messages"], where)
     prompt = fields["prompt"]
@@ -83,8 +81,7 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
         for message in value
     )
     if not good:
-        raise ValueError(
-            f'{where}: "messages" must be a list of {{"role": "...", "content": "..."}}.'
-        )
+        wanted = '{"role": "...", "content": "..."}'
+        raise ValueError(f'{where}: "messages" must be a list of {wanted}.')
     messages: list[dict[str, str]] = value
     return messages

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from raas_jax.cli.options import Dtype, Int, Model, PolicyOptions, readable_bytes, unset
+from raas_jax.cli.errors import note
+from raas_jax.cli.options import (
+    Dtype,
+    Int,
+    MaxNewTokens,
+    Model,
+    PolicyOptions,
+    readable_bytes,
+    unset,
+)
 
 if TYPE_CHECKING:
     from raas_jax.lab.trace import Trace as Traced
@@ -29,7 +38,7 @@ class Trace:
     model: Model = "demo"
     heads: Annotated[str | None, unset("LAYER.HEAD,...")] = None
     """Key/value heads to show, from 0; by default those that read milestones and prompt most."""
-    max_new_tokens: Annotated[int | None, unset("INT", aliases=["-n"])] = None
+    max_new_tokens: MaxNewTokens = None
     """Most tokens of the answer; by default half as much again as the right derivation takes."""
     dtype: Dtype = None
     policy: PolicyOptions = dataclasses.field(default_factory=PolicyOptions)
@@ -49,16 +58,11 @@ class Trace:
         folder = Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)
         params = load(self.model, dtype=self.dtype)
-        dense = Dense(page_size=policy.page_size)
-        whole = trace(params, prompt, dense, heads=heads, max_new_tokens=self.max_new_tokens)
-        seen = [whole]
+        see = partial(trace, params, prompt, max_new_tokens=self.max_new_tokens)
+        seen = [see(Dense(page_size=policy.page_size), heads=heads)]
         if not isinstance(policy, Dense):
-            shown = list(whole.attention)
-            seen.append(
-                trace(params, prompt, policy, heads=shown, max_new_tokens=self.max_new_tokens)
-            )
-        for line in write(seen, folder):
-            print(line)
+            seen.append(see(policy, heads=list(seen[0].attention)))
+        print(*write(seen, folder), sep="\n")
         return 0
 
     def _prompt(self) -> str:
@@ -82,14 +86,11 @@ def write(traces: list[Traced], folder: Path) -> list[str]:
     last = traces[-1]
     said = [summary(each) for each in traces]
     if not last.evicted() and len(traces) > 1:
-        print(
-            "raas-jax: note: nothing was forgotten, since the answer fits the budget; a smaller "
-            f"--budget, such as {max(2, last.pages // 4) * last.recording.page_size}, shows more.",
-            file=sys.stderr,
+        note(
+            "nothing was forgotten, since the answer fits the budget; a smaller --budget, such as "
+            f"{max(2, last.pages // 4) * last.recording.page_size}, shows more."
         )
-    waterfall, pages, page = (
-        folder / name for name in ("waterfall.png", "pages.png", "index.html")
-    )
+    waterfall, pages, page = folder / "waterfall.png", folder / "pages.png", folder / "index.html"
     draw_waterfall(traces, waterfall)
     draw_pages(last, pages)
     pictures = [

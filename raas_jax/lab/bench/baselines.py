@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -22,16 +22,6 @@ from raas_jax.session import Session
 
 WHOLE_RUNS = 2048
 """Up to this length, transformers' generate is also timed from the first token to the last."""
-
-
-class Baseline(Protocol):
-    """A model of transformers at one length; `whole_seconds` where a whole run was timed."""
-
-    whole_seconds: float | None
-
-    def time_chunk(self) -> float:
-        """Seconds per step."""
-        ...
 
 
 class _Generate:
@@ -45,9 +35,8 @@ class _Generate:
         self.whole_seconds: float | None = None
         generated = tokens.shape[1] - prompt_tokens
         if generated < WHOLE_RUNS:
-            prompt = self.tokens[:, :prompt_tokens]
-            whole = partial(self._generate, prompt, None, generated + chunk)
-            _, self.whole_seconds = timed(whole)
+            whole = self.tokens[:, :prompt_tokens], None, generated + chunk
+            _, self.whole_seconds = timed(partial(self._generate, *whole))
         with torch.no_grad():
             self.cache = model(self.tokens[:, :-1], logits_to_keep=1).past_key_values
 
@@ -100,35 +89,33 @@ class _StaticCache:
         """Seconds per step, greedy, with nothing but the forward pass and an argmax."""
         import torch
 
+        def wait() -> None:
+            if self.model.device.type == "cuda":
+                torch.cuda.synchronize()
+
         with torch.no_grad():
             self.cache.reset()
             self.model(self.tokens[:, :-1], past_key_values=self.cache, logits_to_keep=1)
             token = self.tokens[:, -1:]
-            self._wait()
+            wait()
             start = time.perf_counter()
             for _ in range(self.chunk):
                 out = self.forward(token, past_key_values=self.cache)
                 # A copy, since a compiled step reuses the memory of its results.
                 token = out.logits[:, -1].argmax(-1, keepdim=True).clone()
-            self._wait()
+            wait()
         return (time.perf_counter() - start) / self.chunk
 
-    def _wait(self) -> None:
-        import torch
 
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+Baseline = _Generate | _StaticCache
+"""A model of transformers at one length; `whole_seconds` where a whole run was timed."""
 
 
 class Transformers:
     """The same weights in transformers."""
 
     def __init__(self, params: Params) -> None:
-        """Writes the weights to a temporary folder and reads them from there.
-
-        Raises:
-          ValueError: torch is not installed.
-        """
+        """Takes the weights through a temporary folder. Raises ValueError without torch."""
         try:
             import torch
         except ImportError:
@@ -160,8 +147,6 @@ def dense(params: Params, tokens: np.ndarray, chunk: int) -> TimedDecode:
 
     Its slots are a bucket, up to half as many again as the tokens need.
     """
-    batch, length = tokens.shape
-    policy = Dense()
-    session = Session.create(params, policy, [length] * batch, 2 * chunk)
-    pages = pages_for(chunk, policy.page_size)
+    session = Session.create(params, Dense(), [tokens.shape[1]] * len(tokens), 2 * chunk)
+    pages = pages_for(chunk, session.plan.page_size)
     return TimedDecode.start(session, tokens.tolist(), 0, pages)

@@ -17,7 +17,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from tqdm import tqdm
 
 from raas_jax import policies
@@ -28,6 +27,7 @@ from raas_jax.lab.bench.turns import (
     TimedDecode,
     check_positive,
     median_ratio,
+    random_prompts,
     take_turns,
 )
 from raas_jax.params import Params
@@ -65,10 +65,9 @@ class SlidingWindow(Policy):
 
 @dataclasses.dataclass
 class PolicyTiming:
-    """One policy.
+    """One policy, by name.
 
     Attributes:
-      policy: its name.
       slots: tokens that the slots of its last group of layers hold, `S * P`: what a step reads,
         besides the prompt and the current page.
       ms_per_token: median milliseconds per step; a step gives one token to every row.
@@ -113,8 +112,8 @@ def compare(
 
     Args:
       params: the model, usually `Params.random`.
-      tried: what to compare, by name; policies that keep everything are measured at the length at
-        which the last of the others is full.
+      tried: by name; policies that keep everything are measured at the length at which the last of
+        the others is full.
       prompt_tokens: length of the random prompt of every row.
       batch: rows.
       repetitions: timed turns of `ROUND` tokens.
@@ -127,9 +126,7 @@ def compare(
     if not tried:
         raise ValueError("tried is empty; name at least one policy.")
     warm = _tokens_to_fill(params, list(tried.values()), prompt_tokens)
-    rng = np.random.default_rng(0)
-    shape = batch, prompt_tokens
-    prompts = rng.integers(0, params.config.vocab_size, shape, dtype=np.int32).tolist()
+    prompts = random_prompts(params, batch, prompt_tokens).tolist()
     windows = {name: _window(params, policy, prompt_tokens, warm) for name, policy in tried.items()}
     # Next to its window, so that a busy moment hits both.
     entries: dict[str, Policy] = {}
@@ -137,10 +134,12 @@ def compare(
         if window is not None:
             entries[repr(window)] = window
         entries |= {name: tried[name] for name, own in windows.items() if own == window}
-    decodes = {
-        name: _full(params, policy, prompts, warm)
-        for name, policy in tqdm(entries.items(), "filling", unit="policy", disable=not progress)
-    }
+    decodes = {}
+    for name, policy in tqdm(entries.items(), "filling", unit="policy", disable=not progress):
+        pages = pages_for(ROUND, policy.page_size)
+        new = warm + 2 * pages * policy.page_size
+        session = Session.create(params, policy, [prompt_tokens] * batch, new)
+        decodes[name] = TimedDecode.start(session, prompts, warm, pages)
     contenders = [Contender(name, warm, decode.time_chunk) for name, decode in decodes.items()]
     times = dict(zip(decodes, take_turns(contenders, repetitions, progress), strict=True))
     raas = next((name for name, policy in tried.items() if isinstance(policy, RaaS)), None)
@@ -177,11 +176,11 @@ def every_policy(
     params: Params, budget: int, page_size: int
 ) -> Iterator[tuple[dict[str, Policy], list[str]]]:
     """All of `EVERY` with this budget, and why any is left out; triattention is calibrated here."""
-    rng = np.random.default_rng(1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "centres.safetensors"
-        ids = rng.integers(0, params.config.vocab_size, 256).tolist()
-        calibrate(params, [ids], progress=False).write(file)
+        calibrate(params, random_prompts(params, 1, 256, seed=1).tolist(), progress=False).write(
+            file
+        )
         made: dict[str, Policy] = {}
         left_out: list[str] = []
         for text in EVERY:
@@ -221,13 +220,3 @@ def _window(params: Params, policy: Policy, prompt_tokens: int, warm: int) -> Sl
         return None
     slots = _slots(params, policy, prompt_tokens, warm + 2 * ROUND)
     return SlidingWindow(slots * policy.page_size, page_size=policy.page_size)
-
-
-def _full(
-    params: Params, policy: Policy, prompts: Sequence[Sequence[int]], warm: int
-) -> TimedDecode:
-    """A decode that has filled its slots."""
-    pages = pages_for(ROUND, policy.page_size)
-    new = warm + 2 * pages * policy.page_size
-    session = Session.create(params, policy, list(map(len, prompts)), new)
-    return TimedDecode.start(session, prompts, warm, pages)

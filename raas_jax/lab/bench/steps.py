@@ -29,6 +29,7 @@ from raas_jax.lab.bench.turns import (
     check_positive,
     copied,
     endless,
+    random_prompts,
     take_turns,
     timed,
 )
@@ -48,19 +49,14 @@ class Timing:
     Attributes:
       generated: tokens generated when the timed steps end.
       ms_per_token: median milliseconds per step; a step gives one token to every row.
-      floor_ms: bytes that a step must read, over the measured bandwidth, in milliseconds.
-      over_floor: their ratio.
+      floor_ms, over_floor: bytes that a step must read over the measured bandwidth, and the ratio.
       compile_seconds: of prefill and decode together; lengths of one shape share it.
       kv_bytes: memory of the cache: all segments, metadata and padding.
-      transformers_ms_per_token: the same steps in Hugging Face's generate, where asked for.
-      speedup: transformers' time over ours.
-      whole_run_speedup: the same of whole runs, prompt included, up to
-        `baselines.WHOLE_RUNS` tokens.
-      dense_ms_per_token: the same steps of this library with a dense cache, where asked for.
-      over_dense: the dense cache's time over ours.
-      dense_kv_bytes: memory of the dense cache at this length.
-      largest_batch: rows that fit on this device up to this length, by the compiler's account.
-      dense_largest_batch: the same with a dense cache.
+      transformers_ms_per_token, speedup: the same steps in Hugging Face's generate, where asked
+        for, and its time over ours.
+      whole_run_speedup: the same of whole runs, prompt included, up to `baselines.WHOLE_RUNS`.
+      dense_ms_per_token, over_dense, dense_kv_bytes: this library with a dense cache.
+      largest_batch, dense_largest_batch: rows that fit up to this length, by the compiler.
     """
 
     generated: int
@@ -137,19 +133,17 @@ def bench(
             f"prompt_tokens + the longest of lengths (+ {2 * CHUNK}) is {prompt_tokens + longest}, "
             f"beyond the model's max_position_embeddings = {context}."
         )
-    if unknown := set(against) - {"transformers", "dense"}:
-        raise ValueError(f"against has {sorted(unknown)}; there are 'transformers' and 'dense'.")
-    rng = np.random.default_rng(0)
-    prompts = rng.integers(0, params.config.vocab_size, (batch, prompt_tokens), dtype=np.int32)
+    if set(against) - {"transformers", "dense"}:
+        raise ValueError(f"against is {list(against)}; there are 'transformers' and 'dense'.")
+    prompts = random_prompts(params, batch, prompt_tokens)
     reached = list(_reach(params, policy, prompts, sorted(set(lengths)), progress))
+    begin: dict[str, Callable[[np.ndarray, int], Any]] = {}
     if "transformers" in against:
-        begin = partial(baselines.Transformers(params).begin, prompt_tokens)
-        reached = [
-            each._replace(transformers=begin(each.tokens, each.own.chunk)) for each in reached
-        ]
+        begin["transformers"] = partial(baselines.Transformers(params).begin, prompt_tokens)
     if "dense" in against:
-        dense = partial(baselines.dense, params)
-        reached = [each._replace(dense=dense(each.tokens, each.own.chunk)) for each in reached]
+        begin["dense"] = partial(baselines.dense, params)
+    for name, start in begin.items():
+        reached = [each._replace(**{name: start(each.tokens, each.own.chunk)}) for each in reached]
     contenders = [Contender("bandwidth", 0, _reader())]
     for each in reached:
         contenders += each.contenders()
@@ -178,22 +172,13 @@ def bench(
 
 
 class _AtLength(NamedTuple):
-    """All that is timed at one length.
-
-    Attributes:
-      length: generated tokens.
-      own: a decode before the chunk in which the length is reached.
-      tokens: int32 `[B, T]`, prompts and what was generated before that chunk.
-      compile_seconds: of prefill and decode together.
-      whole_seconds: from the prompts to the end of the chunk, nothing compiled.
-      transformers, dense: the baselines that are wanted.
-    """
+    """All that is timed at one length, the baselines among it that are wanted."""
 
     length: int
-    own: TimedDecode
-    tokens: np.ndarray
+    own: TimedDecode  # before the chunk in which the length is reached
+    tokens: np.ndarray  # int32 [B, T], prompts and what was generated before that chunk
     compile_seconds: float
-    whole_seconds: float
+    whole_seconds: float  # from the prompts to the end of the chunk, nothing compiled
     transformers: baselines.Baseline | None = None
     dense: TimedDecode | None = None
 
@@ -300,8 +285,9 @@ def _generate(
     """At each of the lengths, which grow."""
     pages = pages_for(CHUNK, session.plan.page_size)
     _, compile_seconds = timed(partial(session.compile, pages))
-    start = partial(session.start, prompts.tolist(), endless(len(prompts)))
-    (state, progress), spent = timed(start)
+    (state, progress), spent = timed(
+        partial(session.start, prompts.tolist(), endless(len(prompts)))
+    )
     tokens, generated = [prompts, session.read(progress.tokens).T], 1
     for length in lengths:
         while generated < length:

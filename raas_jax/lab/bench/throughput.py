@@ -30,23 +30,15 @@ SLACK = 32  # Tokens that an answer may have beyond twice the longest right one'
 
 @dataclasses.dataclass
 class Throughput:
-    """One way to answer all problems.
-
-    Attributes:
-      how: its name.
-      problems, right, tokens: problems, those answered rightly, and tokens generated.
-      seconds: from the first problem to the last answer; the median over the turns.
-      row_steps: token steps times rows; None where they were not counted.
-      useful: share of the row-steps that gave a token of an answer.
-    """
+    """One way to answer all problems."""
 
     how: str
     problems: int
-    right: int
-    tokens: int
-    seconds: float
-    row_steps: int | None
-    useful: float | None
+    right: int  # problems that were answered rightly
+    tokens: int  # generated in all
+    seconds: float  # from the first problem to the last answer; the median over the turns
+    row_steps: int | None  # token steps times rows; None where they were not counted
+    useful: float | None  # share of the row-steps that gave a token of an answer
 
     @property
     def per_minute(self) -> float:
@@ -56,42 +48,28 @@ class Throughput:
 
 @dataclasses.dataclass
 class Age:
-    """Time per step of rows that have run for long, beside rows that have just filled the budget.
+    """Time per step of rows that have run for long, beside rows that just filled the budget."""
 
-    Attributes:
-      rows: in each of the two batches.
-      young, old: tokens that their rows had generated.
-      young_ms, old_ms: median milliseconds per step.
-      ratio: median of old over young, turn by turn.
-    """
-
-    rows: int
-    young: int
+    rows: int  # in each of the two batches
+    young: int  # tokens that the rows of one have generated
     old: int
-    young_ms: float
+    young_ms: float  # median milliseconds per step
     old_ms: float
-    ratio: float
+    ratio: float  # median of old over young, turn by turn
 
 
 @dataclasses.dataclass
 class Sharing:
-    """`samples` answers to each prompt, with one copy of the prompt and with one for each row.
-
-    Attributes:
-      rows, samples, prompt_tokens: of the batch.
-      shared_bytes, unshared_bytes: of the prompts' keys and values.
-      shared_ms, unshared_ms: median milliseconds per step.
-      ratio: median of shared over unshared, turn by turn.
-    """
+    """`samples` answers to each prompt, with one copy of the prompt and with one for each row."""
 
     rows: int
     samples: int
     prompt_tokens: int
-    shared_bytes: int
+    shared_bytes: int  # of the prompts' keys and values
     unshared_bytes: int
-    shared_ms: float
+    shared_ms: float  # median milliseconds per step
     unshared_ms: float
-    ratio: float
+    ratio: float  # median of shared over unshared, turn by turn
 
 
 def mixed_problems(count: int, smallest: int, largest: int, seed: int = 0) -> list[Problem]:
@@ -118,12 +96,9 @@ def throughput(
     prompts = [problem.prompt for problem in problems]
     limit = max(2 * len(problem.derivation_words) for problem in problems) + SLACK
     ids = [tokenizer.encode(params, prompt)[0][0] for prompt in prompts]
+    longest = max(map(len, ids))
     engine = Engine(
-        params,
-        policy=policy,
-        rows=rows,
-        max_new_tokens=limit,
-        max_prompt_tokens=max(map(len, ids)),
+        params, policy=policy, rows=rows, max_new_tokens=limit, max_prompt_tokens=longest
     )
     engine.warm_up()
     # Batches whose longest prompts share a bucket share a program; one of each compiles it.
@@ -149,30 +124,18 @@ def throughput(
     contenders = [Contender(how, limit, partial(seconds, how)) for how in ways]
     times = take_turns(contenders, turns, progress)
     steps = _batch_steps(answers["plain batches"], batches, policy.page_size)
-    counted: dict[str, int] = {
-        "engine": engine.usage.row_steps // turns,
-        "plain batches": steps * rows,
-    }
+    counted = {"engine": engine.usage.row_steps // turns, "plain batches": steps * rows}
     found = []
     for how, of_turns in zip(ways, times, strict=True):
-        tokens = answers[how]
-        drawn = sum(map(len, tokens))
-        row_steps = counted.get(how)
-        found.append(
-            Throughput(
-                how=how,
-                problems=len(prompts),
-                right=sum(
-                    grade(problem, tokenizer.decode(params, answer)).answer
-                    for problem, answer in zip(problems, tokens, strict=True)
-                ),
-                tokens=drawn,
-                seconds=statistics.median(of_turns),
-                row_steps=row_steps,
-                # The first token of each answer comes from the prompt.
-                useful=None if row_steps is None else (drawn - len(prompts)) / row_steps,
-            )
+        drawn, row_steps = sum(map(len, answers[how])), counted.get(how)
+        right = sum(
+            grade(problem, tokenizer.decode(params, answer)).answer
+            for problem, answer in zip(problems, answers[how], strict=True)
         )
+        # The first token of each answer comes from the prompt.
+        useful = None if row_steps is None else (drawn - len(prompts)) / row_steps
+        seconds_taken = statistics.median(of_turns)
+        found.append(Throughput(how, len(prompts), right, drawn, seconds_taken, row_steps, useful))
     return found
 
 
@@ -235,26 +198,18 @@ class _Transformers:
                     eos_token_id=self._stops,
                     pad_token_id=0,
                 )
-            found += [_to_stop(row, self._stops) for row in out[:, longest:].tolist()]
+            for row in out[:, longest:].tolist():
+                stops = (place for place, token in enumerate(row) if token in self._stops)
+                found.append(row[: next(stops, len(row)) + 1])
         return found
-
-
-def _to_stop(tokens: list[int], stops: list[int]) -> list[int]:
-    """Up to and with the first stop token."""
-    end = next((place for place, token in enumerate(tokens) if token in stops), len(tokens))
-    return tokens[: end + 1]
 
 
 def age(params: Params, policy: Policy, *, rows: int = 64, old: int = 4096, turns: int = 15) -> Age:
     """Time per step of a batch that has filled its budget, and of one at `old` tokens."""
     young = getattr(policy, "budget", 0) + 2 * policy.page_size
-    contenders = [
-        Contender(name, tokens, _begun(params, policy, rows, 1, 64).after(tokens).time_chunk)
-        for name, tokens in {"young": young, "old": old}.items()
-    ]
-    times = take_turns(contenders, turns)
-    young_ms, old_ms = (1e3 * statistics.median(of_batch) for of_batch in times)
-    return Age(rows, young, old, young_ms, old_ms, median_ratio(*reversed(times)))
+    begin = partial(_begun, params, policy, rows, 1, 64)
+    old_ms, young_ms, ratio = _in_turn(turns, old=begin().after(old), young=begin().after(young))
+    return Age(rows, young, old, young_ms, old_ms, ratio)
 
 
 def sharing(
@@ -268,31 +223,25 @@ def sharing(
 ) -> Sharing:
     """Bytes and time per step of a batch whose rows share prompts, and of one whose do not.
 
-    Raises:
-      ValueError: the rows are not a multiple of `samples`.
+    Raises ValueError unless the rows are a multiple of `samples`.
     """
     if rows % samples:
         raise ValueError(f"rows is {rows}; it must be a multiple of samples, {samples}.")
-    batches = [_begun(params, policy, rows, each, prompt_tokens).after(1) for each in (samples, 1)]
-    names = "shared", "unshared"
-    times = take_turns(
-        [Contender(name, 1, batch.time_chunk) for name, batch in zip(names, batches, strict=True)],
-        turns,
+    shared, unshared = (
+        _begun(params, policy, rows, each, prompt_tokens).after(1) for each in (samples, 1)
     )
-    shared_bytes, unshared_bytes = (
-        batch.state.cache.prompt.k.nbytes + batch.state.cache.prompt.v.nbytes for batch in batches
-    )
-    shared_ms, unshared_ms = (1e3 * statistics.median(of_batch) for of_batch in times)
-    return Sharing(
-        rows=rows,
-        samples=samples,
-        prompt_tokens=prompt_tokens,
-        shared_bytes=shared_bytes,
-        unshared_bytes=unshared_bytes,
-        shared_ms=shared_ms,
-        unshared_ms=unshared_ms,
-        ratio=median_ratio(*times),
-    )
+    prompts = shared.state.cache.prompt, unshared.state.cache.prompt
+    shared_bytes, unshared_bytes = (prompt.k.nbytes + prompt.v.nbytes for prompt in prompts)
+    timing = _in_turn(turns, shared=shared, unshared=unshared)
+    return Sharing(rows, samples, prompt_tokens, shared_bytes, unshared_bytes, *timing)
+
+
+def _in_turn(turns: int, **batches: TimedDecode) -> tuple[float, float, float]:
+    """Median milliseconds per step of two batches, and the median ratio of first to second."""
+    contenders = [Contender(name, 1, batch.time_chunk) for name, batch in batches.items()]
+    times = take_turns(contenders, turns)
+    one, other = (1e3 * statistics.median(of_batch) for of_batch in times)
+    return one, other, median_ratio(*times)
 
 
 def _begun(params: Params, policy: Policy, rows: int, samples: int, length: int) -> TimedDecode:

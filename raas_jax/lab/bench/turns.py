@@ -11,9 +11,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from tqdm import tqdm
 
 from raas_jax.decode import DecodeState, RowRequest
+from raas_jax.params import Params
 from raas_jax.policies import pages_for
 from raas_jax.session import Session
 
@@ -22,16 +24,10 @@ wait: Callable[[Any], Any] = jax.block_until_ready  # Which JAX leaves without t
 
 
 class Contender(NamedTuple):
-    """What is timed beside others.
-
-    Attributes:
-      name: what it is.
-      length: generated tokens at which it is timed.
-      time_chunk: seconds per step, measured anew by every call.
-    """
+    """What is timed beside others; `time_chunk` measures the seconds per step anew."""
 
     name: str
-    length: int
+    length: int  # generated tokens at which it is timed
     time_chunk: Callable[[], float]
 
 
@@ -55,6 +51,12 @@ def median_ratio(times: Sequence[float], others: Sequence[float]) -> float:
     return statistics.median(one / other for one, other in zip(times, others, strict=True))
 
 
+def random_prompts(params: Params, rows: int, tokens: int, seed: int = 0) -> np.ndarray:
+    """Token ids of any kind, int32 `[rows, tokens]`."""
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, params.config.vocab_size, (rows, tokens), dtype=np.int32)
+
+
 def check_positive(**numbers: int) -> None:
     """Raises ValueError for a number below 1, with its name."""
     for name, number in numbers.items():
@@ -76,17 +78,11 @@ def endless(rows: int) -> RowRequest:
 
 @dataclasses.dataclass(frozen=True)
 class TimedDecode:
-    """A decode that has come to some length; its next chunk is timed as often as wanted.
-
-    Attributes:
-      session: the decode.
-      state: at a page boundary.
-      pages: in a chunk.
-    """
+    """A decode that has come to some length; its next chunk is timed as often as wanted."""
 
     session: Session
-    state: DecodeState
-    pages: int
+    state: DecodeState  # at a page boundary
+    pages: int  # in a chunk
 
     @classmethod
     def start(
@@ -94,11 +90,7 @@ class TimedDecode:
     ) -> TimedDecode:
         """Reads the prompts and decodes so many tokens, in whole chunks, with rows that never end.
 
-        Args:
-          session: for the prompts, and for a chunk more than the tokens.
-          prompts: token ids.
-          tokens: of every row, rounded up.
-          pages: in a chunk.
+        The session has room for the prompts and a chunk more than the tokens.
         """
         session.compile(pages)
         state, _ = session.start(prompts, endless(session.rows))

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -51,13 +50,9 @@ class Scripted(Budgeted):
 
 
 def accesses(stamps: np.ndarray) -> np.ndarray:
-    """When pages were attended to.
+    """Whether each page received more than alpha at each step, bool `[T, L, K, n]`.
 
-    Args:
-      stamps: int32 `[T, L, K, n]` of `Recording`, from `RaaS` over a budget that covers the answer.
-
-    Returns:
-      bool `[T, L, K, n]`: whether the page received more than alpha at the step.
+    `stamps` are those of a `Recording` under `RaaS`, whose budget covers the answer.
     """
     # The clock of a step counts the tokens drawn before it, that of prefill included.
     now = np.arange(1, len(stamps) + 1, dtype=np.int32)[:, None, None, None]
@@ -118,16 +113,14 @@ def record_ceiling(
     Args:
       params, prompts, limits, stop_tokens, rows: see `record`.
       policy: says the budget; its script is made here.
-      threshold: share of the attention, of the largest of a group's query heads, that makes an
-        access.
+      threshold: share of the attention, of the largest of a group's query heads, that is an access.
     """
     P = policy.page_size
     ample = bucket(pages_for(max(limits), P)) * P
     watched = RaaS(max(ample, 2 * P), threshold, page_size=P)
-    ask: dict[str, Any] = {"stop_tokens": stop_tokens, "rows": rows}
-    dense = record(params, prompts, limits, watched, every_step=True, **ask)
+    ask = partial(record, params, prompts, limits, stop_tokens=stop_tokens, rows=rows)
     scripts: dict[int, np.ndarray] = {}
-    for index, recording in dense:
+    for index, recording in ask(watched, every_step=True):
         stamps = recording.stamps
         scripts[index] = np.zeros((1, 1, policy.boundaries), np.int32)
         if stamps is not None and len(stamps):
@@ -142,7 +135,7 @@ def record_ceiling(
             script[:, index] = of_row
         return dataclasses.replace(state, meta=(diary._replace(inner=jnp.asarray(script)),))
 
-    return record(params, prompts, limits, policy, prepare=prepare, **ask)
+    return ask(policy, prepare=prepare)
 
 
 def ceiling(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -18,14 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from raas_jax.config import ModelConfig
-from raas_jax.decode import (
-    DecodeState,
-    Probe,
-    Progress,
-    RowRequest,
-    cache_bytes,
-    empty_state,
-)
+from raas_jax.decode import DecodeState, Probe, Progress, RowRequest, cache_bytes, empty_state
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.params import Params
 from raas_jax.plan import Plan
@@ -67,37 +61,8 @@ class Recorded(Policy):
         object.__setattr__(self, "page_size", self.inner.page_size)
         super().__post_init__()
 
-    @property
-    def needs_bounds(self) -> bool:
-        return self.inner.needs_bounds
-
-    @property
-    def needs_prompt_bounds(self) -> bool:
-        return self.inner.needs_prompt_bounds
-
-    @property
-    def selects(self) -> bool:
-        return self.inner.selects
-
-    @property
-    def evicts_prompt(self) -> bool:
-        return self.inner.evicts_prompt
-
-    @property
-    def prompt_queries(self) -> int:
-        return self.inner.prompt_queries
-
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         return tuple((layers, Recorded(policy)) for layers, policy in self.inner.groups(num_layers))
-
-    def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
-        return self.inner.slots(prompt_tokens, max_new_tokens)
-
-    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
-        return self.inner.capacity(prompt_lengths, slots)
-
-    def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
-        self.inner.check_prompts(prompt_tokens)
 
     def init(self, shape: tuple[int, int, int, int]) -> Diary:
         return Diary(jnp.full(shape, -1, jnp.int32), self.inner.init(shape))
@@ -125,6 +90,14 @@ class Recorded(Policy):
         return self.inner.evict_many(meta.inner, boundary)
 
 
+# All that knows nothing of metadata is the inner policy's own.
+for _name in (
+    *("needs_bounds", "needs_prompt_bounds", "selects", "evicts_prompt", "prompt_queries"),
+    *("slots", "capacity", "check_prompts"),
+):
+    setattr(Recorded, _name, property(operator.attrgetter(f"inner.{_name}")))
+
+
 def _tables(state: DecodeState) -> tuple[jax.Array, ...]:
     """For each group of layers int32 `[L, B, K, S]`, the number of the page in every slot."""
     return tuple(
@@ -135,7 +108,6 @@ def _tables(state: DecodeState) -> tuple[jax.Array, ...]:
 
 
 def _stamps_of(policies: tuple[Policy, ...], state: DecodeState) -> tuple[jax.Array | None, ...]:
-    """For each group of layers, the policy's stamps."""
     return tuple(
         policy.stamps(diary.inner) for policy, diary in zip(policies, state.meta, strict=True)
     )
@@ -172,10 +144,8 @@ class Recording:
             raise ValueError(
                 f"token={token}, source={source}: wanted 0 <= source < token < {len(self.tokens)}"
             )
-        held: np.ndarray = self.present[
-            (token - 1) // self.page_size, :, :, source // self.page_size
-        ]
-        return held
+        page_now, page = (token - 1) // self.page_size, source // self.page_size
+        return np.asarray(self.present[page_now, :, :, page])
 
 
 def record(
@@ -225,30 +195,17 @@ def record(
         open_rows = [row for row in open_rows if not seen[-1].done[row]]
         seconds = time.perf_counter() - began
         for row in finished:
-            column = np.concatenate([each.tokens[:, row] for each in seen])
-            answer: list[int] = column[: _end(column, limit[row], stop_tokens)].tolist()
+            column = np.concatenate([each.tokens[:, row] for each in seen])[: limit[row]]
+            stops = np.flatnonzero(np.isin(column, stop_tokens))
+            answer: list[int] = column[: stops[0] + 1 if len(stops) else None].tolist()
             written = pages_for(len(answer) - 1, P)
             tables, stamps = _of_row([each.probed for each in seen[1:]], row, written)
-            yield (
-                row,
-                Recording(
-                    tokens=answer,
-                    finish_reason="stop" if answer[-1] in stop_tokens else "length",
-                    page_size=P,
-                    present=_present(tables, written),
-                    stamps=_stamps(tables, stamps, written),
-                    seconds=seconds,
-                ),
-            )
+            present, marks = _present(tables, written), _stamps(tables, stamps, written)
+            reason = "stop" if answer[-1] in stop_tokens else "length"
+            yield row, Recording(answer, reason, P, present, marks, seconds)
         if not open_rows:
             return
         state, progress = session.advance(state, max(1, TOKENS_PER_SYNC // P), probe=probe)
-
-
-def _end(column: np.ndarray, limit: int, stop_tokens: Sequence[int]) -> int:
-    """Length of an answer: up to its stop token or its limit."""
-    stops = np.flatnonzero(np.isin(column[:limit], stop_tokens))
-    return int(stops[0]) + 1 if len(stops) else limit
 
 
 def _of_row(
@@ -264,17 +221,19 @@ def _of_row(
     return tables, [None if parts[0] is None else joined(parts) for parts in stamps]
 
 
+def _by_page(table: np.ndarray, values: Any, empty: np.generic, pages: int) -> np.ndarray:
+    """What is known of the page in each slot `[..., S]`, by number of the page: `[..., pages]`."""
+    found = np.full((*table.shape[:-1], pages + 1), empty)
+    # An empty slot points at a column that is cut off.
+    np.put_along_axis(found, np.where(table < 0, pages, table), values, axis=-1)
+    return found[..., :pages]
+
+
 def _present(tables: list[np.ndarray], pages: int) -> np.ndarray:
-    parts = []
-    for table in tables:
-        # An empty slot points at a column that is cut off.
-        present = np.zeros((*table.shape[:3], pages + 1), bool)
-        np.put_along_axis(present, np.where(table < 0, pages, table), True, axis=-1)
-        parts.append(present[..., :pages])
-    if not parts:
+    if not tables:
         return np.zeros((0, 0, 0, 0), bool)
-    present = np.concatenate(parts, axis=1)
-    now = np.arange(pages)
+    parts = [_by_page(table, True, np.bool_(False), pages) for table in tables]
+    present, now = np.concatenate(parts, axis=1), np.arange(pages)
     present[now, :, :, now] = True
     return present
 
@@ -283,19 +242,15 @@ def _stamps(
     tables: list[np.ndarray], marks: list[np.ndarray | None], pages: int
 ) -> np.ndarray | None:
     """`[n * P, L, K, n]`; layers of a group without stamps (dense ones) have -1."""
-    known = [each for each in marks if each is not None]
-    if not known:
+    P = next((each.shape[1] for each in marks if each is not None), None)
+    if P is None:
         return None
-    P = known[0].shape[1]
     parts: list[np.ndarray] = []
     for table, stamp in zip(tables, marks, strict=True):
-        found = np.full((pages, P, *table.shape[1:3], pages + 1), -1, np.int32)
-        if stamp is not None:
-            index = np.where(table < 0, pages, table)[:, None]
-            index = np.broadcast_to(index, (pages, P, *table.shape[1:]))
-            np.put_along_axis(found, index, stamp, axis=-1)
-        parts.append(found[..., :pages])
-    return np.concatenate(parts, axis=2).reshape(pages * P, -1, parts[0].shape[3], pages)
+        every_step = np.broadcast_to(table[:, None], (pages, P, *table.shape[1:]))
+        values = -1 if stamp is None else stamp
+        parts.append(_by_page(every_step, values, np.int32(-1), pages))
+    return np.concatenate(parts, axis=2).reshape(pages * P, -1, tables[0].shape[2], pages)
 
 
 @functools.cache

@@ -21,11 +21,9 @@ _NEVER = -1e30
 
 
 def visible(recording: Recording, prompt_tokens: int, layer: int) -> np.ndarray:
-    """Which keys each query of a layer could read.
+    """Which keys each query of a layer could read: bool `[K, T, T]`, query before key.
 
-    Returns:
-      bool `[K, T, T]`, query before key; T counts the prompt and all tokens but the last, which was
-      never fed.
+    T counts the prompt and all tokens but the last, which was never fed.
     """
     G, P = len(recording.tokens), recording.page_size
     T = prompt_tokens + G - 1
@@ -61,10 +59,8 @@ def replay(
     x = _embed(params, padded)
     for layer in range(params.config.num_hidden_layers):
         mask = np.zeros((params.config.num_key_value_heads, width, width), bool)
-        if len(recording.tokens) > 1:
-            mask[:, :T, :T] = visible(recording, len(prompt), layer)
-        else:
-            mask[:, :T, :T] = np.tri(T, dtype=bool)
+        one = len(recording.tokens) == 1  # Then nothing is recorded.
+        mask[:, :T, :T] = np.tri(T) if one else visible(recording, len(prompt), layer)
         x, attention = _layer(params, x, jnp.int32(layer), jnp.asarray(mask))
         yield layer, np.asarray(attention[:, first:T, :T])
     if drawn is not None:

@@ -36,12 +36,7 @@ _log = logging.getLogger(__name__)
 
 @register_model("raas_jax")
 class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
-    """`raas_jax` for the harness; the arguments are those of `--model_args`.
-
-    Attributes:
-      policy: which pages of the cache to keep while generating.
-      params: the model.
-    """
+    """`raas_jax` for the harness; the arguments are those of `--model_args`."""
 
     def __init__(
         self,
@@ -135,7 +130,7 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         return [int(token) for token in ids]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Generates under the policy; the order of the answers is that of the requests."""
+        """Answers under the policy, in the order of the requests."""
         asked = [self._request(index, each.args) for index, each in enumerate(requests)]
         answers: dict[int, str] = {}
         with tqdm(total=len(asked), desc="generate_until", disable=disable_tqdm) as bar:
@@ -144,7 +139,10 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
                 if result.error is not None:
                     raise ValueError(f"request {index} cannot be answered: {result.error}")
                 context, arguments = requests[index].args
-                answers[index] = self._cut(result.text or "", arguments)
+                stops = _stops(normalize_gen_kwargs(arguments, self.max_gen_toks))
+                answers[index] = postprocess_generated_text(
+                    result.text or "", list(stops), self.think_end_token
+                )
                 self.cache_hook.add_partial("generate_until", (context, arguments), answers[index])
                 bar.update()
         if len(answers) < len(asked):
@@ -158,19 +156,13 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         windows: list[Tokens] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
-            (string,) = request.args
-            for window in get_rolling_token_windows(
-                token_list=self.tok_encode(string, add_special_tokens=False),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                before, scored = make_disjoint_window(window)
-                windows.append((("", ""), before, scored))
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
+                windows.append((("", ""), *make_disjoint_window(window)))
                 owners.append(index)
         totals = [0.0] * len(requests)
-        scores = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, keep=False)
-        for owner, (logprob, _) in zip(owners, scores, strict=True):
+        found = self._loglikelihood_tokens(windows, disable_tqdm=disable_tqdm, keep=False)
+        for owner, (logprob, _) in zip(owners, found, strict=True):
             totals[owner] += logprob
         for request, total in zip(requests, totals, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
@@ -179,11 +171,11 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
     def _loglikelihood_tokens(
         self, requests: list[Tokens], disable_tqdm: bool = False, keep: bool = True, **_: Any
     ) -> list[tuple[float, bool]]:
-        parts = [self._fitting(before, scored) for _, before, scored in requests]
+        prompts = [self._fitting(before, scored) for _, before, scored in requests]
+        continuations = [scored for _, _, scored in requests]
         rows = DEFAULT_ROWS if self._rows == "auto" else self._rows
         found: dict[int, tuple[float, bool]] = {}
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
-            prompts, continuations = [each[0] for each in parts], [each[1] for each in parts]
             for index, each in scores(self.params, prompts, continuations, Dense(), rows=rows):
                 found[index] = (each.total, bool(each.greedy.all()))
                 if keep:
@@ -191,18 +183,15 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
                 bar.update()
         return [found[index] for index in range(len(requests))]
 
-    def _fitting(self, before: Sequence[int], scored: Sequence[int]) -> tuple[list[int], list[int]]:
-        """Both parts, together of at most the context's length and one, cut at the left.
-
-        The last token is only scored, not read, so it needs no place in the context.
-        """
+    def _fitting(self, before: list[int], scored: list[int]) -> list[int]:
+        """As much of the end of `before` as the context holds; the last token is not read."""
         if len(scored) > self.max_length:
             raise ValueError(
                 f"a continuation has {len(scored)} tokens, more than max_length, which is "
                 f"{self.max_length}."
             )
         room = self.max_length + 1 - len(scored)
-        return list(before)[max(0, len(before) - room) :], list(scored)
+        return before[max(0, len(before) - room) :]
 
     def _request(self, index: int, arguments: tuple[str, dict[str, Any]]) -> Request:
         context, given = arguments
@@ -214,11 +203,10 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
                 f"generation arguments {', '.join(sorted(unknown))} are not known; there are "
                 f"{', '.join(sorted(IGNORED | SAMPLING))}."
             )
-        greedy = not wanted.get("do_sample")
-        sampling = Sampling(
-            temperature=0.0 if greedy else float(wanted.get("temperature", 1.0)),
-            **({} if greedy else {name: wanted[name] for name in SAMPLING if name in wanted}),
-        )
+        sampling = Sampling(0.0)
+        if wanted.get("do_sample"):
+            given = {name: wanted[name] for name in SAMPLING if name in wanted}
+            sampling = Sampling(float(wanted.get("temperature", 1.0)), **given)
         ids = self.tok_encode(context) or [self.prefix_token_id]
         room = self.max_length - limit
         if room < 1:
@@ -246,11 +234,6 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         # Long prompts first, so that what does not fit shows at once.
         longest_first: list[Request] = sorted(requests, key=lambda each: -len(each.prompt))
         yield from engine.run(longest_first)
-
-    def _cut(self, answer: str, arguments: dict[str, Any]) -> str:
-        stops = _stops(normalize_gen_kwargs(arguments, self.max_gen_toks))
-        cut: str = postprocess_generated_text(answer, list(stops), self.think_end_token)
-        return cut
 
 
 def _stops(arguments: Any) -> tuple[str, ...]:

@@ -60,12 +60,9 @@ def draw_waterfall(
     heads = heads or list(traces[0].attention)
     colours = LinearSegmentedColormap.from_list("attention", RAMP)
     norm = PowerNorm(0.5, 0, 1)
+    size = (1.6 + 7.0 * len(traces), 0.9 + 6.4 * len(heads))
     figure, axes = plt.subplots(
-        len(heads),
-        len(traces),
-        figsize=(1.6 + 7.0 * len(traces), 0.9 + 6.4 * len(heads)),
-        squeeze=False,
-        layout="constrained",
+        len(heads), len(traces), figsize=size, squeeze=False, layout="constrained"
     )
     for row, head in enumerate(heads):
         for column, trace in enumerate(traces):
@@ -77,17 +74,10 @@ def draw_waterfall(
             image = colours(norm(_enlarged(spots, round(max(spots.shape) / SPOTS))))
             blank = _pooled(gone, factor) & (spots == 0)
             image[blank] = [*_rgb(FORGOTTEN), 1]
-            axis.imshow(
-                image,
-                aspect="auto",
-                interpolation="nearest",
-                extent=(-0.5, T - 0.5, G - 0.5, -0.5),
-            )
+            _show(axis, image, (-0.5, T - 0.5, G - 0.5, -0.5))
             axis.axvline(trace.prompt_tokens - 0.5, color=ORANGE, linewidth=1.2)
             _waterfall_ticks(axis, trace, with_text=column == 0)
-            axis.set_title(
-                f"layer {head[0]}, key/value head {head[1]} · {name(trace)}", fontsize=11
-            )
+            axis.set_title(f"{_called(head)} · {name(trace)}", fontsize=11)
             axis.set_xlabel(
                 f"attended token: prompt (left of the orange line, {trace.prompt_tokens}), answer"
             )
@@ -116,27 +106,18 @@ def draw_pages(
     from matplotlib.patches import Patch
 
     heads = heads or list(trace.attention)
+    size = (1.4 + 6.6 * len(heads), 7.6)
     figure, axes = plt.subplots(
-        1,
-        len(heads),
-        figsize=(1.4 + 6.6 * len(heads), 7.6),
-        squeeze=False,
-        sharey=True,
-        layout="constrained",
+        1, len(heads), figsize=size, squeeze=False, sharey=True, layout="constrained"
     )
     steps = len(trace.recording.tokens) - 1
     for axis, head in zip(axes[0], heads, strict=True):
-        axis.imshow(
-            page_colours(trace, head),
-            aspect="auto",
-            interpolation="nearest",
-            extent=(-0.5, trace.pages - 0.5, steps + 0.5, 0.5),
-        )
+        _show(axis, page_colours(trace, head), (-0.5, trace.pages - 0.5, steps + 0.5, 0.5))
         if trace.milestones is not None:
             _lookup_marks(axis, trace, head)
-        axis.set_title(f"layer {head[0]}, key/value head {head[1]}", fontsize=11)
+        axis.set_title(_called(head), fontsize=11)
         axis.set_xlabel(f"page of {trace.recording.page_size} tokens")
-        _page_ticks(axis, trace)
+        axis.set_xticks(range(0, trace.pages, max(1, -(-trace.pages // 12))))
     axes[0][0].set_ylabel("token being written (time runs down)")
     _line_ticks(axes[0][0], trace)
     stamped = trace.recording.stamps is not None
@@ -149,8 +130,8 @@ def draw_pages(
             Patch(facecolor=IN_USE[0], label=f"kept, holds a live milestone{ages}"),
             Patch(facecolor=IDLE[0], label="kept, nothing in it is needed again"),
             Patch(facecolor=VERMILLION, label="forgotten, but needed later"),
-            Line2D([], [], **_FOUND, linestyle="", label="look-up, served from this page"),
-            Line2D([], [], **_MISSED, linestyle="", label="look-up, milestone gone in this head"),
+            Line2D([], [], **_FOUND, label="look-up, served from this page"),
+            Line2D([], [], **_MISSED, label="look-up, milestone gone in this head"),
         ]
     handles.append(Patch(facecolor="white", edgecolor="#999999", label="forgotten or not written"))
     figure.legend(handles=handles, loc="outside lower center", ncols=3, frameon=False)
@@ -173,17 +154,11 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
     colours = LinearSegmentedColormap.from_list("held", (VERMILLION, "#f1e3cf", BLUE))
     names, held = held_over_time(trace)
     steps = held.shape[1]
-    figure, axis = plt.subplots(
-        figsize=(12.5, 2.2 + 0.2 * max(6, len(names))), layout="constrained"
-    )
+    size = (12.5, 2.2 + 0.2 * max(6, len(names)))
+    figure, axis = plt.subplots(figsize=size, layout="constrained")
     image = colours(np.nan_to_num(held))
     image[np.isnan(held)] = (1, 1, 1, 1)
-    axis.imshow(
-        image,
-        aspect="auto",
-        interpolation="nearest",
-        extent=(-0.5, steps - 0.5, len(names) - 0.5, -0.5),
-    )
+    _show(axis, image, (-0.5, steps - 0.5, len(names) - 0.5, -0.5))
     for index in range(len(names)):
         axis.axhline(index + 0.5, color="white", linewidth=2)
     place = {name: index for index, name in enumerate(names)}
@@ -193,17 +168,16 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
         share = trace.share_held(token, lookup.sources)
         missed += share < 1
         style = _FOUND if share == 1 else _PARTLY if share > 0 else _MISSED_BLACK
-        axis.plot(token, place[lookup.name], linestyle="", **style)
+        axis.plot(token, place[lookup.name], **style)
     axis.set_yticks(range(len(names)), names, fontsize=8)
     axis.tick_params(axis="y", length=0)
     axis.set_ylabel("name")
     axis.set_xlabel("token being written")
-    for spine in ("top", "right", "left"):
-        axis.spines[spine].set_visible(False)
-    handles: list[Any] = [
-        Line2D([], [], **_FOUND, linestyle="", label="look-up: in the cache of every head"),
-        Line2D([], [], **_PARTLY, linestyle="", label="look-up: gone in some heads"),
-        Line2D([], [], **_MISSED_BLACK, linestyle="", label="look-up: gone in all heads"),
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    handles = [
+        Line2D([], [], **_FOUND, label="look-up: in the cache of every head"),
+        Line2D([], [], **_PARTLY, label="look-up: gone in some heads"),
+        Line2D([], [], **_MISSED_BLACK, label="look-up: gone in all heads"),
     ]
     if trace.first_error is not None:
         axis.axvline(trace.first_error, color=INK, linewidth=1.2, linestyle=(0, (4, 2)))
@@ -229,7 +203,8 @@ def draw_milestones(trace: Trace, file: str | Path | None = None) -> Any:
 
 
 def _spot(marker: str, color: str, edge: str, size: float) -> dict[str, Any]:
-    return {"marker": marker, "color": color, "markeredgecolor": edge, "markersize": size}
+    look = {"marker": marker, "color": color, "markeredgecolor": edge, "markersize": size}
+    return {**look, "linestyle": ""}
 
 
 _FOUND = _spot("o", "white", INK, 4.5)
@@ -240,11 +215,9 @@ _MISSED_BLACK = _spot("X", INK, "white", 7)
 
 def name(trace: Trace) -> str:
     """The policy in a few words."""
-    budget = getattr(trace.policy, "budget", None)
-    kind = type(trace.policy).__name__
-    if budget is None:
-        return kind
-    return f"{kind}, {budget} tokens in pages of {trace.policy.page_size}"
+    budget, kind = getattr(trace.policy, "budget", None), type(trace.policy).__name__
+    kept = f", {budget} tokens in pages of {trace.policy.page_size}"
+    return kind if budget is None else kind + kept
 
 
 def error_text(trace: Trace) -> str:
@@ -321,19 +294,14 @@ def held_over_time(trace: Trace) -> tuple[list[str], np.ndarray]:
     one of the name's values, from its first value to its last look-up; NaN outside.
     """
     assert trace.milestones is not None
-    values: dict[str, list[int]] = {}
-    last: dict[str, int] = {}
-    for lookup in trace.milestones.lookups:
-        values[lookup.name] = [each - trace.prompt_tokens for each in lookup.sources]
-        last[lookup.name] = lookup.position - trace.prompt_tokens
-    names = sorted(values, key=lambda name: values[name][0])
+    last = {lookup.name: lookup for lookup in trace.milestones.lookups}
+    names = sorted(last, key=lambda name: last[name].sources[0])
     held = np.full((len(names), len(trace.recording.tokens)), np.nan)
     for row, name in enumerate(names):
-        for token in range(values[name][0] + 1, last[name] + 1):
-            there = [source for source in values[name] if source < token]
-            held[row, token] = np.any(
-                [trace.recording.held(token, source) for source in there], axis=0
-            ).mean()
+        for position in range(last[name].sources[0] + 1, last[name].position + 1):
+            there = [source for source in last[name].sources if source < position]
+            token = position - trace.prompt_tokens
+            held[row, token] = trace.share_held(token, there)
     return names, held
 
 
@@ -357,17 +325,16 @@ def _lookup_marks(axis: Any, trace: Trace, head: Head) -> None:
         sources = [source - first for source in lookup.sources]
         found = [s for s in sources if trace.recording.held(token, s)[head]]
         page = (found or sources)[-1] // P
-        axis.plot(page, token, linestyle="", **(_FOUND if found else _MISSED))
+        axis.plot(page, token, **(_FOUND if found else _MISSED))
 
 
 def _waterfall_ticks(axis: Any, trace: Trace, *, with_text: bool) -> None:
     T = len(trace.words) - 1
     if T <= MOST_TOKENS:
-        axis.set_xticks(range(T), trace.words[:T], rotation=90, fontsize=6, family="monospace")
+        font = {"fontsize": 6, "family": "monospace"}
+        axis.set_xticks(range(T), trace.words[:T], rotation=90, **font)
         if with_text:
-            axis.set_yticks(
-                range(len(trace.generated)), trace.generated, fontsize=6, family="monospace"
-            )
+            axis.set_yticks(range(len(trace.generated)), trace.generated, **font)
         return
     _line_ticks(axis, trace)
     if not with_text:
@@ -375,14 +342,9 @@ def _waterfall_ticks(axis: Any, trace: Trace, *, with_text: bool) -> None:
     if trace.milestones is None:
         return
     labels = line_labels(trace)
-    size = _fitting(len(labels), 300)
-    axis.set_xticks(
-        [0, *(trace.prompt_tokens + start for start, _ in labels)],
-        ["prompt", *(text.split(" ")[0] for _, text in labels)],
-        rotation=90,
-        fontsize=size,
-        ha="left",
-    )
+    places = [0, *(trace.prompt_tokens + start for start, _ in labels)]
+    texts = ["prompt", *(text.split(" ")[0] for _, text in labels)]
+    axis.set_xticks(places, texts, rotation=90, fontsize=_fitting(len(labels), 300), ha="left")
     axis.tick_params(axis="x", length=2, pad=1)
 
 
@@ -391,19 +353,10 @@ def _line_ticks(axis: Any, trace: Trace) -> None:
     if trace.milestones is None:
         return
     labels = line_labels(trace)
-    axis.yaxis.set_ticks(
-        [start for start, _ in labels],
-        labels=[text for _, text in labels],
-        fontsize=_fitting(len(labels), 420),
-        family="monospace",
-        va="top",
-    )
+    places, texts = [start for start, _ in labels], [text for _, text in labels]
+    size = _fitting(len(labels), 420)
+    axis.set_yticks(places, texts, fontsize=size, family="monospace", va="top")
     axis.tick_params(axis="y", length=2, pad=1)
-
-
-def _page_ticks(axis: Any, trace: Trace) -> None:
-    step = max(1, -(-trace.pages // 12))
-    axis.set_xticks(range(0, trace.pages, step))
 
 
 def _fitting(count: int, points: float) -> float:
@@ -415,9 +368,8 @@ def _pooled(matrix: np.ndarray, factor: int) -> np.ndarray:
     """Maximum over blocks of `factor` by `factor`."""
     if factor == 1:
         return matrix
-    rows, columns = (-(-size // factor) for size in matrix.shape)
-    padded = np.zeros((rows * factor, columns * factor), matrix.dtype)
-    padded[: matrix.shape[0], : matrix.shape[1]] = matrix
+    padded = np.pad(matrix, [(0, -size % factor) for size in matrix.shape])
+    rows, columns = (size // factor for size in padded.shape)
     return np.asarray(padded.reshape(rows, factor, columns, factor).max((1, 3)))
 
 
@@ -425,8 +377,7 @@ def _enlarged(matrix: np.ndarray, size: int) -> np.ndarray:
     """Maximum over `size` by `size` around each entry: single tokens stay visible in print."""
     if size < 2:
         return matrix
-    before, after = (size - 1) // 2, size // 2
-    padded = np.pad(matrix, ((before, after), (before, after)))
+    padded = np.pad(matrix, ((size - 1) // 2, size // 2))
     windows = np.lib.stride_tricks.sliding_window_view(padded, (size, size))
     return np.asarray(windows.max((2, 3)))
 
@@ -440,6 +391,14 @@ def _ramp(colours: Sequence[str], tone: np.ndarray) -> np.ndarray:
     stops = np.asarray([_rgb(colour) for colour in colours])
     at = np.linspace(0, 1, len(stops))
     return np.stack([np.interp(tone, at, stops[:, i]) for i in range(3)], axis=-1)
+
+
+def _show(axis: Any, image: np.ndarray, extent: tuple[float, float, float, float]) -> None:
+    axis.imshow(image, aspect="auto", interpolation="nearest", extent=extent)
+
+
+def _called(head: Head) -> str:
+    return f"layer {head[0]}, key/value head {head[1]}"
 
 
 def _finish(figure: Any, file: str | Path | None) -> Any:

@@ -17,13 +17,7 @@ from raas_jax.lab.trace.record import Head, Trace
 
 
 def write_page(trace: Trace, pictures: Sequence[tuple[str, str, Path]], file: str | Path) -> None:
-    """Writes the page.
-
-    Args:
-      trace: what to step through.
-      pictures: title, explanation and PNG of each.
-      file: where to write.
-    """
+    """Writes the page; the pictures are title, explanation and PNG of each."""
     template = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
     figures = "".join(
         f"<section><h2>{html.escape(title)}</h2><p>{html.escape(text)}</p>"
@@ -41,6 +35,7 @@ def write_page(trace: Trace, pictures: Sequence[tuple[str, str, Path]], file: st
 
 def page_data(trace: Trace) -> dict[str, Any]:
     """What the stepper needs, as JSON values; matrices are base64 of bytes, row by row."""
+    lookups = () if trace.milestones is None else trace.milestones.lookups
     outcome = ""
     if trace.problem is not None:
         right = trace.first_error is None
@@ -56,9 +51,7 @@ def page_data(trace: Trace) -> dict[str, Any]:
         "kvBytes": trace.kv_bytes,
         "denseBytes": trace.dense_kv_bytes,
         "needed": None if trace.milestones is None else trace.milestones.needed_until,
-        "lookups": []
-        if trace.milestones is None
-        else [[each.position, each.name, each.sources] for each in trace.milestones.lookups],
+        "lookups": [[each.position, each.name, each.sources] for each in lookups],
         "live": _bytes(live_pages(trace)),
         "stamped": trace.recording.stamps is not None,
         "heads": [_head(trace, head) for head in trace.attention],
@@ -71,12 +64,8 @@ def _head(trace: Trace, head: Head) -> dict[str, Any]:
     ages = np.nan_to_num(stamp_ages(trace, head), nan=-1)
     # 255: not kept; otherwise tokens since the last use, up to 254.
     ages = np.where(ages < 0, 255, np.minimum(ages, 254))
-    return {
-        "layer": head[0],
-        "head": head[1],
-        "attention": _bytes(attention),
-        "ages": _bytes(ages),
-    }
+    seen = {"attention": _bytes(attention), "ages": _bytes(ages)}
+    return {"layer": head[0], "head": head[1], **seen}
 
 
 def _bytes(matrix: np.ndarray) -> str:

@@ -27,10 +27,8 @@ class Trace:
     """What one answer did with its cache.
 
     Attributes:
-      policy: the one that chose what to keep.
       words: text of every token, prompt and answer.
       prompt_tokens: number of them that are the prompt.
-      recording: tokens, pages and stamps.
       attention: for each chosen head float32 `[G, T]`: as token `g` of the answer was drawn, the
         share that position `t` received.
       milestones: what the answer looks up and when; None for a text that is no lemma derivation.
@@ -64,13 +62,12 @@ class Trace:
         if self.problem is None:
             return None
         right = self.problem.derivation_words
-        for index, word in enumerate(self.generated):
-            if index >= len(right):
-                stopped = index == len(right) and self.recording.finish_reason == "stop"
-                return None if stopped else index
-            if word != right[index]:
+        for index, (word, wanted) in enumerate(zip(self.generated, right, strict=False)):
+            if word != wanted:
                 return index
-        return None if len(self.generated) > len(right) else len(self.generated)
+        if len(self.generated) > len(right):
+            return None if self.recording.finish_reason == "stop" else len(right)
+        return len(self.generated)
 
     def evicted(self, head: Head | None = None) -> int:
         """Pages that were forgotten in one head, or in the one that forgot most."""
@@ -100,8 +97,7 @@ def trace(
       params: the model, with its tokenizer.
       prompt: text.
       policy: which pages to keep.
-      heads: those whose attention to keep; by default two: the one that looks up milestones most,
-        and the one that reads the prompt most.
+      heads: those whose attention to keep; by default those of `choose_heads`.
       max_new_tokens: most tokens of the answer; by default, for a lemma problem half as much again
         as the right derivation takes, else what the context leaves, at most 4096.
 
@@ -119,7 +115,8 @@ def trace(
             )
     problem = problem_of(params, prompt)
     ids = tokenizer.encode(params, prompt)[0][0]
-    limit = max_new_tokens or _default_limit(params, len(ids), problem)
+    room = min(4096, max(1, config.max_position_embeddings - len(ids)))
+    limit = max_new_tokens or (room if problem is None else answer_limit(problem))
     stops = tokenizer.stop_token_ids(params)
     found = record(params, [ids], [limit], policy, stop_tokens=stops, every_step=True)
     _, recording = next(iter(found))
@@ -146,12 +143,6 @@ def trace(
         kv_bytes=row_bytes(config, policy, len(ids), limit, dtype.name),
         dense_kv_bytes=dense_bytes(config, len(ids) + len(recording.tokens), dtype),
     )
-
-
-def _default_limit(params: Params, prompt_tokens: int, problem: Problem | None) -> int:
-    if problem is not None:
-        return answer_limit(problem)
-    return min(4096, max(1, params.config.max_position_embeddings - prompt_tokens))
 
 
 def problem_of(params: Params, prompt: str) -> Problem | None:

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from raas_jax.cli.eval import parse_range
 from raas_jax.cli.main import main
-from raas_jax.cli.options import parse_policies
+from raas_jax.cli.options import parse_policies, parse_range
 from raas_jax.lab.runs import LemmaTask, RecordedDecoding, Results, report, run, table
 from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.results import differences
