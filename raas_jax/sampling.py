@@ -66,13 +66,8 @@ class Sampler:
         def column(name: str, dtype: Any) -> Any:
             return np.asarray([getattr(row, name) for row in rows], dtype)
 
-        return cls(
-            column("temperature", np.float32),
-            column("top_k", np.int32),
-            column("top_p", np.float32),
-            column("min_p", np.float32),
-            keys,
-        )
+        numbers = {name: column(name, np.float32) for name in ("temperature", "top_p", "min_p")}
+        return cls(top_k=column("top_k", np.int32), keys=keys, **numbers)
 
     def __call__(self, logits: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Draws one token per row.

@@ -222,12 +222,7 @@ class Session:
         return function if self.mesh is None else _on_mesh(function, *self._key)
 
     def _call(
-        self,
-        name: tuple[Any, ...],
-        function: Any,
-        *arguments: Any,
-        force: Any = None,
-        **options: Any,
+        self, name: tuple[Any, ...], program: Any, *given: Any, force: Any = None, **options: Any
     ) -> tuple[DecodeState, Progress]:
         if force is not None:
             name = (*name, "forced")
@@ -236,7 +231,7 @@ class Session:
         if name in self._compiled:
             state, progress = self._compiled[name](*given)
         else:
-            state, progress = self._program(function)(*given, plan=self.plan, **options)
+            state, progress = self._program(program)(*given, plan=self.plan, **options)
         return state, progress
 
     def _whole(self, tree: Any) -> Any:

@@ -87,22 +87,18 @@ def weight_shardings(config: ModelConfig, mesh: Mesh) -> Weights:
     def of(axes: tuple[str, ...], leaf: Any) -> NamedSharding:
         return NamedSharding(mesh, partition(mesh, axes, leaf.shape, config.head_dim))
 
+    def is_names(node: Any) -> bool:
+        return isinstance(node, tuple)
+
     shapes = abstract_weights(config, "float32")
-    found: Weights = jax.tree.map(of, logical_axes(config), shapes, is_leaf=_is_names)
+    found: Weights = jax.tree.map(of, logical_axes(config), shapes, is_leaf=is_names)
     return found
 
 
-def _is_names(node: Any) -> bool:
-    return isinstance(node, tuple)
-
-
 def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
-    """A sharding for every array of a `DecodeState`: by rows, and by key/value heads.
+    """A sharding for every array of a `DecodeState`, or of its shapes: by rows and kv heads.
 
-    Args:
-      state: arrays or their shapes.
-      mesh: with the axes `data` and `model`.
-      rows_divide: False keeps all rows on every device, for the few that are about to join.
+    Without `rows_divide` all rows lie on every device, as the few do that are about to join.
     """
     rows = "rows" if rows_divide else "any"
 

@@ -316,8 +316,6 @@ class Engine:
         engine._open(host_state)
         return engine
 
-    # What follows is the host's work between two looks.
-
     def _take_state(self) -> DecodeState:
         """The state, to be given away."""
         state, self._state = self._state, None
@@ -476,8 +474,6 @@ class Engine:
         self._started = []
         self._state = None
         self._schedule = Schedule(self.rows, self.plan.samples)
-
-    # What follows keeps the book that is saved beside the state.
 
     def _save(self, saver: checkpoint.Saver) -> None:
         while self._syncs:
