@@ -134,7 +134,7 @@ def bench(
             f"beyond the model's max_position_embeddings = {context}."
         )
     if set(against) - {"transformers", "dense"}:
-        raise ValueError(f"against is {list(against)}; there are 'transformers' and 'dense'.")
+        raise ValueError(f"against is {','.join(against)!r}; there are 'transformers' and 'dense'.")
     prompts = random_prompts(params, batch, prompt_tokens)
     reached = list(_reach(params, policy, prompts, sorted(set(lengths)), progress))
     begin: dict[str, Callable[[np.ndarray, int], Any]] = {}
