@@ -14,6 +14,7 @@ from tiny import VOCAB, prompts_of, random_params
 import raas_jax
 from raas_jax import Engine, ModelConfig, RaaS, Request, Sampling, policies
 from raas_jax.engine.checkpoint import Saver
+from raas_jax.session import Session
 
 POLICY = RaaS(16, alpha=0.12, page_size=4)
 OPTIONS = {"policy": POLICY, "rows": 4, "max_new_tokens": 44, "max_prompt_tokens": 12}
@@ -173,7 +174,12 @@ def test_as_many_rows_as_fit(params):
     """By the compiler's account: so many fit, and a few more do not."""
 
     def peak(rows):
-        found = [program.compile().memory_analysis() for program in engine._account(rows)]
+        session = Session(params, engine.plan, rows, stop_tokens=engine.stop_tokens)
+        programs = (
+            session.lower_advance(1),
+            session.lower_admit(engine._sizes[0], engine.buckets[-1]),
+        )
+        found = [program.compile().memory_analysis() for program in programs]
         return max(
             x.argument_size_in_bytes
             + x.output_size_in_bytes
@@ -259,3 +265,13 @@ def test_shared_prompts_take_an_eighth_of_the_bytes():
         bytes_of[samples] = 2 * prompt.k.size * prompt.k.dtype.itemsize
     assert bytes_of[16] * 8 <= bytes_of[1]
     assert np.isclose(bytes_of[16] * 16, bytes_of[1])
+
+
+def test_a_save_of_another_version_is_refused(params, tmp_path, monkeypatch):
+    """With both versions in the message, and nothing else attempted."""
+    engine = Engine(params, **OPTIONS)
+    with monkeypatch.context() as older:
+        older.setattr("raas_jax.engine.checkpoint.VERSION", 1)
+        engine.save(tmp_path)
+    with pytest.raises(ValueError, match="another version of raas_jax .*format is 1, here it is 2"):
+        Engine.restore(tmp_path, params)

@@ -10,13 +10,14 @@ pytest.importorskip("lm_eval", reason="needs lm-evaluation-harness (the extra ev
 
 import numpy as np
 from lm_eval.api.instance import Instance
-from raas_jax.lab.tasks.likelihood import likelihoods
 from tiny_lemma import CONFIG
 
 import raas_jax
 from raas_jax.cli.main import main
 from raas_jax.lab.tasks.harness import RaasLM
 from raas_jax.model import forward
+from raas_jax.policies import Dense
+from raas_jax.scoring import scores
 from raas_jax.weights import save_hf
 
 QUESTIONS = ["1+1=", "10-3+2=", "4*5="]
@@ -147,15 +148,13 @@ def test_texts_longer_than_the_context(model):
     lm = RaasLM(model, rows=2, max_length=8)
     whole = "0123456789abcdef"
     (rolled,) = lm.loglikelihood_rolling([_instance("loglikelihood_rolling", whole)])
-    parts = [([1, *map(ord, whole[:7])], 8), ([*map(ord, whole[7:15])], 8)]
-    sequences = [
-        ([*before, ord(whole[i])], n) for (before, n), i in zip(parts, (7, 15), strict=True)
-    ]
-    found = sum(each.logprob for _, each in likelihoods(lm.params, sequences, rows=2))
+    ids = [*map(ord, whole)]
+    prompts, ends = [[1], ids[7:8]], [ids[:8], ids[8:]]
+    found = sum(each.total for _, each in scores(lm.params, prompts, ends, Dense(), rows=2))
     assert rolled == pytest.approx(found, abs=1e-4)
     ((cut, _),) = lm.loglikelihood([_instance("loglikelihood", whole, "gh")])
-    ((_, wanted),) = likelihoods(lm.params, [([*map(ord, (whole + "gh")[-9:])], 2)], rows=2)
-    assert cut == pytest.approx(wanted.logprob, abs=1e-4)
+    ((_, wanted),) = scores(lm.params, [ids[-7:]], [[*map(ord, "gh")]], Dense(), rows=2)
+    assert cut == pytest.approx(wanted.total, abs=1e-4)
     with pytest.raises(ValueError, match="9 tokens, more than max_length"):
         lm.loglikelihood([_instance("loglikelihood", "a", "123456789")])
     with pytest.raises(ValueError, match="no room for a prompt"):
