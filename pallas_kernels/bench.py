@@ -219,7 +219,7 @@ class Program:
         self.run = jax.jit(run, donate_argnums=0).lower(self.carry, case.arrays).compile()
 
     def seconds(self) -> float:
-        """Of one call."""
+        """Seconds that one call takes."""
         _wait_for((self.carry, self.case.arrays))
         start = time.perf_counter()
         self.carry = _wait_for(self.run(self.carry, self.case.arrays))

@@ -15,7 +15,7 @@ TILE = 64
 ROWS = 8
 """Rows that lie together in shared memory: what is copied begins and ends on a multiple of them."""
 MULTIPROCESSORS = 132
-"""Of an H100 SXM and an H200; where there are fewer, each has more to do."""
+"""An H100 SXM and an H200 have so many; where there are fewer, each has more to do."""
 TILE_BYTES = 96 * 1024
 """For the tiles in flight, per block: two blocks fit on one multiprocessor."""
 OUTPUT = 4096

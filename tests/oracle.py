@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fractions
+import functools
 import math
 from collections.abc import Callable
 
@@ -62,7 +63,7 @@ class Network:
     """Weights in float64, and the parts of a decoder layer for a single token."""
 
     def __init__(self, weights: dict, *, theta: float, eps: float):
-        double = lambda x: np.asarray(x, np.float64)  # noqa: E731
+        double = functools.partial(np.asarray, dtype=np.float64)
         self.embedding = double(weights["embedding"])
         self.head = double(weights.get("head", weights["embedding"]))
         self.norm = double(weights["norm"])
@@ -128,9 +129,10 @@ class Sequence:
     def __init__(self, network: Network, rules: Rules, prompt: list[int], doubt: Doubt):
         self.net, self.rules, self.doubt = network, rules, doubt
         self.length, self.drawn = len(prompt), 1
-        every = lambda make: [  # noqa: E731
-            [make() for _ in range(network.heads)] for _ in network.layers
-        ]
+
+        def every(make):
+            return [[make() for _ in range(network.heads)] for _ in network.layers]
+
         self.kept: list[list[dict[int, Page]]] = every(dict)
         self.open: list[list[tuple[list, list]]] = every(lambda: ([], []))
         self.prompt: list[list[tuple[Array, Array]]] = []

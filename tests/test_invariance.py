@@ -133,11 +133,17 @@ def test_dead_memory_is_never_read(params, name):
 
 def poison(cache):
     """The cache with NaN wherever no token is."""
-    nan = lambda x: jnp.full_like(x, jnp.nan)  # noqa: E731
+
+    def nan(x):
+        return jnp.full_like(x, jnp.nan)
+
     P = cache.prompt.k.shape[-2]
     dead = (jnp.arange(P) >= cache.prompt.fill()[..., None])[None, ..., None]
     empty = (cache.prompt.fill() == 0)[None, ..., None]
-    masked = lambda mask: lambda x: jnp.where(mask, jnp.nan, x)  # noqa: E731
+
+    def masked(mask):
+        return lambda x: jnp.where(mask, jnp.nan, x)
+
     prompt = dataclasses.replace(
         cache.prompt,
         k=masked(dead)(cache.prompt.k),

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from pallas_kernels.decode_attention.reference import DecodeAttention, page_weights
 
 BLOCK_BYTES = 4 * 2**20
-"""Of keys. 2 MiB leave too little work for a second core, 16 MiB come back from memory again."""
+"""Keys in a block: 2 MiB leave too little work for a second core, 16 MiB come from memory again."""
 
 LATE_BYTES = 2**20
-"""Of keys; smaller copies stay in the cache anyway, and may be made while others are."""
+"""Keys in a copy that waits; smaller ones stay in the cache anyway, and may be made meanwhile."""
 
 MOST_SINGLE = 4
 """Query heads of a group up to which one product each is the faster."""

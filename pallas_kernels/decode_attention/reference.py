@@ -42,7 +42,7 @@ class PageWeights(NamedTuple):
 
 
 def page_weights(scores: jax.Array, valid: jax.Array) -> PageWeights:
-    """Of scores `[..., S, P]`, where `valid`, bool, broadcasts to them."""
+    """The weights of pages with scores `[..., S, P]`; `valid`, bool, broadcasts to them."""
     scores = jnp.where(valid, scores, -jnp.inf)
     peak = jnp.max(scores, axis=(-2, -1))
     safe = finite(peak)

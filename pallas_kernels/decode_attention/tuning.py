@@ -22,7 +22,7 @@ CORES = {"TPU v4": 2, "TPU v5": 2}
 """Cores that share one device's memory and take parallel steps; 1 where not named."""
 
 BLOCK_BYTES = {"TPU v4": 1 << 20, "TPU v5": 1 << 20, "TPU7x": 1 << 20}
-"""Of keys, and again of values, per step: long enough to hide what a step costs in itself."""
+"""Keys, and again values, per step: long enough to hide what a step costs in itself."""
 
 DEFAULT_BLOCK_BYTES = 1 << 19
 TOKENS_AT_MOST = 2048

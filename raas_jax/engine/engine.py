@@ -347,7 +347,7 @@ class Engine:
     def _left_to_start(
         self, name: Id, samples: list[int], done: set[tuple[Id, int]] | None
     ) -> list[int] | None:
-        """Of a request's samples, those that are not begun; None for one that was dealt with."""
+        """Samples of a request that are not begun; None for one that was dealt with."""
         taken = name in self._taken
         self._taken.add(name)
         if not taken:

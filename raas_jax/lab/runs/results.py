@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 RUN, SAMPLES, BAD, LOCK = "run.json", "samples.jsonl", "samples.bad.jsonl", ".lock"
 SPEED, STEPS = "speed.json", "steps.json"
 VERSION = 2
-"""Of the layout. Before version 2 there was none, and options of policies had other names."""
+"""The layout's. Folders of version 1 name none, and their policies' options had other names."""
 KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
 Sample = dict[str, Any]
 

@@ -139,10 +139,7 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
                 if result.error is not None:
                     raise ValueError(f"request {index} cannot be answered: {result.error}")
                 context, arguments = requests[index].args
-                stops = _stops(normalize_gen_kwargs(arguments, self.max_gen_toks))
-                answers[index] = postprocess_generated_text(
-                    result.text or "", list(stops), self.think_end_token
-                )
+                answers[index] = self._cut(result.text or "", arguments)
                 self.cache_hook.add_partial("generate_until", (context, arguments), answers[index])
                 bar.update()
         if len(answers) < len(asked):
@@ -152,7 +149,7 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = False
     ) -> list[float]:
-        """Of whole texts, in windows of the context's length, each token scored once."""
+        """Scores whole texts, in windows of the context's length, each token scored once."""
         windows: list[Tokens] = []
         owners: list[int] = []
         for index, request in enumerate(requests):
@@ -234,6 +231,10 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         # Long prompts first, so that what does not fit shows at once.
         longest_first: list[Request] = sorted(requests, key=lambda each: -len(each.prompt))
         yield from engine.run(longest_first)
+
+    def _cut(self, answer: str, arguments: dict[str, Any]) -> str:
+        stops = _stops(normalize_gen_kwargs(arguments, self.max_gen_toks))
+        return str(postprocess_generated_text(answer, list(stops), self.think_end_token))
 
 
 def _stops(arguments: Any) -> tuple[str, ...]:

@@ -55,9 +55,11 @@ def pages_by_content(params, prompts, policy):
 def _padded(groups):
     """Groups of layers with as many slots each, so that they can be joined."""
     most = max(group.k.shape[3] for group in groups)
-    grow = lambda k: jnp.pad(  # noqa: E731
-        k, ((0, 0),) * 3 + ((0, most - k.shape[3]),) + ((0, 0),) * 2, constant_values=jnp.nan
-    )
+
+    def grow(k):
+        more = ((0, 0),) * 3 + ((0, most - k.shape[3]),) + ((0, 0),) * 2
+        return jnp.pad(k, more, constant_values=jnp.nan)
+
     return [type(group)(grow(group.k), group.v, group.fill, None) for group in groups]
 
 

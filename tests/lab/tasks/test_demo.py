@@ -66,7 +66,7 @@ def test_transformers_writes_the_same(params):
 
 def test_typed_problem(params):
     problem = parse_problem("a=4; b=9; c=a+b")
-    assert tokenizer(params)("a=4; b=9; c=a+b; ? c")["input_ids"] == [
+    assert tokenizer.load(params)("a=4; b=9; c=a+b; ? c")["input_ids"] == [
         BOS_ID,
         *encode(problem.prompt_words),
     ]
