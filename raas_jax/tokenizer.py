@@ -300,7 +300,8 @@ def _checked_ids(params: Params, ids: Sequence[Any], name: str) -> list[int]:
             raise TypeError(f"{name}[{i}] is {value!r}; token ids are integers.")
         if not 0 <= int(value) < size:
             raise ValueError(
-                f"{name}[{i}] is {int(value)}; token ids of this model are 0 to {size - 1}."
+                f"{name}[{i}] is {int(value)}, outside the vocabulary; token ids of this model are "
+                f"0 to {size - 1}."
             )
     return [int(value) for value in ids]
 

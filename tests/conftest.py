@@ -24,6 +24,24 @@ settings.register_profile(
 settings.load_profile("raas_jax")
 
 
+# Files whose tests compile little: `pytest -m fast` takes under a minute on two cores.
+FAST = {
+    *("cli/test_convert", "cli/test_main", "cli/test_options", "cli/test_prompts"),
+    *("lab/runs/test_statistics", "lab/runs/test_tables"),
+    *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
+    *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
+    *("test_model", "test_recompilation", "test_sampling", "test_tokenizer"),
+    *("weights/test_hf", "weights/test_load"),
+}
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.relative_to(here).with_suffix("").as_posix() in FAST:
+            item.add_marker(pytest.mark.fast)
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Compiled programs take memory mappings, of which a process has only so many."""

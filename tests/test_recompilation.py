@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-
 import chex
 import jax
 import pytest
@@ -11,10 +9,7 @@ from compiles import compiled
 from tiny import prompts_of, random_params
 
 import raas_jax
-from raas_jax import Dense, RaaS, Sampling
-
-# Not `import raas_jax.generate`: that name is the function.
-module = importlib.import_module("raas_jax.generation")
+from raas_jax import Dense, RaaS, Sampling, session
 
 
 @pytest.fixture(scope="module")
@@ -26,11 +21,11 @@ def params():
 def traced_once(monkeypatch):
     """`generate` over fresh jits of its two programs, either of which may be traced only once."""
     chex.clear_trace_counter()
-    for name, static in ("prefill", ["plan"]), ("decode_pages", ["plan", "pages"]):
-        plain = chex.assert_max_traces(getattr(module, name).__wrapped__, n=1)
+    for name, static in ("prefill", ["plan"]), ("decode_pages", ["plan", "pages", "probe"]):
+        plain = chex.assert_max_traces(getattr(session, name).__wrapped__, n=1)
         donated = ["state"] if name == "decode_pages" else []
         jitted = jax.jit(plain, static_argnames=static, donate_argnames=donated)
-        monkeypatch.setattr(module, name, jitted)
+        monkeypatch.setattr(session, name, jitted)
 
 
 def test_what_a_caller_varies_compiles_nothing(params, traced_once):

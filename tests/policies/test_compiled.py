@@ -96,5 +96,5 @@ def test_nothing_is_copied_and_nothing_dead_is_read(case):
         bad, drawn = program(params(), poisoned(bad))
         np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
         np.testing.assert_array_equal(drawn.logprobs, wanted.logprobs)
-    assert np.all(np.asarray(clean.evicted) > 0) or policy.selects
+    assert np.all(np.asarray(clean.rows.evicted) > 0) or policy.selects
     np.testing.assert_array_equal(bad.cache.kept[0].fill, clean.cache.kept[0].fill)
