@@ -30,7 +30,7 @@ FAST = {
     *("lab/runs/test_statistics", "lab/runs/test_tables"),
     *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
-    *("test_model", "test_recompilation", "test_sampling", "test_tokenizer"),
+    *("test_import", "test_model", "test_recompilation", "test_sampling", "test_tokenizer"),
     *("weights/test_hf", "weights/test_load"),
 }
 
