@@ -449,9 +449,8 @@ def token_step(
     for number, group in enumerate(plan.groups):
         body = _step_body(state, plan, number, rotation, offset)
         xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
-        (x, current), of_group = run_layers(
-            config, params.weights, body, (x, current), xs, first=group.first, count=group.layers
-        )
+        layers = partial(run_layers, first=group.first, count=group.layers, by_number=True)
+        (x, current), of_group = layers(config, params.weights, body, (x, current), xs)
         meta.append(of_group)
     token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
     token = jnp.where(rows.done, rows.token, token)

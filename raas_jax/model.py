@@ -244,6 +244,7 @@ def run_layers(
     first: Any = 0,
     count: int | None = None,
     pattern: tuple[str, ...] | None = None,
+    by_number: bool = False,
 ) -> tuple[Any, Any]:
     """Runs a body through layers in their order: the only loop over them.
 
@@ -259,6 +260,7 @@ def run_layers(
       first: number of the first layer to run; may be traced where layers are stacked.
       count: how many to run; by default all that follow.
       pattern: kinds of layers in turn; the config's by default.
+      by_number: read each layer out of the stack, as decoding does; a part is always read so.
 
     Returns:
       The last carry, and what the layers gave, stacked.
@@ -282,16 +284,16 @@ def run_layers(
             ys.append(y)
         return carry, _stack(ys)
     numbers = first + jnp.arange(count, dtype=jnp.int32)
-    if count < total:
+    if count < total or (by_number and len(kinds) == 1):
         if len(kinds) > 1:
             raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
 
         # A slice of the stack would be a copy of it, so layers are read by their numbers.
-        def by_number(carry: Any, scanned: Any) -> tuple[Any, Any]:
+        def numbered(carry: Any, scanned: Any) -> tuple[Any, Any]:
             at = functools.partial(jax.lax.dynamic_index_in_dim, index=scanned[0], keepdims=False)
             return run(jax.tree.map(at, layers), scanned[0], kinds[0], carry, scanned[1])
 
-        return jax.lax.scan(by_number, carry, (numbers, xs))
+        return jax.lax.scan(numbered, carry, (numbers, xs))
     if len(kinds) == 1:
         return jax.lax.scan(
             lambda carry, own: run(own[0], own[1], kinds[0], carry, own[2]),
