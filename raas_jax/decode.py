@@ -45,7 +45,7 @@ from raas_jax.policies.base import (
     PromptPages,
     Selection,
 )
-from raas_jax.sampling import Sampler, Sampling, row_keys
+from raas_jax.sampling import Sampler, Sampling, log_probability, row_keys
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
 
@@ -127,7 +127,7 @@ class Progress(NamedTuple):
 
 
 class Probe(NamedTuple):
-    """Functions of the state whose results are given out, for recordings. Static: name functions.
+    """Functions of the state whose results are given out; static, equal ones share a program.
 
     Attributes:
       page: called before each page; its results are stacked to `[pages, ...]`.
@@ -269,7 +269,7 @@ def prefill(
       The state at the start of the first page, and the first tokens, `T = 1`.
     """
     config, P = params.config, plan.page_size
-    dtype = params.weights["embedding"].dtype
+    dtype = params.dtype
     rows = tokens.shape[0] * plan.samples
     padded = jnp.pad(tokens, ((0, 0), (0, plan.prompt_slots * P - tokens.shape[1])))
     positions = jnp.broadcast_to(jnp.arange(padded.shape[1], dtype=jnp.int32), padded.shape)
@@ -520,9 +520,7 @@ def _choose(
     if force is None:
         return token, logprob, None
     token = jnp.where(force < 0, token, force)
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    greedy = token == jnp.argmax(logits, axis=-1)
-    return token, chosen - jax.nn.logsumexp(logits, axis=-1), greedy
+    return token, log_probability(logits, token), token == jnp.argmax(logits, axis=-1)
 
 
 def _progress(

@@ -48,6 +48,12 @@ class Sampling:
             raise ValueError(f"min_p is {self.min_p!r}; it must be in [0, 1) (0: all tokens).")
 
 
+def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Of logits float32 `[..., V]`, the log-probability of tokens int32 `[...]`."""
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampler:
@@ -85,8 +91,7 @@ class Sampler:
         tokens = jax.lax.cond(
             jnp.any(self.temperature > 0), lambda: self._draw(logits, index, greedy), lambda: greedy
         )
-        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
-        return tokens, chosen - jax.nn.logsumexp(logits, axis=-1)
+        return tokens, log_probability(logits, tokens)
 
     def _draw(self, logits: jax.Array, index: jax.Array, greedy: jax.Array) -> jax.Array:
         warm = self.temperature > 0

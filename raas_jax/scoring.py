@@ -24,6 +24,8 @@ from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import Dense, Policy, bucket, pages_for
+from raas_jax.policies.budgeted import check_count
+from raas_jax.sampling import log_probability
 from raas_jax.session import Session
 from raas_jax.sharding import place_weights, target_of
 from raas_jax.tokenizer import Prompt, Prompts, PromptT
@@ -101,8 +103,7 @@ def score(
       TypeError, ValueError: names the argument, its value and the remedy. Nothing was computed.
     """
     policy = checked(params, policy)
-    if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1:
-        raise ValueError(f"rows is {rows!r}; it must be an int of at least 1.")
+    check_count("rows", rows, 1)
     prompts, single = tokenizer.encode(params, prompt)
     given: Any = [continuation] if single else continuation
     if isinstance(given, str) or len(given) != len(prompts):
@@ -225,9 +226,7 @@ def next_logprobs(
     def of_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, wanted = block
         logits = model.logits(hidden)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        logprob = chosen - jax.nn.logsumexp(logits, axis=-1)
-        return logprob, jnp.argmax(logits, axis=-1) == wanted
+        return log_probability(logits, wanted), jnp.argmax(logits, axis=-1) == wanted
 
     def in_blocks(x: jax.Array) -> jax.Array:
         blocks = x.reshape(B, T // at_once, at_once, *x.shape[2:])

@@ -141,7 +141,7 @@ def model_of(params: Params) -> dict[str, Any]:
     first = np.asarray(params.weights["norm"], np.float64)
     return {
         "config": _plain(dataclasses.asdict(params.config)),
-        "dtype": params.weights["embedding"].dtype.name,
+        "dtype": params.dtype.name,
         "norm": float(first.sum()),
     }
 

@@ -44,7 +44,7 @@ class Diary(NamedTuple):
     Attributes:
       page: int32 `[L, B, K, S]`, number of the page in each slot, counted from the row's first
         generated token; -1 for an empty slot.
-      inner: marks of the policy that is recorded.
+      inner: metadata of the policy that is recorded.
     """
 
     page: jax.Array
@@ -107,10 +107,15 @@ def _tables(state: DecodeState) -> tuple[jax.Array, ...]:
     )
 
 
-def _stamps_of(policies: tuple[Policy, ...], state: DecodeState) -> tuple[jax.Array | None, ...]:
-    return tuple(
-        policy.stamps(diary.inner) for policy, diary in zip(policies, state.meta, strict=True)
-    )
+@dataclasses.dataclass(frozen=True)
+class _Stamps:
+    """For each group of layers its policy's stamps; equal ones share what is compiled."""
+
+    policies: tuple[Policy, ...]
+
+    def __call__(self, state: DecodeState) -> tuple[jax.Array | None, ...]:
+        pairs = zip(self.policies, state.meta, strict=True)
+        return tuple(policy.stamps(diary.inner) for policy, diary in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +131,8 @@ class Recording:
       page_size: `P`.
       present: bool `[n, L, K, n]`; `[i, l, k, j]` says whether page j can be read while page i is
         open. The current page itself can.
-      stamps: int32 `[n * P, L, K, n]`, the policy's mark of every page after each step, -1 where
-        there is none; None unless asked for and the policy's meta are one integer per page.
+      stamps: int32 `[n * P, L, K, n]`, the policy's stamp of every page after each step, -1 where
+        there is none; None unless asked for and the policy has any (`Policy.stamps`).
       seconds: from the start of the batch to the look that saw its end.
     """
 
@@ -168,7 +173,7 @@ def record(
       policy: which pages to keep.
       stop_tokens: ids that end an answer.
       rows: size of the batch that is compiled for; the missing rows are idle.
-      every_step: record the policy's marks after every token.
+      every_step: record the policy's stamps after every token.
       prepare: changes the state that prefill left, as an oracle does that knows the future.
 
     Yields:
@@ -182,7 +187,7 @@ def record(
     P = session.plan.page_size
     recorded = tuple(group.policy for group in session.plan.groups)
     inner = tuple(each.inner for each in recorded if isinstance(each, Recorded))
-    probe = Probe(_tables, partial(_stamps_of, inner) if every_step else None)
+    probe = Probe(_tables, _Stamps(inner) if every_step else None)
     state, progress = session.start(padded, RowRequest.create(limit, stop_tokens))
     if prepare is not None:
         state = prepare(state)

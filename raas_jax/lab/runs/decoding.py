@@ -78,7 +78,7 @@ class Work(NamedTuple):
 
     def bytes_of_row(self, prompt: int, length: int) -> int:
         """Bytes of such a row in a cache of its own."""
-        params, dtype = self.params, self.params.weights["embedding"].dtype
+        params, dtype = self.params, self.params.dtype
         return row_bytes(params.config, self.policy, prompt, length, dtype.name)
 
 
@@ -125,7 +125,7 @@ class RecordedDecoding:
         return {}
 
     def responses(self, work: Work) -> Iterator[Response]:
-        params, dtype = work.params, work.params.weights["embedding"].dtype
+        params, dtype = work.params, work.params.dtype
         # Neighbours of one length finish together, and share a compiled program.
         missing = sorted(work.missing(1), key=lambda item: (item.limit, len(item.prompt)))
         for start in range(0, len(missing), self.rows):

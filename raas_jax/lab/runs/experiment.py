@@ -41,7 +41,7 @@ def model_identity(params: Params, model: str) -> dict[str, str]:
     return {
         "model": model,
         "weights": fingerprint(params),
-        "dtype": params.weights["embedding"].dtype.name,
+        "dtype": params.dtype.name,
     }
 
 

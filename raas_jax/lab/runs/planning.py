@@ -138,7 +138,7 @@ class _TaskPlan:
         Raises ValueError for a policy that cannot take one of the prompts.
         """
         policy.check_prompts(self.prompts)
-        median, dtype = self.prompts[len(self.prompts) // 2], self.params.weights["embedding"].dtype
+        median, dtype = self.prompts[len(self.prompts) // 2], self.params.dtype
         return row_bytes(self.params.config, policy, median, self.longest, dtype.name)
 
     def _add(self, variant: Variant, budget: int, group: str) -> None:

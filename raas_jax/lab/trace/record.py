@@ -131,7 +131,7 @@ def trace(
     }
     if heads is None:
         heads = choose_heads(attention, len(ids), milestones)
-    dtype = params.weights["embedding"].dtype
+    dtype = params.dtype
     return Trace(
         policy=policy,
         words=words,
