@@ -1,0 +1,77 @@
+"""Checks of values that come from outside: each names what was given, and what would be right."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from collections.abc import Collection
+from typing import Any
+
+INT32_MAX = 2**31 - 1
+MOST_TOKENS = 2**27
+"""More than any cache holds: no length, budget or count of tokens is above it."""
+
+_reprs = reprlib.Repr()
+_reprs.maxstring = _reprs.maxother = 80
+
+
+def short(value: object) -> str:
+    """The value as Python writes it, cut where it is long; never fails."""
+    try:
+        return _reprs.repr(value)
+    except ValueError:  # An int of more digits than Python turns into text.
+        return "a number of too many digits"
+
+
+def integer(name: str, value: Any, least: int, most: int = INT32_MAX) -> int:
+    """The value as a Python int; NumPy's and JAX's integers are taken too.
+
+    Raises:
+      TypeError: it is something else, a bool included. ValueError: not from `least` to `most`.
+    """
+    try:
+        number = None if is_bool(value) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise TypeError(f"{name} is {short(value)}; it must be an int {_range(least, most)}.")
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {short(number)}; it must be an int {_range(least, most)}.")
+    return number
+
+
+def real(name: str, value: Any, wanted: str, least: float, most: float = math.inf) -> float:
+    """The value as a finite Python float from `least` to `most`; `wanted` says so in words.
+
+    Raises:
+      TypeError: it is no number. ValueError: it is not finite, or out of range.
+    """
+    try:
+        if is_bool(value) or isinstance(value, str | bytes):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {short(value)}; it must be {wanted}.") from None
+    except OverflowError:
+        number = math.inf
+    if not (math.isfinite(number) and least <= number <= most):
+        raise ValueError(f"{name} is {short(value)}; it must be {wanted}.")
+    return number
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> str:
+    """The value, if it is one of `choices`. Raises ValueError."""
+    if isinstance(value, str) and value in choices:
+        return value
+    known = ", ".join(map(repr, choices))
+    raise ValueError(f"{name} is {short(value)}; choose one of {known}.")
+
+
+def is_bool(value: object) -> bool:
+    """Whether it is a truth value, of Python or of an array library."""
+    return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
+
+
+def _range(least: int, most: int) -> str:
+    return f">= {least}" if most == INT32_MAX else f"from {least} to {most}"
