@@ -35,9 +35,10 @@ def integer(name: str, value: Any, least: int, most: int = INT32_MAX) -> int:
     except TypeError:
         number = None
     if number is None:
-        raise TypeError(f"{name} is {short(value)}; it must be an int {_range(least, most)}.")
+        raise TypeError(f"{name} is {short(value)}; it must be an int.")
     if not least <= number <= most:
-        raise ValueError(f"{name} is {short(number)}; it must be an int {_range(least, most)}.")
+        bound = f"at least {least}" if number < least else f"at most {most}"
+        raise ValueError(f"{name} is {short(number)}; it must be an int of {bound}.")
     return number
 
 
@@ -71,7 +72,3 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 def is_bool(value: object) -> bool:
     """Whether it is a truth value, of Python or of an array library."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"
-
-
-def _range(least: int, most: int) -> str:
-    return f">= {least}" if most == INT32_MAX else f"from {least} to {most}"

@@ -59,8 +59,8 @@ class Rows:
       token: int32 `[B]`, the last token sampled, not yet fed to the model.
       generated: int32 `[B]`, tokens sampled so far, `token` included; frozen once done.
       limit: int32 `[B]`, how many may be sampled.
-      done: bool `[B]`, a stop token was sampled or the limit reached. A done row computes on,
-        unseen.
+      done: bool `[B]`, a stop token was sampled, the limit reached, or logits were not finite. A
+        done row computes on, unseen.
       committed: int32 `[B]`, pages that left the current page while the row was running.
       evicted: int32 `[B]`, pages that were overwritten or emptied while the row was running; the
         most of any layer and head.
@@ -98,8 +98,9 @@ class Sampled(NamedTuple):
     """Tokens that were sampled.
 
     Attributes:
-      tokens: int32 `[B]`, or with further axes; -1 for a row that was done.
-      logprobs: float32, their log-probabilities.
+      tokens: int32 `[B]`, or with further axes; -1 for a row that was done, or whose logits were
+        not finite.
+      logprobs: float32, their log-probabilities; NaN where the logits were not finite.
     """
 
     tokens: jax.Array
@@ -110,8 +111,10 @@ class Progress(NamedTuple):
     """What `T` steps gave out, and where the rows then were: all that a host needs to see.
 
     Attributes:
-      tokens: int32 `[T, B]`, sampled or forced; -1 for a row that was done.
-      logprobs: float32 `[T, B]`, under the model at temperature 1, before any filter.
+      tokens: int32 `[T, B]`, sampled or forced; -1 for a row that was done, or whose logits were
+        not finite, which ends it.
+      logprobs: float32 `[T, B]`, under the model at temperature 1, before any filter; NaN where
+        the logits were not finite.
       committed, evicted, done: `[B]`, see `Rows`.
       greedy: bool `[T, B]`, whether the token is the likeliest; None unless tokens were forced.
       probed: what a `Probe` saw; None without one.
@@ -238,11 +241,13 @@ def empty_state(
 
 
 def _first_rows(request: RowRequest, token: jax.Array, evicted: jax.Array) -> Rows:
-    """Rows that have sampled one token."""
+    """Rows that have sampled one token, or none (-1) where the logits were not finite."""
     generated = jnp.ones_like(token)
     done = _is_done(token, generated, request.limit, request.stop_tokens)
     zero = jnp.zeros_like(token)
-    return Rows(token, generated, request.limit, done, zero, evicted, request.sampler)
+    return Rows(
+        jnp.maximum(token, 0), generated, request.limit, done, zero, evicted, request.sampler
+    )
 
 
 @partial(jax.jit, static_argnames="plan")
@@ -453,16 +458,17 @@ def token_step(
         (x, current), of_group = layers(config, params.weights, body, (x, current), xs)
         meta.append(of_group)
     token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
-    token = jnp.where(rows.done, rows.token, token)
-    generated = jnp.where(rows.done, rows.generated, rows.generated + 1)
-    done = rows.done | _is_done(token, generated, rows.limit, state.stop_tokens)
+    sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
+    over = rows.done | (token < 0)
+    generated = jnp.where(over, rows.generated, rows.generated + 1)
+    done = over | _is_done(token, generated, rows.limit, state.stop_tokens)
+    token = jnp.where(over, rows.token, token)
     stepped = dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, current=current),
         meta=tuple(meta),
         rows=dataclasses.replace(rows, token=token, generated=generated, done=done),
     )
-    sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
     return stepped, sampled
 
 
@@ -515,12 +521,17 @@ def _step_body(
 def _choose(
     sampler: Sampler, logits: jax.Array, index: jax.Array, force: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """The next token of every row, its log-probability and, where forced, whether it is greedy."""
+    """The next token of every row, its log-probability and, where forced, whether it is greedy.
+
+    Where the logits are not finite they are -1 and NaN: one NaN or infinity among them makes the
+    log-probability of whatever was sampled one, too.
+    """
     token, logprob = sampler(logits, index)
-    if force is None:
-        return token, logprob, None
-    token = jnp.where(force < 0, token, force)
-    return token, log_probability(logits, token), token == jnp.argmax(logits, axis=-1)
+    finite, greedy = jnp.isfinite(logprob), None
+    if force is not None:
+        token = jnp.where(force < 0, token, force)
+        logprob, greedy = log_probability(logits, token), token == jnp.argmax(logits, axis=-1)
+    return jnp.where(finite, token, -1), jnp.where(finite, logprob, jnp.nan), greedy
 
 
 def _progress(
@@ -584,7 +595,8 @@ def _boundary_keys(keys: jax.Array, now: jax.Array, group: int) -> jax.Array:
 def _is_done(
     token: jax.Array, generated: jax.Array, limit: jax.Array, stop_tokens: jax.Array
 ) -> jax.Array:
-    return jnp.any(token[:, None] == stop_tokens, axis=-1) | (generated >= limit)
+    stopped = jnp.any(token[:, None] == stop_tokens, axis=-1) | (token < 0)
+    return stopped | (generated >= limit)
 
 
 def prompt_lengths(state: DecodeState, plan: Plan) -> jax.Array:

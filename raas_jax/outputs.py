@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -10,7 +11,7 @@ from typing import Any
 
 import jax
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.config import ModelConfig
 from raas_jax.decode import Progress, dense_bytes
 from raas_jax.params import Params
@@ -50,7 +51,7 @@ class Stats:
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=["tokens", "logprobs"],
-    meta_fields=["text", "finish_reason", "stats"],
+    meta_fields=["text", "finish_reason", "stats", "error"],
 )
 @dataclasses.dataclass(frozen=True)
 class Output:
@@ -60,9 +61,12 @@ class Output:
       text: without special tokens, cut before the stop string; None where there is no tokenizer.
       tokens: token ids, the stop token included. Inside a jit an int32 array `[max_new_tokens]`
         (or `[B, max_new_tokens]`), -1 after the end.
-      finish_reason: "stop" (a stop token or string), "length" (`max_new_tokens`), "interrupted".
-      logprobs: of the tokens, under the model at temperature 1, before any filter.
+      finish_reason: "stop" (a stop token or string), "length" (`max_new_tokens`), "interrupted",
+        or "error".
+      logprobs: of the tokens, under the model at temperature 1, before any filter. Inside a jit,
+        NaN after the last token of an answer that ended by an error.
       stats: what it took; None inside a jit.
+      error: what went wrong, for the finish_reason "error"; else None.
     """
 
     text: str | None
@@ -70,6 +74,7 @@ class Output:
     finish_reason: str | None
     logprobs: Any
     stats: Stats | None
+    error: str | None = None
 
 
 @dataclasses.dataclass
@@ -106,6 +111,8 @@ class Answer:
     def add(self, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Adds tokens, up to the end of the answer."""
         for token, logprob in zip(tokens, logprobs, strict=True):
+            if token < 0 and math.isnan(logprob):
+                self.finish_reason = self.finish_reason or "error"
             if self.finish_reason or token < 0:
                 break
             self.tokens.append(token)
@@ -120,6 +127,17 @@ class Answer:
                 self.finish_reason = "length"
         if self.finish_reason:
             self.flush()
+
+    @property
+    def error(self) -> str | None:
+        """What went wrong, if the answer ended by an error."""
+        if self.finish_reason != "error":
+            return None
+        return (
+            f"the logits of token {len(self.tokens)} were not finite (NaN or infinity): the "
+            "weights are damaged, or too large for their dtype. Load them anew, or with "
+            "dtype='float32'."
+        )
 
     def flush(self) -> None:
         """Lets go of text that was held back."""
@@ -156,7 +174,8 @@ class Answer:
     def output(self, stats: Stats) -> Output:
         """The answer so far, to give out."""
         known = self.text if self.detokenizer is not None else None
-        return Output(known, self.tokens, self.finish_reason, self.logprobs, stats)
+        reason, why = self.finish_reason, self.error
+        return Output(known, self.tokens, reason, self.logprobs, stats, why)
 
 
 def default_limit(params: Params, prompt_tokens: int) -> int:
@@ -173,10 +192,7 @@ def answer_limit(params: Params, prompt_tokens: int, max_new_tokens: int | None)
     room = default_limit(params, prompt_tokens)
     if max_new_tokens is None:
         return room
-    if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool):
-        raise TypeError(f"max_new_tokens is {max_new_tokens!r}; it must be an int.")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
     limit = params.config.max_position_embeddings
     if prompt_tokens + max_new_tokens > limit:
         warnings.warn(

@@ -16,7 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax import checks
+
 _INT32 = np.iinfo(np.int32)
+_TINY = float(np.finfo(np.float32).tiny)
+_COLDEST, _HOTTEST = 1e-6, 1e30  # Where logits divided by a temperature stay finite.
+SEEDS = (-(2**63), 2**63 - 1)
+"""The least and the largest seed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,16 +42,16 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"temperature is {self.temperature!r}; it must be a finite number >= 0 (0: greedy)."
+        numbers = {
+            "temperature": ("a finite number from 0 (greedy) to 1e30", 0.0, _HOTTEST),
+            "top_p": ("in (0, 1] (1: all tokens)", _TINY, 1.0),
+            "min_p": ("in [0, 1) (0: all tokens)", 0.0, math.nextafter(1.0, 0.0)),
+        }
+        for name, (wanted, least, most) in numbers.items():
+            object.__setattr__(
+                self, name, checks.real(name, getattr(self, name), wanted, least, most)
             )
-        if not isinstance(self.top_k, int) or self.top_k < 0:
-            raise ValueError(f"top_k is {self.top_k!r}; it must be an int >= 0 (0: all tokens).")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p is {self.top_p!r}; it must be in (0, 1] (1: all tokens).")
-        if not 0 <= self.min_p < 1:
-            raise ValueError(f"min_p is {self.min_p!r}; it must be in [0, 1) (0: all tokens).")
+        object.__setattr__(self, "top_k", checks.integer("top_k", self.top_k, 0))
 
 
 def log_probability(logits: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -95,7 +101,7 @@ class Sampler:
 
     def _draw(self, logits: jax.Array, index: jax.Array, greedy: jax.Array) -> jax.Array:
         warm = self.temperature > 0
-        scaled = logits / jnp.where(warm, self.temperature, 1.0)[:, None]
+        scaled = logits / jnp.where(warm, jnp.maximum(self.temperature, _COLDEST), 1.0)[:, None]
         filters = (self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0)
         scaled = jax.lax.cond(jnp.any(filters & warm), lambda: self._filter(scaled), lambda: scaled)
         keys = jax.vmap(jax.random.fold_in)(self.keys, index)
@@ -154,8 +160,10 @@ def _smallest(holds: Callable[[jax.Array], jax.Array], rows: int) -> jax.Array:
 def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:
     """Typed keys `[rows]`: from an int or one typed key, folded with the row, or an int for each.
 
-    Raises ValueError for anything else, raw uint32 keys included.
+    Raises TypeError for anything else, raw uint32 keys included, and ValueError for a number of
+    seeds that is not that of the rows, or a seed beyond 64 bits.
     """
+    given: Any = seed
     if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         if seed.shape == (rows,):
             return seed
@@ -164,10 +172,16 @@ def row_keys(seed: int | jax.Array | Sequence[int], rows: int) -> jax.Array:
                 f"seed holds {seed.shape} keys; give one, or one for each of {rows} rows."
             )
         return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(seed, jnp.arange(rows))
-    if isinstance(seed, Sequence) and len(seed) == rows and all(isinstance(s, int) for s in seed):
-        return jnp.stack([jax.random.fold_in(jax.random.key(s), 0) for s in seed])
-    if isinstance(seed, int) and not isinstance(seed, bool):
-        return row_keys(jax.random.key(seed), rows)
-    raise ValueError(
-        f"seed is {seed!r}; it must be an int, a key from jax.random.key, or {rows} ints."
-    )
+    if isinstance(seed, Sequence) and not isinstance(seed, str | bytes):
+        if len(seed) != rows:
+            raise ValueError(
+                f"seed holds {len(seed)} ints; give one, or one for each of {rows} rows."
+            )
+        numbers = [checks.integer(f"seed[{i}]", each, *SEEDS) for i, each in enumerate(seed)]
+        return jnp.stack([jax.random.fold_in(jax.random.key(number), 0) for number in numbers])
+    if getattr(given, "ndim", 0):
+        raise TypeError(
+            f"seed is an array of {given.dtype}{list(given.shape)}; it must be an int, a key from "
+            f"jax.random.key, or {rows} ints."
+        )
+    return row_keys(jax.random.key(checks.integer("seed", given, *SEEDS)), rows)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from raas_jax import files, identity
 from raas_jax.decode import DecodeState
+from raas_jax.files import Fields, FileError
+from raas_jax.params import Params
 from raas_jax.weights.files import new_folder
 
-ARRAYS = "state"
+ARRAYS, SAID = "state", "identity.json"
+VERSION = 1
+"""Of a folder of `save_state`."""
 
 
 def as_arrays(state: DecodeState) -> DecodeState:
@@ -39,7 +45,7 @@ def arrays_like(shape: DecodeState) -> DecodeState:
     return like
 
 
-def save_state(state: DecodeState, folder: str | Path) -> None:
+def save_state(state: DecodeState, folder: str | Path, params: Params) -> None:
     """Writes a state into a new folder, which appears only once it is complete.
 
     Raises:
@@ -47,36 +53,53 @@ def save_state(state: DecodeState, folder: str | Path) -> None:
     """
     import orbax.checkpoint as ocp
 
+    arrays = as_arrays(state)
+    said = {
+        "version": VERSION,
+        "model": identity.of_model(params),
+        "arrays": identity.of_arrays(arrays),
+    }
     with new_folder(folder) as partial, ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(partial / ARRAYS, as_arrays(state))
+        if jax.process_index() == 0:
+            files.replace_text(partial / SAID, json.dumps(said) + "\n")
+        checkpointer.save(partial / ARRAYS, arrays)
 
 
-def restore_state(folder: str | Path, shape: DecodeState) -> DecodeState:
+def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> DecodeState:
     """The state in a folder of `save_state`, with the shapes and shardings of `shape`.
 
     Raises:
-      FileNotFoundError: there is none. ValueError: it has other shapes, or is damaged.
+      FileNotFoundError: there is none.
+      FileError: it is another model's or version's, has other shapes, or is damaged.
     """
     import orbax.checkpoint as ocp
 
-    path = Path(folder).expanduser().absolute() / ARRAYS
-    if not path.is_dir():
+    path = Path(folder).expanduser().absolute()
+    if not (path / ARRAYS).is_dir():
         raise FileNotFoundError(f"folder is {str(folder)!r}, which holds no saved state.")
+    said = Fields(files.read_json(path / SAID), path / SAID, remedy="Save the state anew.")
+    if said.integer("version", 1) != VERSION:
+        raise said.error(f"version is {said.values['version']}; expected {VERSION}")
+    if said.text("model") != identity.of_model(params):
+        raise FileError(path, "was saved with another model; give params of the same weights.")
+    like = arrays_like(shape)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(path).item_metadata.tree
+            stored = checkpointer.metadata(path / ARRAYS).item_metadata.tree
             shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
+            if sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(like)):
+                arrays = checkpointer.restore(path / ARRAYS, like)
+            else:
+                arrays = None
         except Exception as error:  # Orbax lets through whatever its storage raised.
-            raise ValueError(
-                f"folder is {str(folder)!r}, which cannot be read ({error})."
-            ) from None
-        like = arrays_like(shape)
-        if sorted(shapes) != sorted(leaf.shape for leaf in jax.tree.leaves(like)):
-            raise ValueError(
-                f"folder is {str(folder)!r}, whose state has other shapes; restore it with the "
-                "plan and the rows that it was saved with."
-            )
-        return from_arrays(checkpointer.restore(path, like))
+            what = f"cannot be read ({files.first_line(error)}); save the state anew."
+            raise FileError(path, what) from error
+    if arrays is None:
+        what = "holds a state of other shapes; restore it with the plan and the rows of the save."
+        raise FileError(path, what)
+    if identity.of_arrays(arrays) != said.text("arrays"):
+        raise FileError(path, "is damaged: its arrays are not those that were saved.")
+    return from_arrays(arrays)
 
 
 def _with_keys(state: DecodeState, keys: Any) -> DecodeState:

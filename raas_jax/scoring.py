@@ -17,14 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.decode import RowRequest
 from raas_jax.generation import TOKENS_PER_SYNC, checked
 from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import Dense, Policy, bucket, pages_for
-from raas_jax.policies.budgeted import check_count
 from raas_jax.sampling import log_probability
 from raas_jax.session import Session
 from raas_jax.sharding import place_weights, target_of
@@ -43,7 +42,8 @@ class Score:
     Attributes:
       tokens: its ids.
       logprobs: float32 `[T]`, of each token given the prompt and the tokens before it, as far as
-        the policy kept them; at temperature 1.
+        the policy kept them; at temperature 1. NaN from where the logits were not finite, or
+        of the whole continuation under `Dense`, which reads it in one pass.
       greedy: bool `[T]`, whether each is the likeliest token.
     """
 
@@ -103,7 +103,7 @@ def score(
       TypeError, ValueError: names the argument, its value and the remedy. Nothing was computed.
     """
     policy = checked(params, policy)
-    check_count("rows", rows, 1)
+    rows = checks.integer("rows", rows, 1)
     prompts, single = tokenizer.encode(params, prompt)
     given: Any = [continuation] if single else continuation
     if isinstance(given, str) or len(given) != len(prompts):
@@ -184,6 +184,8 @@ def _forced(
     logprobs, greedy = (
         np.concatenate([getattr(each, name) for each in seen]) for name in ("logprobs", "greedy")
     )
+    # A row ends where its logits were not finite, and what it is given later says nothing.
+    logprobs = np.where(np.logical_or.accumulate(np.isnan(logprobs)), np.nan, logprobs)
     return [
         Score(list(ids), logprobs[: len(ids), row], greedy[: len(ids), row])
         for row, ids in enumerate(continuations)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax
@@ -112,8 +113,12 @@ def test_seeds():
     assert data([7, 8], 2) == data([7], 1) + data([8], 1)
     assert len({tuple(key) for key in data(7, 100)}) == 100
     for bad in (1.5, "7", [1, 2], jnp.zeros(2, jnp.uint32), True, None):
-        with pytest.raises(ValueError, match="seed"):
+        with pytest.raises((TypeError, ValueError), match="seed"):
             row_keys(bad, 3)
+    for beyond in (2**63, -(2**63) - 1, [0, 10**30, 0]):
+        with pytest.raises(ValueError, match=r"seed.* is .*at (most|least)"):
+            row_keys(beyond, 3)
+    assert data(np.int64(7), 2) == data(7, 2) and data([np.int32(7), 8], 2) == data([7, 8], 2)
     with pytest.raises(ValueError, match="seed holds"):
         row_keys(jax.random.split(jax.random.key(0), 2), 3)
 
@@ -126,6 +131,11 @@ def test_seeds():
         ("temperature", math.inf),
         ("top_k", -1),
         ("top_k", 2.5),
+        ("top_k", 10**12),
+        ("temperature", "warm"),
+        ("temperature", 10**400),
+        ("top_p", None),
+        ("top_k", True),
         ("top_p", 0.0),
         ("top_p", 1.01),
         ("top_p", -1.0),
@@ -135,5 +145,19 @@ def test_seeds():
     ],
 )
 def test_settings_out_of_range_name_the_argument(name, value):
-    with pytest.raises(ValueError, match=f"{name} is .*must be"):
+    with pytest.raises((TypeError, ValueError), match=f"{name} is .*must be"):
         Sampling(**{name: value})
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    mine = Sampling(np.float32(0.5), np.int64(3), np.float64(0.5), jnp.float32(0.25))
+    assert mine == Sampling(0.5, 3, 0.5, 0.25)
+    assert [type(value) for value in dataclasses.astuple(mine)] == [float, int, float, float]
+
+
+def test_a_temperature_near_zero_is_greedy():
+    """Logits divided by it would be infinite, and the first of several infinities would win."""
+    logits = jnp.asarray([[1.0, 2.0, 5.0, 3.0]])
+    for temperature in (1e-6, 1e-12, 1e-37, 1e-44):
+        sampler = Sampler.create([Sampling(temperature)], row_keys(0, 1))
+        assert draw(sampler, logits, jnp.zeros(1, jnp.int32))[0].tolist() == [2]

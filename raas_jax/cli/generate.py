@@ -18,7 +18,7 @@ from raas_jax.cli.prompts import Prompt, read_prompts
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-INTERRUPTED = 130
+FAILED, INTERRUPTED = 2, 130
 
 
 @dataclasses.dataclass
@@ -58,7 +58,8 @@ class Generate:
         }
         params = raas_jax.load(self.model, dtype=self.dtype)
         answer = self._print_json if self.json else self._stream
-        return INTERRUPTED if answer(params, prompts, wanted) else 0
+        reasons = answer(params, prompts, wanted)
+        return INTERRUPTED if "interrupted" in reasons else FAILED if "error" in reasons else 0
 
     def _prompts(self) -> list[Prompt]:
         if (self.prompt is None) == (self.prompt_file is None):
@@ -80,9 +81,11 @@ class Generate:
 
     def _stream(
         self, params: raas_jax.Params, prompts: list[Prompt], wanted: dict[str, Any]
-    ) -> bool:
-        """Prints each answer as it comes; gives whether it was interrupted."""
+    ) -> set[str | None]:
+        """Prints each answer as it comes, and gives why they ended."""
         from tqdm import tqdm
+
+        reasons: set[str | None] = set()
 
         # Where the text itself does not go to the terminal, a bar shows that something happens.
         hidden = sys.stdout.isatty() or not sys.stderr.isatty()
@@ -102,26 +105,31 @@ class Generate:
             assert output is not None
             print(*output.tokens if output.text is None else "", flush=True)
             print(summary(output, clock.tokens_per_second), file=sys.stderr, flush=True)
+            reasons.add(output.finish_reason)
+            if output.error is not None:
+                print(f"raas-jax: error: {output.error}", file=sys.stderr)
             if output.finish_reason == "interrupted":
-                return True
-        return False
+                break
+        return reasons
 
     def _print_json(
         self, params: raas_jax.Params, prompts: list[Prompt], wanted: dict[str, Any]
-    ) -> bool:
-        """Prints one object per prompt, in their order; gives whether it was interrupted."""
+    ) -> set[str | None]:
+        """Prints one object per prompt, in their order, and gives why they ended."""
         began, tokens = time.perf_counter(), 0
+        reasons: set[str | None] = set()
         for start in range(0, len(prompts), self.rows):
             outputs = raas_jax.generate(params, prompts[start : start + self.rows], **wanted)
             for output in outputs:
                 print(json.dumps(as_json(output), ensure_ascii=False), flush=True)
                 tokens += len(output.tokens)
-            if any(output.finish_reason == "interrupted" for output in outputs):
-                return True
+            reasons.update(output.finish_reason for output in outputs)
+            if "interrupted" in reasons:
+                return reasons
         seconds = time.perf_counter() - began
         many = f"{len(prompts)} prompts, {tokens} tokens in {seconds:.1f} s"
         print(f"{many} ({tokens / seconds:.0f} tokens/s)", file=sys.stderr)
-        return False
+        return reasons
 
 
 class _Clock:
@@ -157,6 +165,7 @@ def as_json(output: raas_jax.Output) -> dict[str, Any]:
         "text": output.text,
         "token_ids": list(output.tokens),
         "finish_reason": output.finish_reason,
+        **({} if output.error is None else {"error": output.error}),
         **{name: getattr(output.stats, name) for name in (*sizes, "kv_bytes", "dense_kv_bytes")},
     }
 
@@ -169,6 +178,7 @@ def summary(output: raas_jax.Output, speed: float | None = None) -> str:
         "stop": "finished",
         "length": "cut off at --max-new-tokens or the model's context",
         "interrupted": "interrupted",
+        "error": "ended by an error",
     }
     rate = "" if speed is None else f", {speed:.0f} tokens/s"
     memory, dense = map(options.readable_bytes, (stats.kv_bytes, stats.dense_kv_bytes))

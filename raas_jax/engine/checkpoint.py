@@ -3,12 +3,14 @@
     folder/<number>/state    arrays
     folder/<number>/book     requests, rows, results not yet given out
 
-A save appears under its number only once it is complete; the last two are kept.
+A save appears under its number only once it is complete; the last two are kept. The book has a
+digest of itself, of the arrays and of the model, so that what was damaged since is recognised.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from raas_jax import policies
+from raas_jax import identity, policies
 from raas_jax.decode import DecodeState
+from raas_jax.files import Fields, FileError, first_line
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 from raas_jax.saved_state import arrays_like, as_arrays, from_arrays
 
 STATE, HOST_STATE = "state", "book"
-VERSION = 2  # Of what is saved; 1 had other names.
+VERSION = 3  # Of what is saved; 1 had other names, 2 no digests.
 
 
 class Saver:
@@ -54,6 +57,13 @@ class Saver:
         Raises:
           OSError: an earlier save, or this one, could not be written.
         """
+        host_state = {
+            **host_state,
+            "version": VERSION,
+            "arrays": identity.of_arrays(as_arrays(state)),
+        }
+        host_state = _plain(host_state)
+        host_state["digest"] = identity.of_json(host_state)
         self._number += 1
         self._manager.save(
             self._number,
@@ -75,36 +85,61 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
     """What the host kept at the last complete save.
 
     Raises:
-      FileNotFoundError: there is none. ValueError: another version wrote it.
+      FileNotFoundError: there is none. FileError: another version wrote it, or it is damaged.
     """
     import orbax.checkpoint as ocp
 
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{folder} is no folder of a saved engine; there is none.")
     with _manager(folder) as manager:
-        number = manager.latest_step()
+        number = _latest(manager, folder)
         if number is None:
             raise FileNotFoundError(f"{folder} holds no complete save of an engine.")
-        found = manager.restore(
-            number, args=ocp.args.Composite(**{HOST_STATE: ocp.args.JsonRestore()})
+        wanted = ocp.args.Composite(**{HOST_STATE: ocp.args.JsonRestore()})
+        try:
+            host_state = manager.restore(number, args=wanted)[HOST_STATE]
+        except Exception as error:  # Orbax lets through whatever its parsers and storage raised.
+            raise damaged(folder, error) from error
+    version = Fields(host_state, folder).integer("version", 1, default=1)
+    if version != VERSION:
+        raise FileError(
+            folder,
+            f"was saved by another version of raas_jax (its format is {version}, here it is "
+            f"{VERSION}); finish it with that version, or start anew.",
         )
-    host_state: dict[str, Any] = found[HOST_STATE]
-    if host_state.get("version") != VERSION:
-        raise ValueError(
-            f"{folder} was saved by another version of raas_jax (its format is "
-            f"{host_state.get('version', 1)}, here it is {VERSION}); finish it with that version, "
-            "or start anew."
-        )
-    return host_state
+    if host_state.pop("digest", None) != identity.of_json(host_state):
+        raise damaged(folder, "its digest is another one")
+    known: dict[str, Any] = host_state
+    return known
 
 
-def read_state(folder: str | Path, shape: DecodeState) -> DecodeState:
-    """The state of the last complete save, with the shapes and shardings of `shape`."""
+def damaged(folder: str | Path, why: object) -> FileError:
+    """The error for a save that cannot be used."""
+    what = f"holds a damaged save of an engine ({first_line(why)})"
+    return FileError(folder, f"{what}; remove its newest number to go on from the one before.")
+
+
+def read_state(folder: str | Path, shape: DecodeState, digest: str) -> DecodeState:
+    """The state of the last complete save, with the shapes and shardings of `shape`.
+
+    Raises FileError if it is not there, or its arrays do not have this digest.
+    """
     import orbax.checkpoint as ocp
 
     with _manager(folder) as manager:
-        arguments = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(arrays_like(shape))})
-        return from_arrays(manager.restore(manager.latest_step(), args=arguments)[STATE])
+        number, like = _latest(manager, folder), arrays_like(shape)
+        try:
+            stored = manager.item_metadata(number)[STATE].tree
+            shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
+            if sorted(shapes) != sorted(leaf.shape for leaf in jax.tree.leaves(like)):
+                raise ValueError("its arrays have other shapes than its book says")
+            wanted = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(like)})
+            arrays = manager.restore(number, args=wanted)[STATE]
+        except Exception as error:
+            raise damaged(folder, error) from error
+    if identity.of_arrays(arrays) != digest:
+        raise damaged(folder, "its arrays are not those that were saved")
+    return from_arrays(arrays)
 
 
 def describe(policy: Policy) -> dict[str, Any]:
@@ -138,11 +173,10 @@ def policy_of(host_state: dict[str, Any], given: Policy | None) -> Policy:
 
 def model_of(params: Params) -> dict[str, Any]:
     """What tells one model from another, as JSON values."""
-    first = np.asarray(params.weights["norm"], np.float64)
     return {
         "config": _plain(dataclasses.asdict(params.config)),
         "dtype": params.dtype.name,
-        "norm": float(first.sum()),
+        "weights": identity.of_model(params),
     }
 
 
@@ -157,6 +191,14 @@ def check_model(host_state: dict[str, Any], params: Params, folder: str | Path) 
         )
 
 
+def _latest(manager: Any, folder: str | Path) -> int | None:
+    try:
+        number: int | None = manager.latest_step()
+    except Exception as error:
+        raise damaged(folder, error) from error
+    return number
+
+
 def _manager(folder: str | Path, **options: Any) -> Any:
     import orbax.checkpoint as ocp
 
@@ -168,6 +210,4 @@ def _manager(folder: str | Path, **options: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """As it comes back from JSON."""
-    import json
-
     return json.loads(json.dumps(value))

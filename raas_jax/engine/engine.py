@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -13,11 +14,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.admission import empty_admissions
 from raas_jax.decode import DecodeState, Progress
 from raas_jax.engine import checkpoint
-from raas_jax.engine.autosize import largest_batch
+from raas_jax.engine.autosize import MOST_ROWS, largest_batch
 from raas_jax.engine.requests import Id, Job, Request, Result, check
 from raas_jax.engine.scheduler import Row, Schedule, Start
 from raas_jax.generation import checked
@@ -141,9 +142,11 @@ class Engine:
             "prefill_rows": prefill_rows,
             "sync_every": policy.page_size if sync_every is None else sync_every,
         }
-        for name, value in numbers.items():
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} is {value!r}; it must be an int of at least 1.")
+        numbers = {
+            name: checks.integer(name, value, 1, checks.MOST_TOKENS)
+            for name, value in numbers.items()
+        }
+        max_new_tokens, max_prompt_tokens, samples, prefill_rows, sync_every = numbers.values()
         if save_every is not None and save_to is None:
             raise ValueError(f"save_every is {save_every}; give save_to, the folder, too.")
         P = policy.page_size
@@ -161,7 +164,7 @@ class Engine:
             return Session(params, plan, rows, stop_tokens=self.stop_tokens, mesh=mesh)
 
         self.usage = Usage()
-        self._pages = pages_for(numbers["sync_every"], P)
+        self._pages = pages_for(sync_every, P)
         self._sizes = (prefill_rows, 1) if prefill_rows > 1 else (1,)
         self._late = jax.default_backend() != "cpu" if overlap is None else overlap
         together = samples * (1 if mesh is None else mesh.shape["data"])
@@ -174,7 +177,8 @@ class Engine:
                 return [one.lower_advance(self._pages), admit]
 
             rows = largest_batch(largest, together, memory_limit)
-        if not isinstance(rows, int) or isinstance(rows, bool) or rows < 1 or rows % together:
+        rows = checks.integer("rows", rows, 1, MOST_ROWS)
+        if rows % together:
             raise ValueError(
                 f"rows is {rows!r}; it must be 'auto' or a multiple of {together} (samples="
                 f"{samples}, and the data axis of the mesh)."
@@ -198,6 +202,11 @@ class Engine:
     def plan(self) -> Plan:
         """Fixed shapes."""
         return self.session.plan
+
+    @functools.cached_property
+    def _model(self) -> dict[str, Any]:
+        """What tells its model from another; not asked for before something is saved."""
+        return checkpoint.model_of(self.params)
 
     @property
     def compiles(self) -> int:
@@ -305,6 +314,7 @@ class Engine:
 
         Raises:
           FileNotFoundError: there is no complete save.
+          FileError: it is damaged, or another version's.
           ValueError: it belongs to another model or policy, or to rows that the mesh does not
             divide.
         """
@@ -312,8 +322,12 @@ class Engine:
         checkpoint.check_model(host_state, params, folder)
         options = {**host_state["options"], "policy": checkpoint.policy_of(host_state, policy)}
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
-        engine._state = checkpoint.read_state(folder, engine.session.shape)
-        engine._open(host_state)
+        engine._model = host_state["model"]
+        engine._state = checkpoint.read_state(folder, engine.session.shape, host_state["arrays"])
+        try:
+            engine._open(host_state)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            raise checkpoint.damaged(folder, error) from error
         return engine
 
     def _take_state(self) -> DecodeState:
@@ -333,45 +347,40 @@ class Engine:
                 request = dataclasses.replace(request, id=repr(name))
                 self._refuse(request, [0], f"id is {name!r}; it must be a string or an int.")
                 continue
-            samples = list(range(request.n)) if isinstance(request.n, int) else [0]
+            samples = request.samples()
             if name in asked_before:
                 if (name, 0) not in (done or ()):
                     self._refuse(request, samples, f"id {name!r} was used before.")
                 continue
             asked_before.add(name)
             left = self._left_to_start(name, samples, done)
-            # Without any sample, n is wrong, which is for the check to say.
-            if left is not None and (left or not samples):
-                yield from self._checked(request, left)
+            try:
+                job = check(self.params, self.plan, self.max_new_tokens, request)
+            except Exception as error:  # Whatever it is, it is this request's alone.
+                self._refuse(request, left, str(error) or type(error).__name__)
+                continue
+            job.todo = left
+            if left:
+                yield job
 
     def _left_to_start(
         self, name: Id, samples: list[int], done: set[tuple[Id, int]] | None
-    ) -> list[int] | None:
-        """Samples of a request that are not begun; None for one that was dealt with."""
+    ) -> list[int]:
+        """Samples of a request that are not begun and not done."""
         taken = name in self._taken
         self._taken.add(name)
         if not taken:
             return [sample for sample in samples if (name, sample) not in (done or ())]
         if done is None:
-            return None
+            return []
         begun = done | self._in_hand()
         return [sample for sample in samples if (name, sample) not in begun]
-
-    def _checked(self, request: Request, samples: list[int]) -> Iterator[Job]:
-        """The job of a request, if there is nothing wrong with it."""
-        try:
-            job = check(self.params, self.plan, self.max_new_tokens, request)
-        except (TypeError, ValueError, ImportError) as error:
-            self._refuse(request, samples, str(error))
-            return
-        job.todo = samples
-        yield job
 
     def _in_hand(self) -> set[Any]:
         return self._schedule.in_hand() | {(result.id, result.sample) for result in self._ready}
 
     def _refuse(self, request: Request, samples: Sequence[int], why: str) -> None:
-        for sample in samples or [0]:
+        for sample in samples:
             self._ready.append(Result(request.id, sample, None, [], "error", [], None, why))
 
     def _admit(self, starts: Sequence[Start]) -> None:
@@ -461,7 +470,8 @@ class Engine:
         params = self.params
         stats = answer.stats(params.config, params.dtype, self.session.row_bytes)
         reason = answer.finish_reason or "interrupted"
-        return Result(row.job.id, row.sample, known, answer.tokens, reason, answer.logprobs, stats)
+        made = (answer.tokens, reason, answer.logprobs, stats, answer.error)
+        return Result(row.job.id, row.sample, known, *made)
 
     def _interrupt(self) -> Iterator[Result]:
         """Gives what there is, and forgets what was in the making."""
@@ -485,8 +495,7 @@ class Engine:
     def _host_state(self) -> dict[str, Any]:
         """Everything on the host, as JSON values."""
         return {
-            "version": checkpoint.VERSION,
-            "model": checkpoint.model_of(self.params),
+            "model": self._model,
             "policy": checkpoint.describe(self.plan.policy),
             "options": {
                 "rows": self.rows,

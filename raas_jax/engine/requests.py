@@ -6,14 +6,16 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.outputs import Stats, answer_limit
 from raas_jax.params import Params
 from raas_jax.plan import Plan
-from raas_jax.sampling import Sampling
+from raas_jax.sampling import SEEDS, Sampling
 from raas_jax.tokenizer import Prompt
 
 Id = str | int
+MOST_SAMPLES = 1 << 20
+"""Answers to one request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +41,13 @@ class Request:
     max_new_tokens: int | None = None
     stop: str | Iterable[str] = ()
     n: int = 1
+
+    def samples(self) -> list[int]:
+        """Numbers of the answers wanted; of one alone where `n` makes no sense."""
+        try:
+            return list(range(checks.integer("n", self.n, 1, MOST_SAMPLES)))
+        except (TypeError, ValueError):
+            return [0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,15 +119,13 @@ class Job:
 
 
 def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> Job:
-    """The job of a request; TypeError, ValueError or ImportError say what is wrong with it."""
-    if not isinstance(request.sampling, Sampling):
-        raise TypeError(f"sampling is {request.sampling!r}; expected a raas_jax.Sampling.")
-    for name, least in (("seed", None), ("n", 1)):
-        value = getattr(request, name)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TypeError(f"{name} is {value!r}; it must be an int.")
-        if least is not None and value < least:
-            raise ValueError(f"{name} is {value}; it must be at least {least}.")
+    """The job of a request; raises whatever says best what is wrong with it."""
+    sampling: Any = request.sampling
+    if not isinstance(sampling, Sampling):
+        short = checks.short(sampling)
+        raise TypeError(f"sampling is {short}; expected a raas_jax.Sampling.")
+    seed = checks.integer("seed", request.seed, *SEEDS)
+    checks.integer("n", request.n, 1, MOST_SAMPLES)
     stop = tokenizer.stop_strings(request.stop)
     if stop and not tokenizer.has_tokenizer(params):
         raise ValueError(f"stop is {stop!r}, but params has no tokenizer.")
@@ -143,8 +150,8 @@ def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> 
         id=request.id,
         prompt=prompt,
         sampling=request.sampling,
-        seed=request.seed,
+        seed=seed,
         limit=min(limit, max_new_tokens),
         stop=stop,
-        todo=list(range(request.n)),
+        todo=request.samples(),
     )

@@ -12,7 +12,10 @@ heads, `G` query heads per key/value head, `S` page slots, `P` tokens per page, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+import math
+import typing
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,11 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from raas_jax import checks
 from raas_jax.policies.sizes import pages_for as pages_for
+
+Check = Callable[[str, Any], Any]
 
 Metadata = Any
 """A policy's metadata: a pytree of arrays with leading axes `[L, B, K]`, most of them `[.., S]`."""
 
+MOST_PAGE = 4096
+"""Tokens: a page is the unit in which attention is read."""
 _INT32 = np.iinfo(np.int32)
 
 
@@ -115,8 +123,11 @@ class Policy:
     page_size: int = dataclasses.field(default=16, kw_only=True)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.page_size, int) or self.page_size < 1:
-            raise ValueError(f"page_size is {self.page_size!r}; it must be an int of at least 1.")
+        """Checks the kind of every option; subclasses check their ranges after this."""
+        kind: Any = type(self)
+        for name, check in _kinds_of(kind).items():
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        checks.integer("page_size", self.page_size, 1, MOST_PAGE)
 
     @property
     def needs_bounds(self) -> bool:
@@ -189,6 +200,47 @@ class Policy:
     def stamps(self, meta: Metadata) -> jax.Array | None:
         """Clock of each page's last use, int32 `[..., K, S]`, for traces; None if none is kept."""
         return None
+
+
+def _integer(name: str, value: Any) -> int:
+    return checks.integer(name, value, -checks.MOST_TOKENS, checks.MOST_TOKENS)
+
+
+def _real(name: str, value: Any) -> float:
+    # A Python int stays one, so that a policy is written as it was given.
+    number = checks.real(name, value, "a finite number", -math.inf)
+    return value if type(value) is int else number
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not checks.is_bool(value):
+        raise TypeError(f"{name} is {checks.short(value)}; it must be True or False.")
+    return bool(value)
+
+
+_KINDS: dict[Any, Check] = {int: _integer, float: _real, bool: _flag}
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+@functools.cache
+def _kinds_of(kind: Any) -> dict[str, Check]:
+    """A check for each option that is a number or a flag, or None where that is allowed."""
+    try:
+        hints = typing.get_type_hints(kind)
+    except NameError:  # A policy of one's own may name types that only a type checker sees.
+        return {"page_size": _integer}
+    found: dict[str, Check] = {}
+    for field in dataclasses.fields(kind):
+        hint = hints[field.name]
+        parts = [part for part in typing.get_args(hint) if part is not type(None)]
+        if hint in _KINDS:
+            found[field.name] = _KINDS[hint]
+        elif len(parts) == 1 and parts[0] in _KINDS:
+            found[field.name] = _optional(_KINDS[parts[0]])
+    return found
 
 
 def lowest(score: jax.Array, boundary: Boundary) -> jax.Array:

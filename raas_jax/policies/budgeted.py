@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, Policy, PromptPages, set_slot
 from raas_jax.policies.dense import Dense
 from raas_jax.policies.sizes import bucket, pages_for
@@ -45,9 +46,9 @@ class Budgeted(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self.budget, self.page_size)
-        check_choice("granularity", self.granularity, ("kv_head", "layer"))
-        check_choice("prompt", self.prompt, self.prompts)
-        check_count("dense_layers", self.dense_layers, 0)
+        checks.choice("granularity", self.granularity, ("kv_head", "layer"))
+        checks.choice("prompt", self.prompt, self.prompts)
+        checks.integer("dense_layers", self.dense_layers, 0, checks.MOST_TOKENS)
         if self.dense_layers and self.evicts_prompt:
             raise ValueError(
                 f"dense_layers is {self.dense_layers}, but prompt='evict' allows none; use 0."
@@ -169,9 +170,9 @@ class Batched(Budgeted):
     recent: int = 8
 
     def __post_init__(self) -> None:
-        check_count("every", self.every, 1)
-        check_count("recent", self.recent, 1)
         super().__post_init__()
+        checks.integer("every", self.every, 1, checks.MOST_TOKENS)
+        checks.integer("recent", self.recent, 1, checks.MOST_TOKENS)
 
     def reserve(self) -> tuple[int, str]:
         return pages_for(self.recent, self.page_size), f"with recent={self.recent}"
@@ -230,8 +231,6 @@ def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Pol
 
 def check_budget(budget: int, page_size: int) -> None:
     """Raises ValueError unless the budget is a whole number of at least two pages."""
-    if not isinstance(budget, int) or isinstance(budget, bool):
-        raise ValueError(f"budget is {budget!r}; it must be a whole number of tokens.")
     two, down = 2 * page_size, budget // page_size * page_size
     if budget % page_size:
         raise ValueError(
@@ -242,15 +241,3 @@ def check_budget(budget: int, page_size: int) -> None:
         raise ValueError(
             f"budget is {budget}, less than two pages of page_size={page_size}. Use at least {two}."
         )
-
-
-def check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    """Raises ValueError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; choose one of {', '.join(map(repr, choices))}.")
-
-
-def check_count(name: str, value: int, least: int) -> None:
-    """Raises ValueError unless `value` is an int of at least `least`."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} is {value!r}; it must be an int >= {least}.")

@@ -44,9 +44,9 @@ class H2O(Budgeted):
     prompts = ("excluded", "included", "evict")
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.recent_fraction < 1:
             raise ValueError(f"recent_fraction is {self.recent_fraction!r}; it must be in [0, 1).")
-        super().__post_init__()
 
     @property
     def prompt_queries(self) -> int:

@@ -44,9 +44,9 @@ class LazyEviction(Batched):
     alpha: float = 1e-4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1].")
-        super().__post_init__()
 
     def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         # An array each: the state is donated, and no buffer can be given away twice.

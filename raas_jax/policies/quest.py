@@ -9,8 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Bounded, Metadata, Policy, Selection, lowest
-from raas_jax.policies.budgeted import check_budget, check_choice, check_count, dense_first
+from raas_jax.policies.budgeted import check_budget, dense_first
 from raas_jax.policies.sizes import bucket, pages_for
 
 
@@ -39,8 +40,8 @@ class Quest(Policy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self.budget, self.page_size)
-        check_choice("granularity", self.granularity, ("kv_head", "layer"))
-        check_count("dense_layers", self.dense_layers, 0)
+        checks.choice("granularity", self.granularity, ("kv_head", "layer"))
+        checks.integer("dense_layers", self.dense_layers, 0, checks.MOST_TOKENS)
 
     @property
     def needs_bounds(self) -> bool:

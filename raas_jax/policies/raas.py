@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Evidence, Page, lowest, set_slot
-from raas_jax.policies.budgeted import Budgeted, check_choice, check_count
+from raas_jax.policies.budgeted import Budgeted
 from raas_jax.policies.sizes import pages_for
 
 DEFAULT_TOP_FRACTION = 0.25
@@ -73,7 +74,8 @@ class RaaS(Budgeted):
     score: Literal["mass", "bound"] = dataclasses.field(default="mass", kw_only=True)
 
     def __post_init__(self) -> None:
-        check_count("recent", self.recent, 0)
+        super().__post_init__()
+        checks.integer("recent", self.recent, 0, checks.MOST_TOKENS)
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise ValueError(f"alpha is {self.alpha!r}; it must be in [0, 1] or None.")
         if self.top_fraction is not None and not 0 < self.top_fraction <= 1:
@@ -90,8 +92,7 @@ class RaaS(Budgeted):
             raise ValueError(
                 f"{' and '.join(given)} are given, each a rule for what is in use. Give one."
             )
-        check_choice("score", self.score, ("mass", "bound"))
-        super().__post_init__()
+        checks.choice("score", self.score, ("mass", "bound"))
 
     @classmethod
     def paper(cls, budget: int = 1024, *, page_size: int = 16) -> RaaS:

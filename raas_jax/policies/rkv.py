@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page
-from raas_jax.policies.budgeted import Batched, check_count
+from raas_jax.policies.budgeted import Batched
 from raas_jax.policies.window import Window
 
 
@@ -41,12 +42,12 @@ class RKV(Batched):
     similar: float = 0.5
 
     def __post_init__(self) -> None:
-        check_count("window", self.window, 1)
+        super().__post_init__()
+        checks.integer("window", self.window, 1, checks.MOST_TOKENS)
         if not 0 <= self.mix <= 1:
             raise ValueError(f"mix is {self.mix!r}; it must be in [0, 1].")
         if not -1 <= self.similar <= 1:
             raise ValueError(f"similar is {self.similar!r}; it must be a cosine, in [-1, 1].")
-        super().__post_init__()
 
     def init(self, shape: tuple[int, int, int, int]) -> Metadata:
         return jnp.zeros(shape, jnp.int32), Window.empty(shape, self.window, self.page_size)

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, PromptPages, lowest
-from raas_jax.policies.budgeted import check_count
 from raas_jax.policies.recent import Recent
 from raas_jax.policies.sizes import pages_for
 
@@ -33,8 +33,8 @@ class Sink(Recent):
     prompts = ("excluded", "included", "evict")
 
     def __post_init__(self) -> None:
-        check_count("sinks", self.sinks, 0)
         super().__post_init__()
+        checks.integer("sinks", self.sinks, 0, checks.MOST_TOKENS)
 
     def reserve(self) -> tuple[int, str]:
         # A short prompt may end within the sinks, so that its last page and the next are both kept.

@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, lowest, set_slot
-from raas_jax.policies.budgeted import Budgeted, check_count
+from raas_jax.policies.budgeted import Budgeted
 from raas_jax.policies.sizes import pages_for
 from raas_jax.policies.window import Window
 
@@ -33,8 +34,8 @@ class SnapKV(Budgeted):
     window: int = 32
 
     def __post_init__(self) -> None:
-        check_count("window", self.window, 1)
         super().__post_init__()
+        checks.integer("window", self.window, 1, checks.MOST_TOKENS)
 
     def reserve(self) -> tuple[int, str]:
         return pages_for(self.window, self.page_size), f"with window={self.window}"

@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Metadata
-from raas_jax.policies.budgeted import Batched, check_count
+from raas_jax.policies.budgeted import Batched
 
 
 class Centres(NamedTuple):
@@ -85,7 +86,8 @@ class TriAttention(Batched):
     digest: str = dataclasses.field(default="", repr=False)
 
     def __post_init__(self) -> None:
-        check_count("horizon", self.horizon, 1)
+        super().__post_init__()
+        checks.integer("horizon", self.horizon, 1, checks.MOST_TOKENS)
         if not self.calibration:
             raise ValueError(
                 "calibration is not given, but TriAttention needs to know the model's queries. "
@@ -99,7 +101,6 @@ class TriAttention(Batched):
                 "policy was made; make the policy anew."
             )
         object.__setattr__(self, "digest", digest)
-        super().__post_init__()
 
     def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
         L, _, K, _, P, H = boundary.k.shape

@@ -7,8 +7,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from raas_jax import checks
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, set_slot
-from raas_jax.policies.budgeted import Batched, best, check_count
+from raas_jax.policies.budgeted import Batched, best
 from raas_jax.policies.draws import by_slot
 from raas_jax.policies.window import Window
 
@@ -42,10 +43,10 @@ class VaSE(Batched):
     window: int = 64
 
     def __post_init__(self) -> None:
-        check_count("window", self.window, 1)
+        super().__post_init__()
+        checks.integer("window", self.window, 1, checks.MOST_TOKENS)
         if not 0 <= self.protected < 1:
             raise ValueError(f"protected is {self.protected!r}; it must be in [0, 1).")
-        super().__post_init__()
         pages, recent = self.budget // self.page_size, self.reserve()[0]
         if recent + int(pages * self.protected) >= pages:
             raise ValueError(

@@ -97,6 +97,13 @@ def test_samples_share_a_prompt_and_are_rows_of_generate(params):
     assert engine.session.shape.cache.prompt.k.shape[1] == 2
 
 
+class Broken(list):
+    """A prompt of one's own that fails in a way of its own."""
+
+    def __len__(self):
+        raise RuntimeError("what nobody foresaw")
+
+
 def test_a_bad_request_fails_alone(params, undisturbed):
     bad = [
         (Request("empty", []), "prompt is empty"),
@@ -105,6 +112,12 @@ def test_a_bad_request_fails_alone(params, undisturbed):
         (Request("text", "without a tokenizer"), "params has no tokenizer"),
         (Request("far", [1], max_new_tokens=45), "max_new_tokens is 45, but the engine"),
         (Request("none", [1], max_new_tokens=0), "max_new_tokens is 0"),
+        (Request("endless", [1], max_new_tokens=10**12), "max_new_tokens is 1000000000000"),
+        (Request("many", [1], n=10**9), "n is 1000000000; it must be an int of at most"),
+        (Request("digits", [1], n=10**5000), "n is a number of too many digits"),
+        (Request("far seed", [1], seed=10**30), "seed is 1000"),
+        (Request("stop", [1], stop=5), "stop is 5"),
+        (Request("odd", Broken()), "what nobody foresaw"),
         (Request("strange", [VOCAB]), "outside the vocabulary"),
         (Request("n", [1], n=0), "n is 0"),
         (Request("seed", [1], seed="x"), "seed is 'x'"),
@@ -220,7 +233,7 @@ def test_a_save_of_something_else_is_refused(params, tmp_path):
         Engine.restore(tmp_path, params)
     engine = Engine(params, **OPTIONS)
     engine.save(tmp_path)
-    with pytest.raises(ValueError, match="another model .norm differ"):
+    with pytest.raises(ValueError, match="another model .weights differ"):
         Engine.restore(tmp_path, random_params(seed=1))
     with pytest.raises(ValueError, match="policy is Dense.*Give that one, or none"):
         Engine.restore(tmp_path, params, policy=raas_jax.Dense(page_size=4))
@@ -273,5 +286,5 @@ def test_a_save_of_another_version_is_refused(params, tmp_path, monkeypatch):
     with monkeypatch.context() as older:
         older.setattr("raas_jax.engine.checkpoint.VERSION", 1)
         engine.save(tmp_path)
-    with pytest.raises(ValueError, match="another version of raas_jax .*format is 1, here it is 2"):
+    with pytest.raises(ValueError, match="another version of raas_jax .*format is 1, here it is 3"):
         Engine.restore(tmp_path, params)

@@ -193,7 +193,7 @@ def test_a_policy_of_ones_own_is_evaluated(tmp_path):
     ("name", "options", "named"),
     [
         ("sink", {"budget": 48}, "budget is 48, but with sinks=4.*at least 64"),
-        ("sink", {"sinks": -1}, "sinks is -1; it must be an int >= 0"),
+        ("sink", {"sinks": -1}, "sinks is -1; it must be an int of at least 0"),
         ("snapkv", {"budget": 32}, "budget is 32, but with window=32.*never evicts 2 pages.*48"),
         ("random", {"budget": 64}, "budget is 64, but with recent=64.*at least 80"),
         ("lazy_eviction", {"budget": 64}, "budget is 64, but with recent=64"),

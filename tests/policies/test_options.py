@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tiny import QWEN3, random_params
 
@@ -22,27 +23,42 @@ from raas_jax.policies import bucket
         ({"budget": 16}, "budget is 16, less than two pages", "at least 32"),
         ({"budget": 0}, "budget is 0, less than two pages", "at least 32"),
         ({"budget": -32}, "budget is -32", "at least 32"),
-        ({"budget": 64.0}, "budget is 64.0", "whole number"),
-        ({"budget": True}, "budget is True", "whole number"),
+        ({"budget": 64.0}, "budget is 64.0", "must be an int"),
+        ({"budget": True}, "budget is True", "must be an int"),
         ({"alpha": -1e-9}, "alpha is -1e-09", r"in \[0, 1\]"),
         ({"alpha": 1.5}, "alpha is 1.5", r"in \[0, 1\]"),
-        ({"alpha": float("nan")}, "alpha is nan", r"in \[0, 1\]"),
+        ({"budget": 10**30}, "budget is 1000", "at most"),
+        ({"alpha": float("nan")}, "alpha is nan", "finite"),
+        ({"alpha": "0.1"}, "alpha is '0.1'", "finite"),
+        ({"half_life": 10**400}, "half_life is 1000", "finite"),
         ({"top_fraction": 0.0}, "top_fraction is 0.0", r"in \(0, 1\]"),
         ({"top_fraction": 1.1}, "top_fraction is 1.1", r"in \(0, 1\]"),
         ({"alpha": 0.1, "top_fraction": 0.5}, "alpha=0.1 and top_fraction=0.5", "Give one"),
         ({"score": "max"}, "score is 'max'", "'mass', 'bound'"),
         ({"granularity": "head"}, "granularity is 'head'", "'kv_head', 'layer'"),
         ({"prompt": "inside"}, "prompt is 'inside'", "'excluded', 'included'"),
-        ({"dense_layers": -1}, "dense_layers is -1", "int >= 0"),
+        ({"dense_layers": -1}, "dense_layers is -1", "at least 0"),
         ({"page_size": 0}, "page_size is 0", "at least 1"),
-        ({"page_size": 1.5}, "page_size is 1.5", "at least 1"),
+        ({"page_size": 1.5}, "page_size is 1.5", "must be an int"),
     ],
     ids=str,
 )
 def test_options_out_of_range_name_themselves_and_the_remedy(options, named, remedy):
-    with pytest.raises(ValueError, match=named) as error:
+    with pytest.raises((TypeError, ValueError), match=named) as error:
         RaaS(**options)
     assert error.match(remedy)
+
+
+def test_a_number_that_cannot_be_written():
+    with pytest.raises(ValueError, match="budget is a number of too many digits.*at most"):
+        RaaS(10**5000)
+
+
+def test_numbers_of_numpy_are_taken_as_pythons():
+    mine = RaaS(np.int64(64), np.float32(0.5), recent=np.int32(16), page_size=jnp.int32(8))
+    assert mine == RaaS(64, 0.5, recent=16, page_size=8)
+    assert [type(value) for value in (mine.budget, mine.alpha)] == [int, float]
+    assert type(RaaS(64, 0).alpha) is int  # As it was given, since names are made of it.
 
 
 def test_the_remedy_of_a_budget_works():

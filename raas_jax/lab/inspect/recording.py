@@ -127,7 +127,7 @@ class Recording:
 
     Attributes:
       tokens: ids, the stop token included.
-      finish_reason: "stop" or "length".
+      finish_reason: "stop", "length", or "error" where logits were not finite.
       page_size: `P`.
       present: bool `[n, L, K, n]`; `[i, l, k, j]` says whether page j can be read while page i is
         open. The current page itself can.
@@ -201,16 +201,24 @@ def record(
         seconds = time.perf_counter() - began
         for row in finished:
             column = np.concatenate([each.tokens[:, row] for each in seen])[: limit[row]]
-            stops = np.flatnonzero(np.isin(column, stop_tokens))
-            answer: list[int] = column[: stops[0] + 1 if len(stops) else None].tolist()
-            written = pages_for(len(answer) - 1, P)
+            reason, length = _end(column, stop_tokens)
+            answer: list[int] = column[:length].tolist()
+            written = pages_for(max(0, length - 1), P)
             tables, stamps = _of_row([each.probed for each in seen[1:]], row, written)
             present, marks = _present(tables, written), _stamps(tables, stamps, written)
-            reason = "stop" if answer[-1] in stop_tokens else "length"
             yield row, Recording(answer, reason, P, present, marks, seconds)
         if not open_rows:
             return
         state, progress = session.advance(state, max(1, TOKENS_PER_SYNC // P), probe=probe)
+
+
+def _end(tokens: np.ndarray, stop_tokens: Sequence[int]) -> tuple[str, int]:
+    """Why an answer ended, and after how many of the tokens `[T]` that its row gave out."""
+    stops, nothing = np.flatnonzero(np.isin(tokens, stop_tokens)), np.flatnonzero(tokens < 0)
+    if len(stops):
+        return "stop", int(stops[0]) + 1
+    # Only logits that are not finite end a row without a token.
+    return ("error", int(nothing[0])) if len(nothing) else ("length", len(tokens))
 
 
 def _of_row(

@@ -1,0 +1,86 @@
+"""Fingerprints: what tells one set of arrays from another, for all that is saved and goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raas_jax.params import Params
+
+_ODD = np.asarray([0x9E3779B1, 0xC2B2AE3D], np.uint32)
+
+
+def of_model(params: Params) -> str:
+    """Digest of a model's shape and of every bit of its weights: 32 hexadecimal digits.
+
+    The same whether layers are stacked or separate, and on whatever devices the weights lie. They
+    are read once, there; next to nothing comes to the host.
+    """
+    layers = params.weights["layers"]
+    if isinstance(layers, tuple):
+        each = jax.device_get([_sums(layer) for layer in layers])
+        by_layer = {name: [sums[name].tolist() for sums in each] for name in each[0]}
+    else:
+        by_layer = {name: sums.tolist() for name, sums in jax.device_get(_sums_of(layers)).items()}
+    ends = {name: leaf for name, leaf in params.weights.items() if name != "layers"}
+    found = {name: sums.tolist() for name, sums in jax.device_get(_sums(ends)).items()}
+    return _digest(params.config, params.dtype, sorted(found.items()), sorted(by_layer.items()))
+
+
+def of_arrays(tree: Any) -> str:
+    """Digest of the shape, dtype, place and every bit of the arrays in a tree."""
+    leaves = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
+    sums = [each.tolist() for each in jax.device_get(jax.tree.leaves(_sums(tree)))]
+    return _digest(jax.tree.structure(tree), leaves, sums)
+
+
+def of_json(values: Any) -> str:
+    """Digest of JSON values, whatever the order of their names."""
+    return _digest(_ordered(values))
+
+
+def _digest(*said: object) -> str:
+    return hashlib.blake2b("\n".join(map(str, said)).encode(), digest_size=16).hexdigest()
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, dict):
+        return sorted((name, _ordered(each)) for name, each in value.items())
+    return [_ordered(each) for each in value] if isinstance(value, list) else value
+
+
+@jax.jit
+def _sums(tree: Any) -> Any:
+    return jax.tree.map(_sum, tree)
+
+
+@jax.jit
+def _sums_of(stacks: Any) -> Any:
+    """The same of every layer of stacks `[L, ...]`: `[L, 2]`."""
+    return jax.tree.map(jax.vmap(_sum), stacks)
+
+
+def _sum(x: jax.Array) -> jax.Array:
+    """Two sums, uint32 `[2]`, of hashes of each element's bits and place; in any order the same."""
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    bits = jax.lax.bitcast_convert_type(x, f"uint{8 * min(4, x.dtype.itemsize)}")
+    place = jnp.zeros(bits.shape, jnp.uint32)
+    for axis in range(bits.ndim):
+        stride = np.uint32(math.prod(bits.shape[axis + 1 :]) % 2**32)
+        place = place + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis) * stride
+    bits = bits.astype(jnp.uint32)
+    hashes = [_mixed(bits * odd ^ _mixed(place + odd)) for odd in _ODD]
+    return jnp.stack([jnp.sum(each, dtype=jnp.uint32) for each in hashes])
+
+
+def _mixed(h: jax.Array) -> jax.Array:
+    """Spreads every bit over the whole word."""
+    h = (h ^ h >> 16) * np.uint32(0x7FEB352D)
+    h = (h ^ h >> 15) * np.uint32(0x846CA68B)
+    return h ^ h >> 16
