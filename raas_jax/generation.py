@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.decode import Progress, RowRequest, Sampled, decode_until_done, prefill
 from raas_jax.outputs import Answer, Output, answer_limit, default_limit
 from raas_jax.params import Params
@@ -196,8 +196,8 @@ def generate_ids(
     """
     if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
         raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; expected int32 [B, T].")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
+    max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
+    samples = checks.integer("samples", samples, 1)
     policy = RaaS() if policy is None else policy
     if stop_token_ids is None:
         stop_token_ids = params.config.eos_token_ids

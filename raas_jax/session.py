@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -125,11 +126,13 @@ class Session:
         Returns:
           The state at the start of the first page, and the first token of every row.
         """
+        self._check_room()
         arguments = (self.params, *pad_prompts(prompts, self.plan), request)
         return self._call(("start",), prefill, *arguments, force=force)
 
     def empty(self) -> DecodeState:
         """A state in which no row runs, for rows that `admit` brings."""
+        self._check_room()
         self.called.add(("empty",))
         state: DecodeState = _empty(*self._key)()
         return state
@@ -219,6 +222,17 @@ class Session:
             self.params, self.shape, admissions, plan=self.plan, mesh=self.mesh
         )
 
+    def _check_room(self) -> None:
+        """Raises ValueError where the cache cannot fit, before the system ends the process."""
+        devices = 1 if self.mesh is None else self.mesh.size
+        size, room = cache_bytes(self.shape), devices * device_memory()
+        if size > room:
+            raise ValueError(
+                f"policy is {self.plan.policy!r}, whose cache for {self.rows} rows takes {size} "
+                f"bytes, and there are {room}. Use fewer rows, a smaller budget or a smaller "
+                "max_new_tokens; `raas-jax memory` says what a run takes."
+            )
+
     def _program(self, function: Any) -> Any:
         return function if self.mesh is None else _on_mesh(function, *self._key)
 
@@ -243,6 +257,12 @@ class Session:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
         return jax.tree.map(shape, tree)
+
+
+def device_memory() -> int:
+    """Bytes of the first device's memory; on a CPU, of the machine's."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return int(stats.get("bytes_limit") or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 @functools.lru_cache(maxsize=64)

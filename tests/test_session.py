@@ -179,3 +179,12 @@ def test_layers_stacked_or_separate(params, layers):
     ]
     for one, two in zip(outs[::2], outs[1::2], strict=True):
         assert [out.tokens for out in one] == [out.tokens for out in two]
+
+
+def test_a_cache_that_cannot_fit_is_refused_before_anything_is_allocated(params):
+    for policy, limit in ((Dense(page_size=P), 2**26), (RaaS(2**26, page_size=P), 2**27)):
+        session = Session.create(params, policy, [3] * 512, limit)
+        with pytest.raises(ValueError, match="whose cache for 512 rows takes .* bytes, and there"):
+            session.start([[1, 2, 3]] * 512, RowRequest.create([limit] * 512))
+        with pytest.raises(ValueError, match="Use fewer rows, a smaller budget"):
+            session.empty()

@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from raas_jax.session import device_memory
+
 MOST_ROWS = 65_536
 HEADROOM = 0.95  # Of the memory: what the host sends, fragments, and the runtime's own.
 
@@ -51,13 +53,10 @@ def largest_batch(
 
 def available_memory() -> int:
     """Bytes that the first device has for us; on a CPU, what the machine has free."""
-    device = jax.local_devices()[0]
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return int(HEADROOM * stats["bytes_limit"])
     # Where free pages are not told apart (not Linux), all of the machine's.
-    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-    return int(HEADROOM * os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE"))
+    if jax.default_backend() != "cpu" or "SC_AVPHYS_PAGES" not in os.sysconf_names:
+        return int(HEADROOM * device_memory())
+    return int(HEADROOM * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _peak(lowered: Any) -> int:
