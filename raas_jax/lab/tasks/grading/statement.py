@@ -31,14 +31,17 @@ _MARK = re.compile(
     r"[*_\s]*[:：]?(?:[\s,]*\b(?:therefore|thus|then|hence|indeed|of\s+course)\b,?)*",
     re.IGNORECASE,
 )
+_SUPPOSED = re.compile(
+    r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z", re.IGNORECASE
+)
 _DISPLAY = re.compile(r"[*_\s]*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<!Rs)(?<!\\)[.!](?=\s|[*_`\"]*$|[*_`\"]+\s)|。|</")
 _MATHS = re.compile(r"(?<![^\W\d_])\d|[$\\½⅓¼¾∞π√]")
 _OVER = re.compile(r"</s>|<\|\w+\|>|\n\s*(?:Question|Problem|Q):")
 _CHECK = re.compile(r"\b(?:Check|Verification|Let me (?:check|verify)|Let us (?:check|verify))\b")
 _TAKEN_BACK = re.compile(
-    r"\A[\s$.*)\]\\]*(?:is|are|does|do|cannot|can)\s*(?:not|n't)\b|\A[\s$*)\]\\]*\?\s*No\b"
-    r"|\bWait\b|\b[Cc]orrection\b|\bI\s+(?:made|misread|forgot|was\s+wrong)\b"
+    r"\A[\s$.*)\]\\]*(?:(?:is|are|does|do)\s*(?:not|n't)|cannot|can't|would|could|might)\b|\A[\s$*)\]\\]*\?\s*No\b"
+    r"|\bWait\b|\bwait[.,!:]|\A\W*no,|\b[Cc]orrection\b|\bI\s+(?:made|misread|forgot|was\s+wrong)\b"
     r"|\b(?:this|that|it)\s+(?:is|was)\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
 )
 
@@ -80,7 +83,8 @@ def _boxes(text: str) -> list[tuple[int, int]]:
             found.append((begun.start(), begun.end(), at - 1))
     joined = found[-1:]
     for box in reversed(found[:-1]):
-        if not _JOINED.fullmatch(text, box[2] + 1, joined[0][0]):
+        between = text[box[2] + 1 : joined[0][0]]
+        if "\n\n" in between or not _JOINED.fullmatch(between):
             break
         joined.insert(0, box)
     return [(start, end) for _, start, end in joined]
@@ -90,6 +94,9 @@ def marked(text: str) -> list[Statement]:
     """All that follows a mark, the last first."""
     found = []
     for mark in reversed(list(_MARK.finditer(text))):
+        if _SUPPOSED.search(text, max(0, mark.start() - 80), mark.start()):
+            found.append(Statement("", mark.start(), mark.end()))
+            continue
         shown = _DISPLAY.match(text, mark.end())
         if shown:
             found.append(Statement(shown[1] or shown[2] or "", mark.start(), shown.end()))
@@ -107,12 +114,14 @@ def last_sentence(text: str) -> Statement | None:
     ended = re.search(r"(?:\\\[|\$\$)((?:(?!\\\[|\$\$).)*)(?:\\\]|\$\$)[.\s]*\Z", text, re.DOTALL)
     if ended:
         return Statement(ended[1], ended.start(), len(text))
-    for line in reversed(text.split("\n")):
-        for sentence in reversed(re.split(r"(?<=[.!?。])(?=\s|$)", line)):
-            if _MATHS.search(sentence):
-                asks = sentence.rstrip(" *").endswith(("?", ":", "{"))
-                alone = re.fullmatch(r"\$[^$]+\$[.*]*", sentence.strip(" *"))
-                return None if asks else Statement(sentence.strip(), 0, len(text), bool(alone))
+    for sentence in reversed(re.split(r"(?<=[.?。])\s|(?<=[^\\]!)\s|\n", text)):
+        bare = sentence.strip(" *")
+        if _MATHS.search(bare):
+            unfit = bare.endswith(("?", ":", "{")) or re.fullmatch(r"\d+[.)]", bare)
+            alone = re.fullmatch(r"\$[^$]+\$[.*]*", bare)
+            return None if unfit else Statement(bare, 0, len(text), bool(alone))
+        if re.search(r"\A[^-~].*[^.!?。]\Z", bare):  # A name may sign it.
+            return None  # Cut off in a sentence.
     return None
 
 

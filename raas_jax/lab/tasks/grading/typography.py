@@ -67,28 +67,36 @@ _FUNCTIONS = "sin|cos|tan|cot|sec|csc|log|ln|exp|sqrt|pi|lim|and|or"
 _WORD = re.compile(
     rf"{_FONTS}\{{[^{{}}]*[^\W\d_][^{{}}]*\}}"
     rf"|(?<![\\{{])(?<![^\W\d_])(?!(?:{_FUNCTIONS})\b)"
-    r"(?:[^\W\d_]{3,}|(?<=[\d ])(?:[^\W\d_]{2}|[mglsLVWJN])(?=$|[\s/^.])|[\u3040-\uffff])"
+    r"(?:[^\W\d_]{3,}|(?<=[\d ])(?:[^\W\d_]{2}|[mglsLVWJN])(?=$|[\s/^.])"
+    r"|(?<=[\d ])[ap]\.m\b|[\u3040-\uffff])"
 )
 _REASON = re.compile(
-    r"(?:[,;]?\s+(?:because|since|as|which|where|so|but|when|car)\b|[,;]?\s+and\s+[a-z]{2}|;|，).*$",
+    r"(?:[,;]?\s+(?:because|since|as|which|where|so|when|car)\b|[,;]?\s+and\s+[a-z]{2}|;|，).*$",
     re.DOTALL,
 )
 _LISTED = re.compile(r"\s*,?\s*\b(?:and|or)\b\s*(?=[-\d\\(.]|[a-z]\s*=)")
 _RESTATED = re.compile(r"(?<=[^\s,(=+*/^-])\s+[(\[]([^()\[\]]*)[)\]]\s*$")
 _LEAD = re.compile(
     r"\A(?:(?:exactly|simply|just|only|approximately|about|roughly|around|equal to|option|choice|"
-    r"either|the)\s+|\.{3}\s*)+",
+    r"either)\s+|\.{3}\s*)+",
     re.IGNORECASE,
 )
 _NAMED = re.compile(rf"(?:{_FONTS}\{{[^{{}}]*\}}|[A-Za-z ]{{3,}})\s*=\s*")
 _RELATION = re.compile(r"\s*(?:[<>]|\\(?:neq?|le|leq|ge|geq|approx)\b)")
+# No value: a congruence, a limit, a list that goes on; or said to be no answer.
+_REJECTED = re.compile(
+    r"\\(?:equiv|to|rightarrow|[lc]?dots)\b|\b(?:wrong|incorrect|contradiction)\b"
+)
 _CHANGES = re.compile(
     r"(?:squared|cubed|factorial|times|more|less|fewer|to|or|and|not|hundreds?|dozens?|score|half|"
-    r"halves|thirds?|quarters?|below|above)\b|[万億亿千百]"
+    r"halves|thirds?|quarters?|below|above|but|only|if|unless|except|th\s+\w)\b|[万億亿千百]"
 )
 _HEDGES = re.compile(
     r"\b(?:not|no|nor|cannot|least|most|than|between|half|twice|thrice|double|triple|times|"
-    r"multiple|root|square|digits?|if|step|problem|question|part|nicht|kein|pas|wrong)\b|n't|不|没",
+    r"multiple|factor|divisor|root|square|digits?|ends?|starts?|if|step|problem|question|part|case|"
+    r"theorem|lemma|equation|contradict\w*|exceeds?|over|under|above|below|mod(?:ulo)?|remainder|"
+    r"divided|suppose|assume|given|let|know|first|never|nicht|kein|pas|wrong|contains?)\b"
+    r"|n't|不|没|[<>]|\\(?:neq?|leq?|geq?|approx)\b",
     re.IGNORECASE,
 )
 
@@ -100,9 +108,9 @@ def typeset(text: str) -> str:
     )
     text = "".join(_SIGNS.get(sign) or _folded(sign) for sign in text)
     for pattern, to in _REWRITES:
-        text = pattern.sub(
-            (lambda found: re.sub(r"\D", "", found[0])) if to == "digits" else to, text
-        )
+        text = pattern.sub(to, text)
+    for grouped in _GROUPED:
+        text = grouped.sub(lambda number: re.sub(r"\D", "", number[0]), text)
     return re.sub(rf"^{_SPACE}+|{_SPACE}+$", "", text).strip(" *_")
 
 
@@ -122,6 +130,8 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
     """
     text = typeset(stated)
     if "?" in text or _RELATION.match(text):
+        return None
+    if _REJECTED.search(text):
         return None
     text = _LEAD.sub("", _restatement_apart(_REASON.sub("", text)))
     text = _NAMED.sub("", _LISTED.sub(", ", text), 1)
@@ -144,7 +154,11 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
     scale = re.match("|".join(_SCALES), unit)
     if scale:
         head, unit = rf"{head} \times 10^{{{_SCALES[scale[0]]}}}", unit[scale.end() :].strip()
-    if not re.search(r"\d|\\|[a-zA-Z]", head) or _CHANGES.match(unit):
+    if (
+        not re.search(r"\d|\\|[a-zA-Z]", head)
+        or re.search(r"[-+*/^]$", head)
+        or _CHANGES.match(unit)
+    ):
         return None
     if re.search(r"\d", re.sub(r"\^\s*\d", "", unit)) or "\\" in unit:
         return None
@@ -154,7 +168,7 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
 def _restatement_apart(text: str) -> str:
     """`42` for `42 (forty-two)`, `forty-two (42)` and `42 (6 times 7)`."""
     restated = _RESTATED.search(text)
-    if not restated or not (_WORD.search(restated[1]) or re.fullmatch(r"[\d./\\%]+", restated[1])):
+    if not restated or not (_WORD.search(restated[1]) or re.fullmatch(r"[\d./\\%^]+", restated[1])):
         return text
     before = text[: restated.start()]
     return (
