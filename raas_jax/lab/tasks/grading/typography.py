@@ -53,7 +53,7 @@ _REWRITES = [
         (r"(?<![\d/.\w])(\d+)\s+(\d+)\s*/\s*(\d+)(?![\d/])", r"\1\\frac{\2}{\3}"),
         (r"(?<![\w.])(\d+(?:\.\d+)?)[eE]([+-]?\d+)\b", r"\1 \\times 10^{\2}"),
         (r"(?<=\d)\s*x\s*(?=10\s*\^)", r"\\times "),
-        (r"\^\s*(-\d+)", r"^{\1}"),
+        (r"\^\s*(-\d+|\\frac\{[^{}]*\}\{[^{}]*\})", r"^{\1}"),
     )
 ]  # fmt: skip
 
@@ -85,11 +85,12 @@ _NAMED = re.compile(rf"(?:{_FONTS}\{{[^{{}}]*\}}|[A-Za-z ]{{3,}})\s*=\s*")
 _RELATION = re.compile(r"\s*(?:[<>]|\\(?:neq?|le|leq|ge|geq|approx)\b)")
 # No value: a congruence, a limit, a list that goes on; or said to be no answer.
 _REJECTED = re.compile(
-    r"\\(?:equiv|to|rightarrow|[lc]?dots)\b|\b(?:wrong|incorrect|contradiction)\b"
+    r"\\(?:equiv|to|rightarrow|[lc]?dots)\b|\b(?:wrong|incorrect|contradiction|thought)\b"
 )
 _CHANGES = re.compile(
-    r"(?:squared|cubed|factorial|times|more|less|fewer|to|or|and|not|hundreds?|dozens?|score|half|"
-    r"halves|thirds?|quarters?|below|above|but|only|if|unless|except|th\s+\w)\b|[万億亿千百]"
+    r"\A(?:to|or|and|not|but|below|above|th\s+\w)\b|[万億亿千百]|\b(?:squared|cubed|factorial|times|"
+    r"plus|minus|divided|more|less|fewer|most|least|hundreds?|dozens?|score|half|halves|thirds?|"
+    r"quarters?|tenths?|\w+dths?|only|if|unless|except)\b"
 )
 _HEDGES = re.compile(
     r"\b(?:not|no|nor|cannot|least|most|than|between|half|twice|thrice|double|triple|times|"
@@ -150,14 +151,14 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
         text[: word.start()],
         re.sub(rf"{_FONTS}|[{{}}]", " ", text[word.start() :]).strip(),
     )
-    head = re.sub(rf"{_SPACE}+$", "", head)
+    head = re.sub(rf"{_SPACE}+(?:an?{_SPACE}+)?$", "", head)
     scale = re.match("|".join(_SCALES), unit)
     if scale:
         head, unit = rf"{head} \times 10^{{{_SCALES[scale[0]]}}}", unit[scale.end() :].strip()
     if (
         not re.search(r"\d|\\|[a-zA-Z]", head)
         or re.search(r"[-+*/^]$", head)
-        or _CHANGES.match(unit)
+        or _CHANGES.search(unit)
     ):
         return None
     if re.search(r"\d", re.sub(r"\^\s*\d", "", unit)) or "\\" in unit:
