@@ -37,7 +37,7 @@ _SUPPOSED = re.compile(
 _DISPLAY = re.compile(r"[*_\s]*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _SENTENCE_END = re.compile(r"(?<!Rs)(?<!\\)[.!](?=\s|[*_`\"]*$|[*_`\"]+\s)|。|</")
 _MATHS = re.compile(r"(?<![A-Za-z\d])\d|[$\\½⅓¼¾∞π√]")
-_OVER = re.compile(r"</s>|<\|\w+\|>|\n\s*(?:Question|Problem|Q):")
+_OVER = re.compile(r"</s>|<\|\w+\|>|\n[ \t]*(?:Question|Problem|Q):")
 _CHECK = re.compile(r"\b(?:Check|Verification|Let me (?:check|verify)|Let us (?:check|verify))\b")
 _TAKEN_BACK = re.compile(
     r"\A[\s$.*)\]\\]*(?:(?:is|are|does|do)\s*(?:not|n't)|cannot|can't|would|could|might)\b|\A[\s$*)\]\\]*\?\s*No\b"

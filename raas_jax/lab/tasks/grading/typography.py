@@ -130,9 +130,7 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
       exact: False where a sentence may stand before it.
     """
     text = typeset(stated)
-    if "?" in text or _RELATION.match(text):
-        return None
-    if _REJECTED.search(text):
+    if "?" in text or _RELATION.match(text) or _REJECTED.search(text):
         return None
     text = _LEAD.sub("", _restatement_apart(_REASON.sub("", text)))
     text = _NAMED.sub("", _LISTED.sub(", ", text), 1)
@@ -147,21 +145,13 @@ def quantity(stated: str, exact: bool = True) -> tuple[str, str] | None:
     word = _WORD.search(text)
     if word is None:
         return text, ""
-    head, unit = (
-        text[: word.start()],
-        re.sub(rf"{_FONTS}|[{{}}]", " ", text[word.start() :]).strip(),
-    )
-    head = re.sub(rf"{_SPACE}+(?:an?{_SPACE}+)?$", "", head)
+    head = re.sub(rf"{_SPACE}+(?:an?{_SPACE}+)?$", "", text[: word.start()])
+    unit = re.sub(rf"{_FONTS}|[{{}}]", " ", text[word.start() :]).strip()
     scale = re.match("|".join(_SCALES), unit)
     if scale:
         head, unit = rf"{head} \times 10^{{{_SCALES[scale[0]]}}}", unit[scale.end() :].strip()
-    if (
-        not re.search(r"\d|\\|[a-zA-Z]", head)
-        or re.search(r"[-+*/^]$", head)
-        or _CHANGES.search(unit)
-    ):
-        return None
-    if re.search(r"\d", re.sub(r"\^\s*\d", "", unit)) or "\\" in unit:
+    other_numbers = re.search(r"\d|\\", re.sub(r"\^\s*\d", "", unit))
+    if not re.search(r"[\w\\][^-+*/^]*$", head) or _CHANGES.search(unit) or other_numbers:
         return None
     return head.rstrip(", "), unit
 
@@ -172,6 +162,5 @@ def _restatement_apart(text: str) -> str:
     if not restated or not (_WORD.search(restated[1]) or re.fullmatch(r"[\d./\\%^]+", restated[1])):
         return text
     before = text[: restated.start()]
-    return (
-        before if re.search(r"\d|\\", before) or not re.search(r"\d", restated[1]) else restated[1]
-    )
+    in_words = not re.search(r"\d|\\", before) and re.search(r"\d", restated[1])
+    return restated[1] if in_words else before
