@@ -100,4 +100,4 @@ class Benchmark:
         """
         if self.is_right is not None:
             return False
-        return self.grader is not None or bool(stated(text))
+        return self.grader is not None or stated(text) is not None

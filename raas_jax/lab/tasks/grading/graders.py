@@ -13,10 +13,15 @@ from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
-from raas_jax.lab.tasks.grading import mathematics
 from raas_jax.lab.tasks.grading.mathematics import Verdict
 
 START_SECONDS = 120.0  # Importing sympy on a busy machine.
+# The package may lie where only this process looks for it.
+_MAIN = (
+    "import sys; sys.path.append(sys.argv.pop(1)); "
+    "from raas_jax.lab.tasks.grading.process import main; main()"
+)
+_ROOT = str(Path(__file__).resolve().parents[4])
 
 
 class GraderPool:
@@ -46,7 +51,7 @@ class GraderPool:
             raise ImportError("grading needs math-verify: pip install 'raas-jax[eval]'.")
         self.time_limit = time_limit
         self._command = [
-            *(sys.executable, "-P", mathematics.__file__, str(time_limit)),
+            *(sys.executable, "-P", "-c", _MAIN, _ROOT, str(time_limit)),
             *([] if file is None else [str(file)]),
         ]
         # One for each worker: its process, or None where it must first be started.
@@ -91,7 +96,7 @@ class _LostError(Exception):
 
 
 class _Process:
-    """One process of `mathematics.main`."""
+    """One process of `process.main`."""
 
     def __init__(self, command: list[str]):
         # A file, since nobody reads a pipe while the process runs.
