@@ -95,7 +95,8 @@ def same(gold: str, answer: str, exact: bool = True) -> bool:
     if not _alike(gold_unit, unit):
         return False
     in_base, given_base = _BASE.search(gold_maths), _BASE.search(maths)
-    if in_base and given_base and in_base[1] != given_base[1]:  # math-verify ignores the base.
+    # math-verify ignores the base. A reference may leave its out, as its problem says it.
+    if given_base and given_base[1] != (in_base[1] if in_base else "10"):
         return False
     ratios = _RATIO.fullmatch(gold_maths), _RATIO.fullmatch(maths)
     if any(ratios):  # Of `3:1` math-verify reads the 3.
