@@ -1,7 +1,4 @@
-"""A run that may be killed at any moment. As a program it forks a life for each line it reads.
-
-Importing takes most of a start, so that it is done once; the backend starts after the fork.
-"""
+"""A run of the engine that may be killed at any moment; see `forks`."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-import jax
 import orbax.checkpoint  # noqa: F401 - imported before the fork
+from forks import serve
 from tiny import prompts_of, random_params
 
 from raas_jax import Engine, RaaS, Request, Sampling
@@ -70,23 +67,9 @@ def live(folder: Path, say=lambda word: None, pause: float = 0.0) -> None:
             stream.flush()
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
-    for line in sys.stdin:
-        child = os.fork()
-        if child:
-            print(child, flush=True)
-            os.waitpid(child, 0)
-            print("gone", flush=True)
-            continue
-        jax.config.update("jax_disable_most_optimizations", True)
-        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-        live(folder, lambda word: print(word, flush=True), float(line))
-        print("finished", flush=True)
-        os._exit(0)
-
-
 if __name__ == "__main__":
-    main()
+    FOLDER = Path(sys.argv[1])
+    serve(
+        lambda pause: live(FOLDER, lambda word: print(word, flush=True), float(pause)),
+        FOLDER / "compiled",
+    )

@@ -1,0 +1,47 @@
+"""Killed at random moments, twenty times each, everything ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from forks import Lives
+from works import WORKS, prepare
+
+KILLS = 20
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("name", WORKS)
+def test_killed_twenty_times(name, tmp_path):
+    result = WORKS[name][1]
+    prepare(tmp_path)
+    lives, draws = Lives("works.py", name, tmp_path), random.Random(7)
+    lives.finish(tmp_path / "compiling")
+    began = time.monotonic()
+    lives.finish(tmp_path / "undisturbed")
+    whole = time.monotonic() - began
+    undisturbed = result(tmp_path / "undisturbed")
+    assert result(tmp_path / "compiling") == undisturbed
+
+    number, kills, begun = 0, 0, 0
+    while kills < KILLS:
+        out = tmp_path / f"killed{number}"
+        begun += out.exists()
+        child = lives.start(out)
+        time.sleep(draws.uniform(0.0, whole))
+        os.kill(child, signal.SIGKILL)
+        ended = lives.hear()
+        if ended == "gone":
+            kills += 1
+            continue
+        assert (ended, lives.hear()) == ("finished", "gone")  # It came too late.
+        assert result(out) == undisturbed
+        number += 1
+    assert begun > KILLS // 4, "hardly a life found what an earlier one had left"
+    lives.finish(out)
+    lives.close()
+    assert result(out) == undisturbed
