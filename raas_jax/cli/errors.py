@@ -9,10 +9,12 @@ import typing
 
 import tyro
 
+from raas_jax import checks
+
 
 def note(text: str) -> None:
     """Says on stderr what a user should know beside the results."""
-    print(f"raas-jax: note: {text}", file=sys.stderr)
+    print(f"raas-jax: note: {checks.printable(text)}", file=sys.stderr)
 
 
 def flags(command: type) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import raas_jax
+from raas_jax import checks
 from raas_jax.cli import lm_eval
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
@@ -65,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args in (["--version"], ["-V"]):
         print(f"raas-jax {raas_jax.__version__}")
         return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows that it does; the answer goes on.
+        sys.stdout.reconfigure(errors="replace")
     # Where no framework of its own is installed, transformers says so at length.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command: Command | None = None
@@ -97,12 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception, what: str, debug: bool) -> int:
     if debug:
         raise error
-    print(f"raas-jax: error: {what}", file=sys.stderr)
+    print(f"raas-jax: error: {checks.printable(what)}", file=sys.stderr)
     return FAILED
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"raas-jax: warning: {message}", file=sys.stderr)
+    print(f"raas-jax: warning: {checks.printable(str(message))}", file=sys.stderr)
 
 
 def parse(args: Sequence[str]) -> Command:

@@ -14,7 +14,6 @@ from typing import Any
 from raas_jax.tokenizer import template_worker
 
 _START_SECONDS = 120.0  # Importing transformers on a busy machine.
-_SECONDS = 3.0 * template_worker.SECONDS  # By the clock: the processors may be busy.
 _lock = threading.Lock()
 
 
@@ -47,7 +46,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-P", template_worker.__file__],
+            [sys.executable, "-P", template_worker.__file__, str(template_worker.SECONDS)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -67,7 +66,8 @@ class _Worker:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.write(json.dumps(request).encode() + b"\n")
                 self._process.stdin.flush()
-            return self._read(_SECONDS)
+            # By the clock three times as much: the processors may be busy.
+            return self._read(3.0 * template_worker.SECONDS)
         except BaseException:
             self.close()
             raise

@@ -62,6 +62,8 @@ class StopFinder:
 
         Gives the shown text before the stop string, and nothing if there is none.
         """
+        if not text and not special:
+            return ""
         shown = self._shown + b"\1" * len(text) + b"\0" * len(special)
         return self._find(self._held + text + special, shown) or ""
 

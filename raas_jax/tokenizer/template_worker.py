@@ -13,14 +13,14 @@ MEMORY = 1 << 30
 CHARACTERS = 1 << 24
 
 
-def main() -> None:
-    """Answers requests until its input ends."""
+def main(seconds: int) -> None:
+    """Answers requests until its input ends; each may take so many seconds of a processor."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin.buffer:
-        _limit_seconds()
+        _limit_seconds(seconds)
         try:
             (text,), _ = render_jinja_template(**json.loads(line))
             answer = {"text": text}
@@ -42,15 +42,15 @@ def _limit_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
 
 
-def _limit_seconds() -> None:
+def _limit_seconds(seconds: int) -> None:
     with contextlib.suppress(ImportError, OSError, ValueError):
         import resource
 
         usage: Any = resource.getrusage(resource.RUSAGE_SELF)
         _, most = resource.getrlimit(resource.RLIMIT_CPU)
-        allowed = int(usage.ru_utime + usage.ru_stime) + SECONDS + 1
+        allowed = int(usage.ru_utime + usage.ru_stime) + seconds + 1
         resource.setrlimit(resource.RLIMIT_CPU, (allowed, most))
 
 
 if __name__ == "__main__":
-    main()
+    main(int(sys.argv[1]))
