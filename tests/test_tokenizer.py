@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_tokenizers import byte_chars
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
 from raas_jax import tokenizer
@@ -37,7 +38,7 @@ def byte_folder(tmp_path_factory) -> Path:
     """A tokenizer with one token per byte, so that a character can be cut anywhere."""
     folder = tmp_path_factory.mktemp("bytes")
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_to_char = dict(zip(range(256), _byte_chars(), strict=True))
+    byte_to_char = dict(zip(range(256), byte_chars(), strict=True))
     assert set(byte_to_char.values()) == set(alphabet)
     vocabulary = {char: byte for byte, char in byte_to_char.items()}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
@@ -56,13 +57,6 @@ def byte_folder(tmp_path_factory) -> Path:
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
     return folder
-
-
-def _byte_chars() -> list[str]:
-    """GPT-2's printable stand-in for every byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [chr(b) if b in plain else chr(256 + rest.index(b)) for b in range(256)]
 
 
 @pytest.fixture(scope="session")
