@@ -3,12 +3,13 @@
 import json
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 
 VOCABULARY = 400
+BOS, EOS = 256, 257  # Of byte_tokenizer.
 BYTE_RUN = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
 DECODERS = {
     "byte level": decoders.ByteLevel(),
@@ -56,6 +57,23 @@ def tiny_tokenizer(folder: Path, kind: str, **fields) -> Params:
         tokenizer.decoder = DECODERS[kind]
     tokenizer.add_tokens([AddedToken("<think>"), AddedToken("<é>")])
     tokenizer.add_special_tokens(["<s>", "</s>", "<|end|>", "<|tool|>"])
+    return _save(tokenizer, folder, **fields)
+
+
+def byte_tokenizer(folder: Path, around: str = "<s> $A", **fields) -> Params:
+    """One token per byte, so that a character can be cut anywhere; `around` a text is added."""
+    vocabulary = {char: byte for byte, char in enumerate(byte_chars())}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<s>", "</s>", "<|end|>"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=around, special_tokens=[("<s>", BOS), ("</s>", EOS), ("<|end|>", 258)]
+    )
+    return _save(tokenizer, folder, **fields)
+
+
+def _save(tokenizer: Tokenizer, folder: Path, **fields) -> Params:
     tokenizer.save(str(folder / "tokenizer.json"))
     named = {"bos_token": "<s>", "eos_token": "</s>", **fields}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
