@@ -37,5 +37,5 @@ def in_flags(message: str, command: type) -> str:
     known = flags(command)
     if "model" in known:
         known["source"] = known["model"]  # What `raas_jax.load` calls it.
-    argument = r"^\w+(?= (?:is|are)\b)|(?<=\bUse )\w+(?==)"
+    argument = r"^\w+(?=(?:\[\d+\])* (?:is|are)\b)|(?<=\bUse )\w+(?==)"
     return re.sub(argument, lambda found: known.get(found[0], found[0]), message)

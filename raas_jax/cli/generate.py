@@ -65,7 +65,7 @@ class Generate:
         for flag, why in self._idle(given):
             note(f"{flag} has no effect {why}.")
         params = raas_jax.load(self.model, dtype=self.dtype)
-        if self.sampling.top_k > params.config.vocab_size:
+        if self.sampling.temperature and self.sampling.top_k > params.config.vocab_size:
             note(
                 f"--top-k is more than the model's {params.config.vocab_size} tokens: all are kept."
             )

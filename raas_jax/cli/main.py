@@ -61,15 +61,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can mend are one line on stderr and exit code 2, `--debug` (anywhere) shows
     where they came from. Wrong options end the process with code 2, as argparse does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows that it does; the answer goes on.
+        sys.stdout.reconfigure(errors="replace")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     if args in (["--version"], ["-V"]):
         print(f"raas-jax {raas_jax.__version__}")
         return 0
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        # A terminal that lacks a character shows that it does; the answer goes on.
-        sys.stdout.reconfigure(errors="replace")
     # Where no framework of its own is installed, transformers says so at length.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     command: Command | None = None
