@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tiny_tokenizers import DECODERS, tiny_tokenizer, tokens_of
 
 from raas_jax import tokenizer
+from raas_jax.outputs import Answer
 
 EMOJI = list("😀".encode())
 
@@ -114,3 +115,11 @@ def test_a_special_token_stops_within_a_run_of_bytes(all_params):
     got = streamed(params, [256, *EMOJI, end, 0xFF], "<|end|>")
     assert (got.text, got.stopped, got.count) == ("a😀", "<|end|>", 6)
     assert streamed(params, [256, *EMOJI, end, 0xFF]).text == "a" + "\ufffd" * 5
+
+
+def test_an_answer_ends_at_a_special_stop_string(all_params):
+    params = all_params["byte level"]
+    answer = Answer([1], 10, frozenset(), tokenizer.Detokenizer(params, "<|end|>"))
+    ids = ids_of(params, "ab<|end|>ab")
+    answer.add(ids, [0.0] * len(ids))
+    assert (answer.text, answer.tokens, answer.finish_reason) == ("ab", ids[:3], "stop")

@@ -1,6 +1,6 @@
 """Everything between text and token ids, on the tokenizer that belongs to the weights."""
 
-from raas_jax.tokenizer.chats import Message
+from raas_jax.tokenizer.chats import Message, chat_text
 from raas_jax.tokenizer.detokenizer import Detokenizer
 from raas_jax.tokenizer.folder import VOCABULARIES, decode, has_tokenizer, load, stop_token_ids
 from raas_jax.tokenizer.prompts import Prompt, Prompts, PromptT, encode, encode_continuation
@@ -13,6 +13,7 @@ __all__ = [
     "Prompt",
     "PromptT",
     "Prompts",
+    "chat_text",
     "decode",
     "encode",
     "encode_continuation",

@@ -16,7 +16,16 @@ Message = Mapping[str, str]
 
 
 def encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int]:
-    """Token ids of a chat: the assistant's turn is begun, or, where it is the last, continued.
+    """Token ids of `chat_text`; raises as it does."""
+    text = chat_text(params, messages, name)
+    ids: list[int] = load(params)(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ValueError(f"{name} has no tokens in the chat template of {params.source}.")
+    return ids
+
+
+def chat_text(params: Params, messages: Sequence[Any], name: str) -> str:
+    """A chat in its template: the assistant's turn is begun, or, where it is the last, continued.
 
     Raises:
       TypeError, ValueError: name the message, or say why the template does not take it.
@@ -53,12 +62,7 @@ def encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int]
                 f"in what the chat template of {params.source} makes of it; see the model's card.",
                 stacklevel=2,
             )
-    if blank:
-        text += last["content"]
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
-        raise ValueError(f"{name} has no tokens in the chat template of {params.source}.")
-    return ids
+    return text + last["content"] if blank else text
 
 
 def _check_message(message: Any, name: str) -> None:

@@ -54,8 +54,10 @@ class _Worker:
         )
         try:
             self._read(_START_SECONDS)
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, ValueError):
+                raise ValueError("the process that renders it does not start") from None
             raise
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
