@@ -63,9 +63,9 @@ def test_what_a_template_says_is_cleaned(tmp_path):
 def short_limits(monkeypatch):
     """A worker that may take one second, and the ordinary one afterwards."""
     monkeypatch.setattr(template_worker, "SECONDS", 1)
-    renderer._worker.cache_clear()
+    renderer._process.cache_clear()
     yield
-    renderer._worker.cache_clear()
+    renderer._process.cache_clear()
 
 
 def test_a_template_has_a_limit_of_time_and_memory(tmp_path, short_limits):
@@ -91,7 +91,7 @@ def test_an_interrupted_question_does_not_get_the_next_answer(tmp_path, monkeypa
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(renderer._Worker, "_read", interrupted)
+        patch.setattr(renderer, "_ask", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tokenizer.encode(params, [{"role": "user", "content": "another"}])
     assert tokenizer.encode(params, [USER]) == expected

@@ -32,6 +32,7 @@ def chat_text(params: Params, messages: Sequence[Any], name: str) -> str:
     """
     for i, message in enumerate(messages):
         _check_message(message, f"{name}[{i}]")
+    renderer.start()
     tokenizer = load(params)
     if not tokenizer.chat_template:
         raise ValueError(

@@ -18,7 +18,6 @@ def main(seconds: int) -> None:
     from transformers.utils.chat_template_utils import render_jinja_template
 
     _limit_memory()
-    print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin.buffer:
         _limit_seconds(seconds)
         try:
