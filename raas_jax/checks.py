@@ -69,6 +69,29 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     raise ValueError(f"{name} is {short(value)}; choose one of {known}.")
 
 
+def whole_text(name: str, text: str) -> str:
+    """The text, if it is of whole characters. Raises ValueError."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} is {short(text)}, which is no Unicode text: character {error.start} is half "
+            f"of one, or a byte that was not UTF-8 ({text[error.start]!a}). Give it as UTF-8."
+        ) from None
+    return str(text)
+
+
+def first_line(error: object) -> str:
+    """What an error of somebody else says first, or its name where it says nothing."""
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return printable(line if len(line) <= 300 else line[:297] + "...")
+
+
+def printable(text: str) -> str:
+    """The text as a terminal may show it: what would move its cursor or colour it is escaped."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+
+
 def is_bool(value: object) -> bool:
     """Whether it is a truth value, of Python or of an array library."""
     return isinstance(value, bool) or str(getattr(value, "dtype", "")) == "bool"

@@ -40,7 +40,7 @@ class FileError(ValueError):
 
     def __init__(self, path: str | os.PathLike[str], what: str):
         self.path = Path(path)
-        super().__init__(f"{path} {what}")
+        super().__init__(checks.printable(f"{path} {what}"))
 
 
 def read_bytes(file: str | os.PathLike[str], most: int = MOST_BYTES) -> bytes:

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tiny_tokenizers import BOS, EOS, byte_tokenizer
 
 from raas_jax import tokenizer
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 
 VOCABULARY = 300
-BOS, EOS = 256, 257
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'robot' %}"
     "{{ raise_exception('no robots') }}{% endif %}[{{ m.role }}]{{ m.content }}{% endfor %}"
@@ -36,33 +35,8 @@ def params_at(folder: Path | None, **fields) -> Params:
 def byte_folder(tmp_path_factory) -> Path:
     """A tokenizer with one token per byte, so that a character can be cut anywhere."""
     folder = tmp_path_factory.mktemp("bytes")
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    byte_to_char = dict(zip(range(256), _byte_chars(), strict=True))
-    assert set(byte_to_char.values()) == set(alphabet)
-    vocabulary = {char: byte for byte, char in byte_to_char.items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", BOS)]
-    )
-    tokenizer.save(str(folder / "tokenizer.json"))
-    fields = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "chat_template": TEMPLATE,
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(fields))
+    byte_tokenizer(folder, chat_template=TEMPLATE)
     return folder
-
-
-def _byte_chars() -> list[str]:
-    """GPT-2's printable stand-in for every byte."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    return [chr(b) if b in plain else chr(256 + rest.index(b)) for b in range(256)]
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +48,32 @@ def test_a_string_gets_what_its_tokenizer_adds(params):
     assert tokenizer.encode(params, "hi") == ([[BOS, *b"hi"]], True)
     assert tokenizer.encode(params, ["hi", "you"]) == ([[BOS, *b"hi"], [BOS, *b"you"]], False)
     assert tokenizer.encode(params, ["hi"]) == ([[BOS, *b"hi"]], False)
+
+
+@pytest.mark.parametrize(
+    ("around", "text", "ids"),
+    [
+        ("<s> $A", "<s>hi", [BOS, *b"hi"]),
+        ("<s> $A </s>", "hi", [BOS, *b"hi"]),
+        ("$A </s>", "hi", [*b"hi"]),
+        ("<s> $A <|end|>", "hi", [BOS, *b"hi", 258]),
+        ("<s> $A <|end|>", "<s>hi", [BOS, *b"hi"]),
+        ("<|end|> <s> $A", "<|end|><s>hi", [258, BOS, *b"hi"]),
+        ("$A", "<s>hi</s>", [BOS, *b"hi", EOS]),
+        ("<s> $A", "hi<s>", [BOS, *b"hi", BOS]),
+        ("<s> $A", " \n", [BOS, *b" \n"]),
+        ("<s> $A", "a\0b", [BOS, *b"a\0b"]),
+        ("<s> $A", np.str_("hi"), [BOS, *b"hi"]),
+    ],
+)
+def test_special_tokens_around_a_string(tmp_path, around, text, ids):
+    assert tokenizer.encode(byte_tokenizer(tmp_path, around), text) == ([ids], True)
+
+
+def test_numpy_strings(params):
+    hi, you = [BOS, *b"hi"], [BOS, *b"you"]
+    for make in (lambda x: [np.str_(each) for each in x], np.array, lambda x: np.array(x, object)):
+        assert tokenizer.encode(params, make(["hi", "you"])) == ([hi, you], False)
 
 
 def test_a_chat_has_the_bos_of_its_template_and_no_other(params):
@@ -130,6 +130,10 @@ def test_ids_need_no_tokenizer():
         (np.zeros((1, 1, 1), np.int32), TypeError, "prompt is a ndarray"),
         ([{"role": "user"}], TypeError, r"prompt\[0\] is .*'content'"),
         ([{"role": "robot", "content": "x"}], ValueError, "no robots"),
+        ("a\udcff", ValueError, r"prompt is 'a\\udcff'.*character 1 is half.*UTF-8"),
+        (["a", "\ud83d"], ValueError, r"prompt\[1\] is .*half"),
+        ([{"role": "user", "content": "\udcff"}], ValueError, r"prompt\[0\]\['content'\] is"),
+        ([{"role": "user", "content": [{"text": "x"}]}], TypeError, "list of parts.*join"),
     ],
 )
 def test_bad_prompts(params, prompt, error, message):
@@ -172,7 +176,7 @@ def test_stop_tokens_are_a_union(byte_folder, tmp_path):
     params = params_at(tmp_path, eos_token_ids=(5, 10**6))
     assert tokenizer.stop_token_ids(params) == (5, 11, 12, EOS)
     assert tokenizer.stop_token_ids(params, [3]) == (3, 5, 11, 12, EOS)
-    assert tokenizer.stop_token_ids(params_at(None, eos_token_ids=(5,)), 7) == (5, 7)
+    assert tokenizer.stop_token_ids(params_at(None, eos_token_ids=(5,)), np.int64(7)) == (5, 7)
     with pytest.raises(ValueError, match=r"stop_token_ids\[0\] is 300"):
         tokenizer.stop_token_ids(params, [300])
     with pytest.raises(TypeError, match=r"stop_token_ids\[0\] is '</s>'"):
@@ -187,6 +191,10 @@ def test_stop_strings():
         tokenizer.stop_strings(["a", ""])
     with pytest.raises(TypeError, match=r"stop\[0\] is 3"):
         tokenizer.stop_strings([3])
+    with pytest.raises(TypeError, match=r"stop is 3"):
+        tokenizer.stop_strings(3)
+    with pytest.raises(ValueError, match=r"stop\[0\] is .*half"):
+        tokenizer.stop_strings(["\udcff"])
 
 
 def run(params: Params, ids: list[int], stop=None) -> tuple[list[str], tokenizer.Detokenizer]:

@@ -9,10 +9,12 @@ import typing
 
 import tyro
 
+from raas_jax import checks
+
 
 def note(text: str) -> None:
     """Says on stderr what a user should know beside the results."""
-    print(f"raas-jax: note: {text}", file=sys.stderr)
+    print(f"raas-jax: note: {checks.printable(text)}", file=sys.stderr)
 
 
 def flags(command: type) -> dict[str, str]:
@@ -35,5 +37,5 @@ def in_flags(message: str, command: type) -> str:
     known = flags(command)
     if "model" in known:
         known["source"] = known["model"]  # What `raas_jax.load` calls it.
-    argument = r"^\w+(?= (?:is|are)\b)|(?<=\bUse )\w+(?==)"
+    argument = r"^\w+(?=(?:\[\d+\])* (?:is|are)\b)|(?<=\bUse )\w+(?==)"
     return re.sub(argument, lambda found: known.get(found[0], found[0]), message)

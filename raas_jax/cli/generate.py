@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import json
 import sys
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 import raas_jax
+from raas_jax import checks
 from raas_jax.cli import options
+from raas_jax.cli.errors import note
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
@@ -46,7 +49,10 @@ class Generate:
 
     def run(self) -> int:
         """Prints the answers. Ctrl-C ends with what there is, and exit code 130."""
-        prompts = self._prompts()
+        from raas_jax import tokenizer
+
+        given = self._prompts()
+        prompts = [self._prepare(prompt) for prompt in given]
         if self.rows < 1:
             raise ValueError(f"--rows is {self.rows}; it must be at least 1.")
         wanted: dict[str, Any] = {
@@ -54,12 +60,30 @@ class Generate:
             "sampling": self.sampling.create(),
             "seed": self.sampling.seed,
             "max_new_tokens": self.max_new_tokens,
-            "stop": self.stop,
+            "stop": tokenizer.stop_strings(self.stop),
         }
+        for flag, why in self._idle(given):
+            note(f"{flag} has no effect {why}.")
         params = raas_jax.load(self.model, dtype=self.dtype)
+        if self.sampling.temperature and self.sampling.top_k > params.config.vocab_size:
+            note(
+                f"--top-k is more than the model's {params.config.vocab_size} tokens: all are kept."
+            )
         answer = self._print_json if self.json else self._stream
         reasons = answer(params, prompts, wanted)
         return INTERRUPTED if "interrupted" in reasons else FAILED if "error" in reasons else 0
+
+    def _idle(self, prompts: list[Prompt]) -> Iterator[tuple[str, str]]:
+        """Flags that were given and change nothing, and why."""
+        if self.rows != 1 and not self.json:
+            yield "--rows", "without --json: prompts are answered one after another"
+        if self.chat and not any(isinstance(prompt, str) for prompt in prompts):
+            yield "--chat", "on prompts that are ids or messages already"
+        drawn, default = self.sampling, options.SamplingOptions()
+        if drawn.temperature == 0:
+            for name in ("top_k", "top_p", "min_p", "seed"):
+                if getattr(drawn, name) != getattr(default, name):
+                    yield "--" + name.replace("_", "-"), "at --temperature 0, which is greedy"
 
     def _prompts(self) -> list[Prompt]:
         if (self.prompt is None) == (self.prompt_file is None):
@@ -67,8 +91,9 @@ class Generate:
                 'give a prompt, as in `raas-jax generate "..."`, or --prompt-file FILE, and not '
                 "both (--prompt-file - reads standard input)."
             )
-        prompts = [self.prompt] if self.prompt_file is None else read_prompts(self.prompt_file)
-        return [self._prepare(prompt) for prompt in prompts if prompt is not None]
+        if self.prompt is not None:
+            return [checks.whole_text("PROMPT", self.prompt)]
+        return read_prompts(str(self.prompt_file))
 
     def _prepare(self, prompt: Prompt) -> Prompt:
         if isinstance(prompt, str) and self.chat:
@@ -118,10 +143,12 @@ class Generate:
         """Prints one object per prompt, in their order, and gives why they ended."""
         began, tokens = time.perf_counter(), 0
         reasons: set[str | None] = set()
+        # Where a character would become a question mark, JSON has a way to write it.
+        escape = not codecs.lookup(sys.stdout.encoding or "ascii").name.startswith("utf")
         for start in range(0, len(prompts), self.rows):
             outputs = raas_jax.generate(params, prompts[start : start + self.rows], **wanted)
             for output in outputs:
-                print(json.dumps(as_json(output), ensure_ascii=False), flush=True)
+                print(json.dumps(as_json(output), ensure_ascii=escape), flush=True)
                 tokens += len(output.tokens)
             reasons.update(output.finish_reason for output in outputs)
             if "interrupted" in reasons:

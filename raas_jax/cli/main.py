@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import raas_jax
+from raas_jax import checks
 from raas_jax.cli import lm_eval
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
@@ -59,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can mend are one line on stderr and exit code 2, `--debug` (anywhere) shows
     where they came from. Wrong options end the process with code 2, as argparse does.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that lacks a character shows that it does; the answer goes on.
+        sys.stdout.reconfigure(errors="replace")
     args = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
@@ -97,12 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _explain(error: Exception, what: str, debug: bool) -> int:
     if debug:
         raise error
-    print(f"raas-jax: error: {what}", file=sys.stderr)
+    print(f"raas-jax: error: {checks.printable(what)}", file=sys.stderr)
     return FAILED
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    print(f"raas-jax: warning: {message}", file=sys.stderr)
+    print(f"raas-jax: warning: {checks.printable(str(message))}", file=sys.stderr)
 
 
 def parse(args: Sequence[str]) -> Command:

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from raas_jax import checks, files
+
 Prompt = str | list[int] | list[dict[str, str]]
 """Text, token ids, or the messages of a chat."""
 
@@ -21,44 +23,53 @@ def read_prompts(file: str) -> list[Prompt]:
       FileNotFoundError, ValueError: the latter names the line and what to write instead.
     """
     if file == "-":
-        data, name = sys.stdin.buffer.read(), "standard input"
+        name, text = "standard input", _read_stdin()
+    elif Path(file).exists():
+        name, text = file, files.read_text(file)
     else:
-        path, name = Path(file), file
-        if not path.is_file():
-            raise FileNotFoundError(f"--prompt-file is {file!r}; there is no such file.")
-        data = path.read_bytes()
-    try:
-        lines = data.decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error}).") from error
+        raise FileNotFoundError(f"--prompt-file is {file!r}; there is no such file.")
     prompts = [
-        parse_line(line.strip(), f"{name}, line {number}")
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
+        parse_line(line, f"{name}, line {number}")
+        for number, each in enumerate(text.split("\n"), start=1)
+        # Where files were put together, each may have begun with a byte order mark.
+        if (line := each.lstrip("\ufeff").strip())
     ]
     if not prompts:
         raise ValueError(f"{name} holds no prompt; write one on each line.")
     return prompts
 
 
+def _read_stdin() -> str:
+    data = sys.stdin.buffer.read(files.MOST_BYTES + 1)
+    if len(data) > files.MOST_BYTES:
+        raise ValueError(f"standard input has over {files.MOST_BYTES} bytes; split it.")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8 text ({error}).") from None
+
+
 def parse_line(line: str, where: str) -> Prompt:
     """One prompt from a line that is not blank; `where` is for the error."""
-    if line.startswith('"'):
-        try:
-            return _text(json.loads(line), where)
-        except json.JSONDecodeError:
-            return line  # A sentence may begin with a quotation mark.
-    if not line.startswith("{"):
+    if not line.startswith(('"', "{")):
         return line
     try:
-        fields = json.loads(line)
+        value = files.parse_json(line)
     except json.JSONDecodeError as error:
+        if line.startswith('"'):
+            return line  # A sentence may begin with a quotation mark.
         raise ValueError(
             f'{where}: not valid JSON ({error}). Write {{"prompt": "..."}}; '
             "text that begins with a brace goes there too."
         ) from error
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}.") from error
+    return _text(value, where) if isinstance(value, str) else _prompt(value, where)
+
+
+def _prompt(fields: dict[str, Any], where: str) -> Prompt:
     if ("prompt" in fields) == ("messages" in fields):
-        has = f"has the fields {', '.join(fields) or 'none'}"
+        has = f"has the fields {checks.short(', '.join(fields)) if fields else 'none'}"
         raise ValueError(f'{where}: {has}; give one of "prompt" and "messages".')
     if "messages" in fields:
         return _messages(fields["messages"], where)
@@ -70,7 +81,9 @@ def parse_line(line: str, where: str) -> Prompt:
 
 def _text(value: Any, where: str) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: the prompt is {value!r}; expected text or a list of token ids.")
+        raise ValueError(
+            f"{where}: the prompt is {checks.short(value)}; expected text or a list of token ids."
+        )
     return value
 
 
@@ -82,6 +95,6 @@ def _messages(value: Any, where: str) -> list[dict[str, str]]:
     )
     if not good:
         wanted = '{"role": "...", "content": "..."}'
-        raise ValueError(f'{where}: "messages" must be a list of {wanted}.')
+        raise ValueError(f'{where}: "messages" must be a list of {wanted}, each of them text.')
     messages: list[dict[str, str]] = value
     return messages

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from raas_jax.checks import first_line as first_line
 from raas_jax.params import Params
 
 Shape = tuple[int, ...]
@@ -44,11 +45,6 @@ def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[s
         for name, shape in expected.items()
         if name in found and found[name] != shape
     ]
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first, or its name where it says nothing."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_vacant(folder: Path, argument: str) -> None:

@@ -111,22 +111,18 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
                 f"the tokenizer in {self.params.source} has no chat template; leave "
                 "--apply_chat_template out."
             )
-        made: str = self.tokenizer.apply_chat_template(
-            chat_history,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=not add_generation_prompt,
-        )
-        return made
+        # The harness asks for no new turn where the last message is one to be continued.
+        return tokenizer.chat_text(self.params, chat_history, "chat_history")
 
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **_: Any
     ) -> list[int]:
-        """Token ids; a text that begins with the BOS token (a chat does) gets no second one."""
-        if add_special_tokens is None:
-            bos = self.tokenizer.bos_token
-            add_special_tokens = not (bos and string.startswith(bos))
-        ids = self.tokenizer(string, add_special_tokens=add_special_tokens)["input_ids"]
+        """Token ids; by default as those of a prompt."""
+        if add_special_tokens is None and string:
+            return tokenizer.encode(self.params, string)[0][0]
+        ids = self.tokenizer(string, add_special_tokens=add_special_tokens is not False)[
+            "input_ids"
+        ]
         return [int(token) for token in ids]
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
