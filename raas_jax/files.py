@@ -25,8 +25,6 @@ MOST_BYTES: Final = 1 << 27
 """Of a file that is read whole; the index of the largest model takes a tenth of it."""
 MOST_DEPTH: Final = 64
 """Of values within values."""
-MOST_SAID: Final = 300
-"""Characters of somebody else's message that are repeated."""
 _REQUIRED: Final = object()
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 
@@ -287,15 +285,6 @@ def replace_text(file: str | os.PathLike[str], text: str) -> None:
         with contextlib.suppress(OSError):
             fresh.unlink()
         raise
-
-
-def first_line(said: object) -> str:
-    """What an error or a text from outside says first, without what a terminal would obey."""
-    lines = str(said).strip().splitlines()
-    text = "".join(
-        c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in (lines or [""])[0]
-    )
-    return text[:MOST_SAID] or type(said).__name__
 
 
 def temporary_name(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax import files, identity
+from raas_jax import checks, files, identity
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
@@ -92,7 +92,7 @@ def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> Dec
             else:
                 arrays = None
         except Exception as error:  # Orbax lets through whatever its storage raised.
-            what = f"cannot be read ({files.first_line(error)}); save the state anew."
+            what = f"cannot be read ({checks.first_line(error)}); save the state anew."
             raise FileError(path, what) from error
     if arrays is None:
         what = "holds a state of other shapes; restore it with the plan and the rows of the save."

@@ -18,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from raas_jax import identity, policies
+from raas_jax import checks, identity, policies
 from raas_jax.decode import DecodeState
-from raas_jax.files import Fields, FileError, first_line
+from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 from raas_jax.saved_state import arrays_like, as_arrays, from_arrays
@@ -115,7 +115,7 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
 
 def damaged(folder: str | Path, why: object) -> FileError:
     """The error for a save that cannot be used."""
-    what = f"holds a damaged save of an engine ({first_line(why)})"
+    what = f"holds a damaged save of an engine ({checks.first_line(why)})"
     return FileError(folder, f"{what}; remove its newest number to go on from the one before.")
 
 
