@@ -72,8 +72,6 @@ def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> Dec
       FileNotFoundError: there is none.
       FileError: it is another model's or version's, has other shapes, or is damaged.
     """
-    import orbax.checkpoint as ocp
-
     path = Path(folder).expanduser().absolute()
     if not (path / ARRAYS).is_dir():
         raise FileNotFoundError(f"folder is {str(folder)!r}, which holds no saved state.")
@@ -82,23 +80,30 @@ def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> Dec
         raise said.error(f"version is {said.values['version']}; expected {VERSION}")
     if said.text("model") != identity.of_model(params):
         raise FileError(path, "was saved with another model; give params of the same weights.")
+    return read_arrays(path / ARRAYS, shape, said.text("arrays"))
+
+
+def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
+    """A state from its arrays, with the shapes and shardings of `shape`.
+
+    Raises FileError where there are none, others, or damaged ones.
+    """
+    import orbax.checkpoint as ocp
+
     like = arrays_like(shape)
     with ocp.StandardCheckpointer() as checkpointer:
         try:
-            stored = checkpointer.metadata(path / ARRAYS).item_metadata.tree
+            stored = checkpointer.metadata(folder).item_metadata.tree
             shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
-            if sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(like)):
-                arrays = checkpointer.restore(path / ARRAYS, like)
-            else:
-                arrays = None
+            same = sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(like))
+            arrays = checkpointer.restore(folder, like) if same else None
         except Exception as error:  # Orbax lets through whatever its storage raised.
-            what = f"cannot be read ({checks.first_line(error)}); save the state anew."
-            raise FileError(path, what) from error
+            raise FileError(folder, f"cannot be read ({checks.first_line(error)}).") from error
     if arrays is None:
         what = "holds a state of other shapes; restore it with the plan and the rows of the save."
-        raise FileError(path, what)
-    if identity.of_arrays(arrays) != said.text("arrays"):
-        raise FileError(path, "is damaged: its arrays are not those that were saved.")
+        raise FileError(folder, what)
+    if identity.of_arrays(arrays) != digest:
+        raise FileError(folder, "is damaged: its arrays are not those that were saved.")
     return from_arrays(arrays)
 
 

@@ -18,12 +18,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from raas_jax import checks, identity, policies
+from raas_jax import checks, files, identity, policies
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
 from raas_jax.policies import Policy
-from raas_jax.saved_state import arrays_like, as_arrays, from_arrays
+from raas_jax.saved_state import as_arrays, read_arrays
 
 STATE, HOST_STATE = "state", "book"
 VERSION = 3  # Of what is saved; 1 had other names, 2 no digests.
@@ -87,19 +87,11 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
     Raises:
       FileNotFoundError: there is none. FileError: another version wrote it, or it is damaged.
     """
-    import orbax.checkpoint as ocp
-
-    if not Path(folder).is_dir():
-        raise FileNotFoundError(f"{folder} is no folder of a saved engine; there is none.")
-    with _manager(folder) as manager:
-        number = _latest(manager, folder)
-        if number is None:
-            raise FileNotFoundError(f"{folder} holds no complete save of an engine.")
-        wanted = ocp.args.Composite(**{HOST_STATE: ocp.args.JsonRestore()})
-        try:
-            host_state = manager.restore(number, args=wanted)[HOST_STATE]
-        except Exception as error:  # Orbax lets through whatever its parsers and storage raised.
-            raise damaged(folder, error) from error
+    newest = _newest(folder)
+    try:
+        host_state = files.read_fields(newest / HOST_STATE / "metadata")
+    except (ValueError, OSError) as error:
+        raise damaged(newest, error) from error
     version = Fields(host_state, folder).integer("version", 1, default=1)
     if version != VERSION:
         raise FileError(
@@ -108,15 +100,15 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
             f"{VERSION}); finish it with that version, or start anew.",
         )
     if host_state.pop("digest", None) != identity.of_json(host_state):
-        raise damaged(folder, "its digest is another one")
+        raise damaged(newest, "its digest is another one")
     known: dict[str, Any] = host_state
     return known
 
 
-def damaged(folder: str | Path, why: object) -> FileError:
+def damaged(save: str | Path, why: object) -> FileError:
     """The error for a save that cannot be used."""
-    what = f"holds a damaged save of an engine ({checks.first_line(why)})"
-    return FileError(folder, f"{what}; remove its newest number to go on from the one before.")
+    what = f"is a damaged save of an engine ({checks.first_line(why)})"
+    return FileError(save, f"{what}; remove it to go on from the one before it.")
 
 
 def read_state(folder: str | Path, shape: DecodeState, digest: str) -> DecodeState:
@@ -124,22 +116,23 @@ def read_state(folder: str | Path, shape: DecodeState, digest: str) -> DecodeSta
 
     Raises FileError if it is not there, or its arrays do not have this digest.
     """
-    import orbax.checkpoint as ocp
+    newest = _newest(folder)
+    try:
+        return read_arrays(newest / STATE, shape, digest)
+    except (ValueError, OSError) as error:
+        raise damaged(newest, error) from error
 
-    with _manager(folder) as manager:
-        number, like = _latest(manager, folder), arrays_like(shape)
-        try:
-            stored = manager.item_metadata(number)[STATE].tree
-            shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
-            if sorted(shapes) != sorted(leaf.shape for leaf in jax.tree.leaves(like)):
-                raise ValueError("its arrays have other shapes than its book says")
-            wanted = ocp.args.Composite(**{STATE: ocp.args.StandardRestore(like)})
-            arrays = manager.restore(number, args=wanted)[STATE]
-        except Exception as error:
-            raise damaged(folder, error) from error
-    if identity.of_arrays(arrays) != digest:
-        raise damaged(folder, "its arrays are not those that were saved")
-    return from_arrays(arrays)
+
+def _newest(folder: str | Path) -> Path:
+    """The folder of the last complete save. Raises FileNotFoundError if there is none."""
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise FileNotFoundError(f"{folder} is no folder of a saved engine; there is none.")
+    # What is being written has another name until it is complete.
+    numbers = [int(each.name) for each in path.iterdir() if each.name.isdecimal()]
+    if not numbers:
+        raise FileNotFoundError(f"{folder} holds no complete save of an engine.")
+    return path / str(max(numbers))
 
 
 def describe(policy: Policy) -> dict[str, Any]:
@@ -189,14 +182,6 @@ def check_model(host_state: dict[str, Any], params: Params, folder: str | Path) 
             f"{folder} was saved with another model ({', '.join(names)} differ); give params of "
             "the same weights."
         )
-
-
-def _latest(manager: Any, folder: str | Path) -> int | None:
-    try:
-        number: int | None = manager.latest_step()
-    except Exception as error:
-        raise damaged(folder, error) from error
-    return number
 
 
 def _manager(folder: str | Path, **options: Any) -> Any:
