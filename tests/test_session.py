@@ -10,7 +10,7 @@ import pytest
 from tiny import prompts_of, random_params
 
 import raas_jax
-from raas_jax import RaaS, Sampling
+from raas_jax import Dense, RaaS, Sampling
 from raas_jax.decode import Probe, RowRequest, cache_bytes
 from raas_jax.session import Session
 

@@ -172,11 +172,13 @@ def test_what_cannot_work_is_refused(params):
         ({"rows": 3, "samples": 2}, "rows is 3; it must be 'auto' or a multiple of 2"),
         ({"rows": 0}, "rows is 0"),
         ({"samples": 0}, "samples is 0"),
+        ({"rows": 10**9}, "rows is 1000000000; it must be an int of at most 65536"),
+        ({"max_new_tokens": 10**12}, "max_new_tokens is 1000000000000; .* at most"),
         ({"max_prompt_tokens": 1.5}, "max_prompt_tokens is 1.5"),
         ({"save_every": 3.0}, "save_every is 3.0; give save_to"),
         ({"rows": "auto", "memory_limit": 1000}, "already 1 rows take .* of 1000"),
     ]:
-        with pytest.raises(ValueError, match=named):
+        with pytest.raises((TypeError, ValueError), match=named):
             Engine(params, **{**OPTIONS, **options})
     with pytest.raises(TypeError, match="policy is 'raas'"):
         Engine(params, policy="raas")
