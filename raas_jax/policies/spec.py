@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from raas_jax import checks
 from raas_jax.policies.base import Policy
 from raas_jax.policies.dense import Dense
 from raas_jax.policies.h2o import H2O
@@ -66,7 +67,9 @@ def by_name(name: str) -> type[Policy]:
         return _import(name)
     if name not in _BY_NAME:
         known = ", ".join(available())
-        raise ValueError(f"policy is {name!r}; there are {known}.{_near(name, _BY_NAME)}")
+        raise ValueError(
+            f"policy is {checks.short(name)}; there are {known}.{_near(name, _BY_NAME)}"
+        )
     return _BY_NAME[name]
 
 
@@ -105,7 +108,9 @@ def parse(text: str, **options: Any) -> Policy:
             )
         if not _fits(value, hints[option]):
             wanted = _say(hints[option])
-            raise ValueError(f"{option} of the policy {parts[0]} is {value!r}; expected {wanted}.")
+            raise ValueError(
+                f"{option} of the policy {parts[0]} is {checks.short(value)}; expected {wanted}."
+            )
     return kind(**options)
 
 
@@ -116,23 +121,24 @@ def _literal(text: str) -> Any:
         return _WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text
 
 
 def _import(path: str) -> type[Policy]:
     module_name, _, name = path.rpartition(":")
-    if module_name.endswith(".py"):
-        module = _load_file(Path(module_name))
-    else:
-        # The folder of a command is not on the path, but that is where its user's module lies.
-        sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise ValueError(f"policy is {path!r}, which cannot be imported ({error}).") from error
-        finally:
-            sys.path.remove("")
+    is_file = module_name.endswith(".py")
+    if is_file and not Path(module_name).is_file():
+        raise ValueError(f"policy lies in {module_name!r}, but there is no such file.")
+    # The folder of a command is not on the path, but that is where its user's module lies.
+    sys.path.insert(0, "")
+    try:
+        module = _load_file(Path(module_name)) if is_file else importlib.import_module(module_name)
+    except Exception as error:  # A user's own module raises whatever is wrong with it.
+        why = f"{type(error).__name__}: {checks.first_line(error)}"
+        raise ValueError(f"policy is {path!r}, which cannot be imported ({why}).") from error
+    finally:
+        sys.path.remove("")
     found = getattr(module, name, None)
     if not (isinstance(found, type) and issubclass(found, Policy)):
         kinds = (value for value in vars(module).values() if isinstance(value, type))
@@ -146,8 +152,6 @@ def _import(path: str) -> type[Policy]:
 
 
 def _load_file(file: Path) -> types.ModuleType:
-    if not file.is_file():
-        raise ValueError(f"policy lies in {str(file)!r}, but there is no such file.")
     name = file.stem
     loaded = sys.modules.get(name)
     if loaded is not None and getattr(loaded, "__file__", None) == str(file.resolve()):
