@@ -39,7 +39,7 @@ class Generate:
     """Put PROMPT into the model's chat template, as the user's message."""
     json: bool = False
     """Print one JSON object per prompt instead of streaming text."""
-    rows: int = 1
+    rows: options.Rows = 1
     """Prompts that are answered at once, with --json."""
     policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)
     sampling: options.SamplingOptions = dataclasses.field(default_factory=options.SamplingOptions)
@@ -47,8 +47,6 @@ class Generate:
     def run(self) -> int:
         """Prints the answers. Ctrl-C ends with what there is, and exit code 130."""
         prompts = self._prompts()
-        if self.rows < 1:
-            raise ValueError(f"--rows is {self.rows}; it must be at least 1.")
         wanted: dict[str, Any] = {
             "policy": self.policy.create(),
             "sampling": self.sampling.create(),

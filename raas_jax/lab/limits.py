@@ -8,6 +8,7 @@ from raas_jax import checks
 
 MOST_PROBLEMS = MOST_SAMPLES = 2**20
 MOST_ROWS = 2**16
+MOST_DEFINITIONS = 96  # As many as there are names.
 MOST_WORKERS = 256
 MOST_TURNS = 10_000
 MOST_SECONDS = 10.0**6

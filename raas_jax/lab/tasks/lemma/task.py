@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from raas_jax import checks, tokenizer
-from raas_jax.lab.limits import MOST_PROBLEMS, SEEDS, check_counts
+from raas_jax.lab.limits import MOST_DEFINITIONS, MOST_PROBLEMS, SEEDS, check_counts
 from raas_jax.lab.tasks.base import Column, Item, Response
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
-from raas_jax.lab.tasks.lemma.language import NAMES, UNKNOWN, WORDS
+from raas_jax.lab.tasks.lemma.language import UNKNOWN, WORDS
 from raas_jax.lab.tasks.lemma.milestones import recall
 from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, encode
 from raas_jax.params import Params
@@ -53,8 +53,8 @@ class LemmaTask:
     def __post_init__(self) -> None:
         check_counts(self, problems=(1, MOST_PROBLEMS), seed=SEEDS)
         check_counts(self, max_new_tokens=(1, checks.MOST_TOKENS))
-        sizes = (1, len(NAMES))
-        check_counts(self, smallest=sizes, largest=sizes, late_facts=(0, len(NAMES)))
+        sizes = (1, MOST_DEFINITIONS)
+        check_counts(self, smallest=sizes, largest=sizes, late_facts=(0, MOST_DEFINITIONS))
         if self.split not in ("test", "validation"):
             raise ValueError(
                 f"split is {checks.short(self.split)}; choose test or validation (the model has "
