@@ -245,14 +245,12 @@ class Fields:
         return self._take(name, default, check)
 
     def integers(self, name: str, least: int, most: int = checks.INT32_MAX) -> Any:
-        """A list of ints in a range, with at least one."""
+        """A list of ints in a range, at least one."""
+        return self._list(name, lambda at, x: checks.integer(at, x, least, most))
 
-        def check(at: str, value: Any) -> list[int]:
-            if not isinstance(value, list) or not value:
-                raise TypeError(f"{at} is {checks.short(value)}; it must be a list of ints")
-            return [checks.integer(f"{at}[{i}]", x, least, most) for i, x in enumerate(value)]
-
-        return self._take(name, _REQUIRED, check)
+    def reals(self, name: str, wanted: str, least: float, most: float = math.inf) -> Any:
+        """A list of finite numbers in a range, at least one."""
+        return self._list(name, lambda at, x: checks.real(at, x, wanted, least, most))
 
     def without(self, *names: str) -> Fields:
         """The same but for some names."""
@@ -299,6 +297,14 @@ class Fields:
             return value
 
         return self._take(name, default, check)
+
+    def _list(self, name: str, check: Callable[[str, Any], Any]) -> Any:
+        def check_all(at: str, value: Any) -> list[Any]:
+            if not isinstance(value, list) or not value:
+                raise TypeError(f"{at} is {checks.short(value)}; it must be a list of numbers.")
+            return [check(f"{at}[{i}]", each) for i, each in enumerate(value)]
+
+        return self._take(name, _REQUIRED, check_all)
 
     def _take(self, name: str, default: Any, check: Callable[[str, Any], Any]) -> Any:
         value = self.values.get(name, default)
