@@ -56,7 +56,7 @@ Problems = Annotated[int, Within(1, MOST_PROBLEMS)]
 Turns = Annotated[int, Within(1, MOST_TURNS)]
 Layers = Annotated[int | None, unset("INT"), Within(1, 10_000)]
 File = Annotated[str | None, unset("FILE")]
-PageSize = Annotated[int | None, unset("INT", "16")]
+PageSize = Annotated[int | None, unset("INT", "16"), Within(1, checks.MOST_TOKENS)]
 MaxNewTokens = Annotated[int | None, unset("INT", aliases=["-n"]), Within(1, checks.MOST_TOKENS)]
 Definitions = Annotated[str, tyro.conf.arg(metavar="FROM-TO")]
 SOURCE = "Hub id, Hugging Face or Orbax folder, or demo."
