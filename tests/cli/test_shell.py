@@ -62,6 +62,37 @@ def test_a_platform_that_there_is_not():
     assert said.startswith("raas-jax: error: Unable to initialize backend 'nonsense'")
 
 
+def test_without_the_extras(tmp_path):
+    """As where `pip install raas-jax` brought none: each command names the one that it needs."""
+    code = (
+        "import sys\n"
+        "from raas_jax.cli.main import main\n"
+        "gone, *args = sys.argv[1:]\n"
+        "for package in gone.split(','):\n"
+        "    sys.modules[package] = None\n"
+        "for each in ' '.join(args).split(' / '):\n"
+        "    assert main(each.split()) == 2\n"
+    )
+    for gone, commands in {
+        "optax,filelock": {"train x": "raas-jax[lab]", "eval gsm8k -o x": "raas-jax[eval]"},
+        "matplotlib,datasets,lm_eval,math_verify": {
+            "trace x -o x": "raas-jax[plots]",
+            "eval gsm8k -o x": "raas-jax[eval]",
+            "lm-eval": "raas-jax[eval]",
+        },
+    }.items():
+        given = [sys.executable, "-c", code, gone, " / ".join(commands)]
+        path = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+        ran = subprocess.run(
+            given, capture_output=True, text=True, cwd=tmp_path, env=os.environ | path
+        )
+        said = ran.stderr.splitlines()
+        assert ran.returncode == 0 and len(said) == len(commands), ran.stderr
+        for line, extra in zip(said, commands.values(), strict=True):
+            assert line.startswith("raas-jax: error: ") and extra in line
+        assert not list(tmp_path.iterdir())
+
+
 def test_ctrl_c_twice():
     """The first ends the work, the second, as Python ends, the process: neither is a traceback."""
     code = (

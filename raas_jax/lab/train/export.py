@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -38,8 +36,6 @@ def export(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
         complete = Path(scratch) / "model"
         save_hf(Params(rounded, config), complete)
         for file in complete.iterdir():
-            fresh = folder / files.temporary_name(file.name)
-            shutil.copyfile(file, fresh)
-            os.replace(fresh, folder / file.name)
+            files.replace_bytes(folder / file.name, file.read_bytes())
     files.replace_text(folder / "generation_config.json", json.dumps(GENERATION, indent=2) + "\n")
     save_tokenizer(folder)
