@@ -96,7 +96,8 @@ def test_without_the_extras(tmp_path):
 def test_ctrl_c_twice():
     """The first ends the work, the second, as Python ends, the process: neither is a traceback."""
     code = (
-        "import atexit, sys, time\n"
+        "import atexit, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # A job of a script has none.
         "from raas_jax.cli.main import COMMANDS, main\n"
         "def wait(self):\n"
         "    atexit.register(time.sleep, 60)\n"
