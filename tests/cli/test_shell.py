@@ -38,8 +38,8 @@ def test_streams_that_are_not_there(what):
 
 
 def test_errors_that_nobody_sees():
-    assert shell("raas-jax report /nowhere 2> /dev/full")[0] == 2
-    assert shell("raas-jax report /nowhere 2>&- >&- <&-")[0] == 2
+    assert shell("raas-jax train /nowhere --until 0 2> /dev/full")[0] == 2
+    assert shell("raas-jax train /nowhere --until 0 2>&- >&- <&-")[0] == 2
     code, out, said = shell("raas-jax generate --prompt-file - <&-")
     assert (code, out) == (2, "") and "standard input holds no prompt" in said
 
@@ -49,6 +49,12 @@ def test_an_answer_without_streams_or_home(tmp_path):
     (tmp_path / "home").write_text("")
     generate = f"cd {tmp_path}; raas-jax generate {PROBLEM} -n 2"
     paths = {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, filter(None, sys.path)))}
+    # The first compiles for the others.
+    paths |= {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
     code, out, _ = shell(f"{generate} <&- 2>&-", HOME=None, **paths)
     assert code == 0 and out.startswith("a =")
     assert shell(f"{generate} >&-", HOME=str(tmp_path / "home"), **paths)[:2] == (0, "")
