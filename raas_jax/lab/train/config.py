@@ -9,11 +9,10 @@ from pathlib import Path
 from raas_jax import files
 from raas_jax.config import ModelConfig
 from raas_jax.files import Fields
-from raas_jax.lab.limits import SEEDS
 from raas_jax.lab.train.batches import Bucket
 
 _REMEDY = "See configs/lemma.yaml."
-_COUNTS = ("steps", "warmup_steps", "decay_from", "validate_every", "checkpoint_every")
+_COUNTS = ("steps", "warmup_steps", "validate_every", "checkpoint_every")
 _NUMBERS = (
     *("matrix_learning_rate", "other_learning_rate", "clip_norm", "average_decay"),
     "attention_scale",
@@ -75,7 +74,8 @@ class TrainConfig:
             buckets=buckets,
             validation=tuple(each.build(Bucket) for each in fields.each("validation")),
             stages=_stages(fields, len(buckets)),
-            seed=fields.integer("seed", *SEEDS),
+            seed=fields.integer("seed", 0),
+            decay_from=fields.integer("decay_from", 0),
             checkpoints=fields.text("checkpoints"),
             **{name: fields.integer(name, 1) for name in _COUNTS},
             **{name: fields.real(name, "a number >= 0", 0) for name in _NUMBERS},
