@@ -7,6 +7,8 @@ error, `FileError`, says which file it is, what was found, what was wanted and w
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import difflib
 import json
 import math
 import os
@@ -15,12 +17,13 @@ import secrets
 import stat
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar, cast
 
 import yaml
 
 from raas_jax import checks
 
+T = TypeVar("T")
 MOST_BYTES: Final = 1 << 27
 """Of a file that is read whole; the index of the largest model takes a tenth of it."""
 MOST_DEPTH: Final = 64
@@ -231,6 +234,29 @@ class Fields:
         """A list, of whatever."""
         return self._typed(name, default, list, "a list")
 
+    def texts(self, name: str, default: Any = _REQUIRED) -> Any:
+        """A list of strings."""
+
+        def check(at: str, value: Any) -> list[str]:
+            if not isinstance(value, list) or not all(isinstance(each, str) for each in value):
+                raise TypeError(f"{at} is {checks.short(value)}; it must be a list of texts.")
+            return value
+
+        return self._take(name, default, check)
+
+    def integers(self, name: str, least: int, most: int = checks.INT32_MAX) -> Any:
+        """A list of ints in a range, at least one."""
+        return self._list(name, lambda at, x: checks.integer(at, x, least, most))
+
+    def reals(self, name: str, wanted: str, least: float, most: float = math.inf) -> Any:
+        """A list of finite numbers in a range, at least one."""
+        return self._list(name, lambda at, x: checks.real(at, x, wanted, least, most))
+
+    def without(self, *names: str) -> Fields:
+        """The same but for some names."""
+        left = {name: value for name, value in self.values.items() if name not in names}
+        return Fields(left, self.path, self._place, self._remedy)
+
     def inner(self, name: str) -> Fields:
         """Named fields within these."""
         value = self._take(name, _REQUIRED, lambda _, x: x)
@@ -244,6 +270,23 @@ class Fields:
             for i, value in enumerate(self.items(name))
         ]
 
+    def build(self, kind: Callable[..., T]) -> T:
+        """A dataclass made of these fields; what it lacks, does not know or refuses is an error."""
+        known = {each.name: each for each in dataclasses.fields(cast(Any, kind)) if each.init}
+        for name in self.values:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise self.error(f"{self._at(name)} is not a field of it{hint}")
+        for name, field in known.items():
+            unset = field.default is field.default_factory is dataclasses.MISSING
+            if unset and name not in self.values:
+                raise self.error(f"it lacks {self._at(name)}")
+        try:
+            return kind(**self.values)
+        except (TypeError, ValueError) as error:
+            raise self.error(f"{self._place}: {error}" if self._place else str(error)) from None
+
     def _at(self, name: str) -> str:
         return f"{self._place}.{name}" if self._place else name
 
@@ -254,6 +297,14 @@ class Fields:
             return value
 
         return self._take(name, default, check)
+
+    def _list(self, name: str, check: Callable[[str, Any], Any]) -> Any:
+        def check_all(at: str, value: Any) -> list[Any]:
+            if not isinstance(value, list) or not value:
+                raise TypeError(f"{at} is {checks.short(value)}; it must be a list of numbers.")
+            return [check(f"{at}[{i}]", each) for i, each in enumerate(value)]
+
+        return self._take(name, _REQUIRED, check_all)
 
     def _take(self, name: str, default: Any, check: Callable[[str, Any], Any]) -> Any:
         value = self.values.get(name, default)
@@ -268,6 +319,11 @@ class Fields:
 
 
 def replace_text(file: str | os.PathLike[str], text: str) -> None:
+    """As `replace_bytes`, with the text as UTF-8."""
+    replace_bytes(file, text.encode())
+
+
+def replace_bytes(file: str | os.PathLike[str], data: bytes) -> None:
     """Writes a file that is the old or the new one, whole, after a kill or on a full disk.
 
     Raises OSError; nothing is left behind then.
@@ -276,8 +332,8 @@ def replace_text(file: str | os.PathLike[str], text: str) -> None:
     fresh = path.with_name(temporary_name(path.name))
     try:
         # Made anew, so that a link which lies in wait under this name is not followed.
-        with open(fresh, "x", encoding="utf-8") as stream:
-            stream.write(text)
+        with open(fresh, "xb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(fresh, path)

@@ -27,7 +27,12 @@ settings.load_profile("raas_jax")
 # Files whose tests compile little: `pytest -m fast` takes under a minute on two cores.
 FAST = {
     *("cli/test_convert", "cli/test_main", "cli/test_options", "cli/test_prompts"),
-    *("lab/runs/test_statistics", "lab/runs/test_tables"),
+    *(
+        "lab/runs/test_layout",
+        "lab/runs/test_statistics",
+        "lab/runs/test_tables",
+        "lab/test_limits",
+    ),
     *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
     *("test_import", "test_model", "test_recompilation", "test_sampling", "test_tokenizer"),

@@ -16,6 +16,7 @@ from tiny_lemma import save_tiny
 from raas_jax import policies
 from raas_jax.calibrate import calibrate
 from raas_jax.cli.main import main
+from raas_jax.files import FileError
 from raas_jax.policies import TriAttention
 from raas_jax.policies.triattention import Centres
 
@@ -50,6 +51,29 @@ def test_centres_are_means_of_unrotated_queries(tmp_path):
         np.testing.assert_array_equal(saved, array)
     with pytest.raises(ValueError, match="sequences have nothing to read"):
         calibrate(params, [[1], []])
+
+
+def test_what_is_no_calibration_is_named(tmp_path):
+    good = calibrate(random_params(CONFIG), prompts_of([5]))
+    file = tmp_path / "centres"
+    good._replace(length=good.length[:1]).write(file)
+    wrong = [("shapes", file.read_bytes())]
+    for name, array in [
+        ("finite", good.length * np.nan),
+        ("float32", good.length.astype(np.float16)),
+    ]:
+        good._replace(length=array).write(file)
+        wrong.append((name, file.read_bytes()))
+    good.write(file)
+    cut = file.read_bytes()[:-10]
+    wrong += [("deserializing", data) for data in (b"", cut, b"[" * 9999)]
+    for said, data in wrong:
+        file.write_bytes(data)
+        with pytest.raises(FileError, match=f"centres is no calibration .*{said}.* Make it anew"):
+            TriAttention(64, calibration=str(file))
+    with pytest.raises(FileError, match="a folder, a pipe"):
+        TriAttention(64, calibration=str(tmp_path))
+    assert not [each for each in tmp_path.iterdir() if each != file]
 
 
 def test_another_file_under_the_same_name_is_another_policy(tmp_path):

@@ -27,17 +27,17 @@ class Bench:
 
     config: Annotated[str, tyro.conf.arg(metavar="FILE")]
     """Shape of the model, with random weights: config.json, or YAML as configs/bench_25m.yaml."""
-    prompt_tokens: int = 128
+    prompt_tokens: options.Tokens = 128
     """Length of the prompt."""
     lengths: Annotated[str, tyro.conf.arg(metavar="INT,INT,...")] = "256,1024,4096"
     """Generated lengths at which to measure."""
-    batch: int = 1
+    batch: options.Rows = 1
     """Sequences at once."""
     dtype: options.DtypeName = "float32"
     """Data type of weights and cache."""
-    layers: options.Int = None
+    layers: options.Layers = None
     """Number of layers, in place of the one in the file."""
-    repetitions: int = 15
+    repetitions: options.Turns = 15
     """Timed turns at every length; the median counts."""
     against: Annotated[str | None, options.unset("transformers,dense")] = None
     """Baselines to time too: transformers (Hugging Face's dense decode), dense (this library's)."""

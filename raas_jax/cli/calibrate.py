@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from raas_jax.cli.options import Dtype, File, Model
+from raas_jax.checks import MOST_TOKENS
+from raas_jax.cli.options import Dtype, File, Model, Within
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 
@@ -20,7 +22,7 @@ class Calibrate:
     model: Model = "demo"
     prompts: File = None
     """File with one prompt per line, as for generate --prompt-file; the demo has its own."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 256
+    max_new_tokens: Annotated[int, Within(0, MOST_TOKENS), tyro.conf.arg(aliases=["-n"])] = 256
     """Most tokens of the greedy answer that is read after each prompt; 0 reads prompts alone."""
     dtype: Dtype = None
 
@@ -31,8 +33,9 @@ class Calibrate:
         from raas_jax.calibrate import calibrate
         from raas_jax.lab.runs.planning import with_answers
 
-        if self.max_new_tokens < 0:
-            raise ValueError(f"--max-new-tokens is {self.max_new_tokens}; it must be at least 0.")
+        # Before anything is computed.
+        if Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir():
+            raise ValueError(f"--out is {self.out!r}; give a file in a folder that is there.")
         prompts = self._prompts()
         params = raas_jax.load(self.model, dtype=self.dtype)
         sequences, _ = tokenizer.encode(params, prompts)

@@ -4,17 +4,63 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import sys
 import typing
 
 import tyro
 
-from raas_jax import checks
+from raas_jax.cli.streams import say
+
+WRONG, FAILED = 2, 1
+"""Exit codes: what the user can mend, and what nobody foresaw."""
+EXTRAS = {
+    "matplotlib": "plots",
+    **dict.fromkeys(("filelock", "optax"), "lab"),
+    **dict.fromkeys(("datasets", "lm_eval", "math_verify"), "eval"),
+}
+"""Which extra of this package brings a package."""
 
 
 def note(text: str) -> None:
     """Says on stderr what a user should know beside the results."""
-    print(f"raas-jax: note: {checks.printable(text)}", file=sys.stderr)
+    say(f"note: {text}")
+
+
+def explain(error: Exception, command: type) -> int:
+    """Says on stderr, in one line, what went wrong; gives the exit code."""
+    if (mendable := _mendable(error)) is not None:
+        say(f"error: {in_flags(mendable, command)}")
+        return WRONG
+    what = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    say(f"internal error: {what} (run with --debug for where; please report it)")
+    return FAILED
+
+
+def _mendable(error: Exception) -> str | None:
+    """What a user should know; None for what is a mistake of this program."""
+    text = str(error)
+    if isinstance(error, ImportError):
+        return _missing(error)
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+        where = "this machine" if isinstance(error, MemoryError) else "the device"
+        return f"{where} is out of memory; `raas-jax memory` says what a run takes"
+    if isinstance(error, RecursionError):
+        return "what was given is nested too deep"
+    if isinstance(error, OSError) and error.strerror and text.startswith("[Errno"):
+        named = "" if error.filename is None else f"{error.filename}: "
+        return f"{named}{error.strerror[:1].lower()}{error.strerror[1:]}"
+    if isinstance(error, RuntimeError) and "Unable to initialize backend" in text:
+        return " ".join(text.split())
+    return text if isinstance(error, ValueError | TypeError | OSError) else None
+
+
+def _missing(error: ImportError) -> str | None:
+    package = (error.name or "").partition(".")[0]
+    if extra := EXTRAS.get(package):
+        every = "" if extra == "eval" else ', or "raas-jax[eval]" for all that `eval` can do'
+        return f'{package} is not installed: pip install "raas-jax[{extra}]"{every}'
+    if isinstance(error, ModuleNotFoundError) and package not in ("", "raas_jax"):
+        return f"{package} is not installed: pip install {package}"
+    return str(error) if error.name is None else None
 
 
 def flags(command: type) -> dict[str, str]:

@@ -10,8 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from raas_jax.checks import INT32_MAX
 from raas_jax.cli import options
 from raas_jax.cli.errors import note
+from raas_jax.lab.limits import (
+    MOST_DEFINITIONS,
+    MOST_ROWS,
+    MOST_SAMPLES,
+    MOST_SECONDS,
+    MOST_WORKERS,
+)
 
 if TYPE_CHECKING:
     from raas_jax.lab.tasks.benchmarks import Benchmark
@@ -43,33 +51,35 @@ class Eval:
     """Tokens per page, for all policies."""
     data: options.File = None
     """JSONL file with the problems, in place of the hub."""
-    limit: options.Int = None
+    limit: Annotated[int | None, options.unset("INT"), options.Within(1, INT32_MAX)] = None
     """Number of problems to ask, from the first; by default all."""
-    samples: int = 1
+    samples: Annotated[int, options.Within(1, MOST_SAMPLES)] = 1
     """Answers per problem and policy, at a --temperature above 0."""
     sampling: options.SamplingOptions = dataclasses.field(default_factory=options.SamplingOptions)
     max_new_tokens: options.MaxNewTokens = None
     """Most tokens of an answer; by default as for generate, in lemma 1.5 times the right answer."""
     no_chat: bool = False
     """Ask without the model's chat template."""
-    rows: Annotated[int | Literal["auto"], tyro.conf.arg(metavar="{INT,auto}")] = 16
+    rows: Annotated[
+        int | Literal["auto"], tyro.conf.arg(metavar="{INT,auto}"), options.Within(1, MOST_ROWS)
+    ] = 16
     """Answers at once; auto is as many as fit the device's memory."""
-    share: int = 1
+    share: options.Rows = 1
     """Samples of a problem that share one copy of its prompt; divides --rows."""
     mesh: options.Mesh = None
     tokens: bool = False
     """Keep the token ids of every answer too."""
-    graders: int = 2
+    graders: Annotated[int, options.Within(1, MOST_WORKERS)] = 2
     """Processes that grade."""
-    grading_seconds: float = 10.0
+    grading_seconds: Annotated[float, options.Within(0.001, MOST_SECONDS)] = 10.0
     """Time after which an answer that is still being graded counts as wrong."""
     check_grader: bool = False
     """Grade the reference answers and near misses instead, and count the right verdicts."""
-    problems: int = 200
+    problems: options.Problems = 200
     """Number of problems (lemma)."""
     definitions: options.Definitions = "24-48"
     """Definitions of each problem (lemma)."""
-    late_facts: int = 0
+    late_facts: Annotated[int, options.Within(0, MOST_DEFINITIONS)] = 0
     """Values that are found early and needed only at the end (lemma)."""
     split: Annotated[str, tyro.conf.arg(metavar="{test,validation}")] = "test"
     """Split of the problems, none of which the demo was trained on (lemma)."""
@@ -81,8 +91,7 @@ class Eval:
 
         evaluate.check_task(self.task)
         if self.check_grader:
-            with _missing_packages():
-                return self._check_grader()
+            return self._check_grader()
         if self.out is None:
             raise ValueError("--out DIR is missing: the folder for the samples and the tables.")
         if self.config is not None:
@@ -91,7 +100,7 @@ class Eval:
         for name, flag in self._given().items():
             if name in of_others:
                 raise ValueError(f"{flag} is not an option of the task {self.task}; leave it out.")
-        with _missing_packages(), _resumable(self.out):
+        with _resumable(self.out):
             if self.task == "lemma":
                 self._run_lemma(self.out)
             else:
@@ -141,8 +150,6 @@ class Eval:
     def _open(self) -> Benchmark:
         from raas_jax.lab.tasks.benchmarks import open_benchmark
 
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"--limit is {self.limit}; it must be at least 1.")
         return open_benchmark(self.task, self.data).first(self.limit)
 
     def _ask(self, out: str, tried: list[Policy], benchmark: Benchmark) -> None:
@@ -205,14 +212,6 @@ class Report:
     def run(self) -> int:
         """Prints the table and saves it as Markdown and CSV."""
         return print_report(self.folder)
-
-
-@contextlib.contextmanager
-def _missing_packages() -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
-        raise ValueError(str(error)) from error
 
 
 @contextlib.contextmanager

@@ -42,7 +42,7 @@ class Generate:
     """Put PROMPT into the model's chat template, as the user's message."""
     json: bool = False
     """Print one JSON object per prompt instead of streaming text."""
-    rows: int = 1
+    rows: options.Rows = 1
     """Prompts that are answered at once, with --json."""
     policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)
     sampling: options.SamplingOptions = dataclasses.field(default_factory=options.SamplingOptions)
@@ -53,8 +53,6 @@ class Generate:
 
         given = self._prompts()
         prompts = [self._prepare(prompt) for prompt in given]
-        if self.rows < 1:
-            raise ValueError(f"--rows is {self.rows}; it must be at least 1.")
         wanted: dict[str, Any] = {
             "policy": self.policy.create(),
             "sampling": self.sampling.create(),

@@ -26,15 +26,15 @@ class Memory:
     """Shape of the model: a config.json, or YAML with the same fields."""
     model: Annotated[str | None, options.unset("SOURCE", aliases=["-m"])] = None
     """Model in place of --config: hub id (only config.json is fetched), folder, or demo."""
-    batch: int = 1
+    batch: options.Rows = 1
     """Sequences at once."""
-    prompt_tokens: int = 128
+    prompt_tokens: options.Tokens = 128
     """Length of every prompt."""
-    max_new_tokens: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 32768
+    max_new_tokens: Annotated[options.Tokens, tyro.conf.arg(aliases=["-n"])] = 32768
     """Tokens generated per sequence."""
     dtype: Annotated[options.DtypeName | None, options.unset("{float32,bfloat16,float16}")] = None
     """Data type of weights and cache; by default the model's own."""
-    layers: options.Int = None
+    layers: options.Layers = None
     """Number of layers, in place of the model's own."""
     target: Annotated[str | None, options.unset("KIND:SHAPE")] = None
     """Hardware to compile for, in place of what is at hand, such as v5e:2x4; nothing is run."""

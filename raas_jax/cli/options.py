@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 import tyro
 
-from raas_jax.config import ModelConfig, read_yaml
+from raas_jax import checks, files
+from raas_jax.config import ModelConfig
+from raas_jax.files import Fields
+from raas_jax.lab.limits import MOST_DEFINITIONS, MOST_PROBLEMS, MOST_ROWS, MOST_TURNS, SEEDS
 
 if TYPE_CHECKING:
     from raas_jax.policies import Policy
@@ -26,10 +29,35 @@ def unset(metavar: str, default: str = "", **more: Any) -> Any:
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint, **more)
 
 
-Int = Annotated[int | None, unset("INT")]
+class Within(NamedTuple):
+    """The range of a number, checked before a command begins."""
+
+    least: float
+    most: float
+
+
+def check_ranges(options: Any) -> None:
+    """Raises ValueError for a number of a command, or of one of its groups, out of its range."""
+    for name, hint in get_type_hints(type(options), include_extras=True).items():
+        value, flag = getattr(options, name), "--" + name.replace("_", "-")
+        if dataclasses.is_dataclass(value):
+            check_ranges(value)
+        for within in (each for each in get_args(hint) if isinstance(each, Within)):
+            if isinstance(value, float):
+                wanted = f"a number from {within.least:g} to {within.most:g}"
+                checks.real(flag, value, wanted, within.least, within.most)
+            elif isinstance(value, int):
+                checks.integer(flag, value, int(within.least), int(within.most))
+
+
+Tokens = Annotated[int, Within(1, checks.MOST_TOKENS)]
+Rows = Annotated[int, Within(1, MOST_ROWS)]
+Problems = Annotated[int, Within(1, MOST_PROBLEMS)]
+Turns = Annotated[int, Within(1, MOST_TURNS)]
+Layers = Annotated[int | None, unset("INT"), Within(1, 10_000)]
 File = Annotated[str | None, unset("FILE")]
-PageSize = Annotated[int | None, unset("INT", "16")]
-MaxNewTokens = Annotated[int | None, unset("INT", aliases=["-n"])]
+PageSize = Annotated[int | None, unset("INT", "16"), Within(1, checks.MOST_TOKENS)]
+MaxNewTokens = Annotated[int | None, unset("INT", aliases=["-n"]), Within(1, checks.MOST_TOKENS)]
 Definitions = Annotated[str, tyro.conf.arg(metavar="FROM-TO")]
 SOURCE = "Hub id, Hugging Face or Orbax folder, or demo."
 Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help=SOURCE)]
@@ -131,17 +159,22 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
 def whole_numbers(flag: str, text: str, example: str) -> list[int]:
     """`32,64` → `[32, 64]`. Raises ValueError, with flag and example, for anything else."""
     try:
-        return [int(part) for part in split_names(text)]
+        numbers = [int(part) for part in split_names(text)]
     except ValueError:
-        raise ValueError(f"{flag} is {text!r}; write for example {example}.") from None
+        raise ValueError(f"{flag} is {checks.short(text)}; write for example {example}.") from None
+    return [checks.integer(flag, number, 1, checks.MOST_TOKENS) for number in numbers]
 
 
 def parse_range(text: str) -> tuple[int, int]:
     """`24-48`, or `64` for 64-64. Raises ValueError."""
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text.strip())
-    if not found:
-        raise ValueError(f"--definitions is {text!r}; write for example 24-48, or 64.")
-    return int(found[1]), int(found[2] or found[1])
+    found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", text.strip())
+    smallest, largest = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= smallest <= largest <= MOST_DEFINITIONS:
+        raise ValueError(
+            f"--definitions is {checks.short(text)}; write for example 24-48, or 64, at most "
+            f"{MOST_DEFINITIONS}."
+        )
+    return smallest, largest
 
 
 def split_names(text: str) -> list[str]:
@@ -153,9 +186,9 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     """`data=2,model=4`, or `2x4`, as arguments of `make_mesh`. Raises ValueError."""
     if text is None:
         return {}
-    short = re.fullmatch(r"(\d+)x(\d+)", text.strip())
+    short = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.strip())
     parts = [f"data={short[1]}", f"model={short[2]}"] if short else split_names(text)
-    found = [re.fullmatch(r"(data|model)=([1-9]\d*)", part) for part in parts]
+    found = [re.fullmatch(r"(data|model)=([1-9]\d{0,5})", part) for part in parts]
     sizes = {each[1]: int(each[2]) for each in found if each}
     if not parts or len(sizes) < len(parts):
         raise ValueError(f"--mesh is {text!r}; write for example data=2,model=4, or 2x4.")
@@ -174,7 +207,7 @@ class SamplingOptions:
     """Draw from the likeliest tokens that reach this probability together."""
     min_p: float = 0.0
     """Draw from the tokens at least this likely relative to the likeliest."""
-    seed: int = 0
+    seed: Annotated[int, Within(*SEEDS)] = 0
     """Seed of the draws; the same one gives the same text."""
 
     def create(self) -> Sampling:
@@ -200,8 +233,9 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
     if path.suffix not in (".yaml", ".yml"):
         config = ModelConfig.from_file(path)
     else:
-        fields = read_yaml(path)
-        config = ModelConfig.from_hf(fields.get("model", fields))
+        fields = files.read_yaml(path)
+        shape = fields.get("model", fields)
+        config = ModelConfig.from_hf(Fields(shape, path, "model").values)
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 

@@ -22,21 +22,21 @@ class Throughput:
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
     """Model that answers lemma problems: demo, or one that `raas-jax train` made."""
-    problems: int = 200
+    problems: options.Problems = 200
     """Number of problems."""
     definitions: options.Definitions = "2-48"
     """Definitions of each problem, drawn evenly."""
-    rows: int = 16
+    rows: options.Rows = 16
     """Answers at once."""
-    turns: int = 1
+    turns: options.Turns = 1
     """Runs of each, in turn; the medians are shown."""
     against: Annotated[Literal["transformers"] | None, options.unset("{transformers}")] = None
     """Time Hugging Face's batched generate too, on the same weights and problems (needs torch)."""
-    old: int = 4096
+    old: options.Tokens = 4096
     """Tokens after which rows count as old."""
-    samples: int = 16
+    samples: options.Rows = 16
     """Answers that share a prompt."""
-    prompt_tokens: int = 1024
+    prompt_tokens: options.Tokens = 1024
     """Length of the prompts that are shared."""
     json: bool = False
     """Print JSON lines instead of tables."""
@@ -49,10 +49,7 @@ class Throughput:
         """Measures and prints."""
         from raas_jax import load
         from raas_jax.lab.bench import throughput as bench_engine
-        from raas_jax.lab.bench.turns import check_positive
 
-        sizes = ("problems", "rows", "turns", "old", "samples", "prompt_tokens")
-        check_positive(**{name: getattr(self, name) for name in sizes})
         smallest, largest = options.parse_range(self.definitions)
         policy = self.policy.create()
         problems = bench_engine.mixed_problems(self.problems, smallest, largest)

@@ -13,13 +13,14 @@ import tyro
 from raas_jax.cli.errors import note
 from raas_jax.cli.options import (
     Dtype,
-    Int,
     MaxNewTokens,
     Model,
     PolicyOptions,
+    Within,
     readable_bytes,
     unset,
 )
+from raas_jax.lab.limits import MOST_DEFINITIONS
 
 if TYPE_CHECKING:
     from raas_jax.lab.trace import Trace as Traced
@@ -33,7 +34,7 @@ class Trace:
     """Folder for the pictures and the page."""
     prompt: Annotated[str | None, tyro.conf.Positional, unset("[PROMPT]")] = None
     """Text to answer, as in "a=4; b=9; c=a+b; ? c"."""
-    definitions: Int = None
+    definitions: Annotated[int | None, unset("INT"), Within(1, MOST_DEFINITIONS)] = None
     """Definitions of a problem that the demo has not seen, in place of PROMPT."""
     model: Model = "demo"
     heads: Annotated[str | None, unset("LAYER.HEAD,...")] = None
@@ -50,10 +51,7 @@ class Trace:
         from raas_jax.lab.trace.draw import pyplot
         from raas_jax.policies import Dense
 
-        try:
-            pyplot()  # Before anything is computed.
-        except ImportError as error:
-            raise ValueError(str(error)) from None
+        pyplot()  # Before anything is computed.
         prompt, policy, heads = self._prompt(), self.policy.create(), parse_heads(self.heads)
         folder = Path(self.out)
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +139,7 @@ def parse_heads(text: str | None) -> list[tuple[int, int]] | None:
     """`1.0,3.1` → layer and key/value head of each. Raises ValueError."""
     if text is None:
         return None
-    found = [re.fullmatch(r"\s*(\d+)\.(\d+)\s*", part) for part in text.split(",")]
+    found = [re.fullmatch(r"\s*(\d{1,6})\.(\d{1,6})\s*", part) for part in text.split(",")]
     heads = [(int(each[1]), int(each[2])) for each in found if each]
     if len(heads) < len(found):
         raise ValueError(f"--heads is {text!r}; write layer.head, as in 1.0,3.1.")

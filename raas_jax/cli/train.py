@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from raas_jax.cli.options import Int
+from raas_jax.checks import INT32_MAX
+from raas_jax.cli.options import Within, unset
 
 
 @dataclasses.dataclass
@@ -17,7 +18,7 @@ class Train:
 
     config: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """Configuration of the run, such as configs/lemma.yaml."""
-    until: Int = None
+    until: Annotated[int | None, unset("INT"), Within(1, INT32_MAX)] = None
     """Stop after this many steps in all; by default the configuration's."""
     fresh: bool = False
     """Refuse to go on from checkpoints."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax import checks
+from raas_jax import checks, files
 from raas_jax.policies.base import Boundary, Metadata
 from raas_jax.policies.budgeted import Batched
 
@@ -34,22 +34,37 @@ class Centres(NamedTuple):
         """Saves them as safetensors, where `TriAttention(calibration=file)` finds them."""
         from safetensors.numpy import save
 
-        Path(file).write_bytes(save(self._asdict()))
+        files.replace_bytes(file, save(self._asdict()))
 
     @classmethod
     def read(cls, file: str | Path) -> Centres:
-        """The inverse of `write`. Raises FileNotFoundError, or ValueError for another file."""
+        """The inverse of `write`. Raises FileNotFoundError, or FileError for another file."""
         from safetensors import SafetensorError
         from safetensors.numpy import load
 
-        if not Path(file).is_file():
-            raise FileNotFoundError(f"calibration is {str(file)!r}; there is no such file.")
         try:
-            return cls(**load(Path(file).read_bytes()))
-        except (SafetensorError, TypeError) as error:
-            raise ValueError(
-                f"calibration is {str(file)!r}, which `raas-jax calibrate` did not write ({error})."
+            data = files.read_bytes(file)
+        except FileNotFoundError:
+            what = f"calibration is {str(file)!r}; there is no such file."
+            raise FileNotFoundError(what) from None
+        try:
+            found = cls(**load(data))
+            found._check()
+        except (SafetensorError, TypeError, ValueError, KeyError) as error:
+            raise files.FileError(
+                file,
+                f"is no calibration that `raas-jax calibrate` wrote ({error}). Make it anew, for "
+                "this model.",
             ) from error
+        return found
+
+    def _check(self) -> None:
+        shapes = [array.shape for array in self]
+        L, N, H = shapes[0] if len(shapes[0]) == 3 else (0, 0, 0)
+        if not L * N * H or shapes != [(L, N, H), (L, N, H // 2), (H // 2,)]:
+            raise ValueError(f"its arrays have the shapes {shapes}")
+        if not all(array.dtype == np.float32 and np.isfinite(array).all() for array in self):
+            raise ValueError("its arrays are not all finite float32 numbers")
 
 
 @dataclasses.dataclass(frozen=True)

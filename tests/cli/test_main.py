@@ -3,13 +3,17 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
+from typing import Annotated, get_args, get_origin, get_type_hints
 
 import pytest
 
 import raas_jax
 from raas_jax.cli.errors import flags, in_flags
 from raas_jax.cli.main import COMMANDS, main
+from raas_jax.cli.options import Within
 
+SHAPE = str(Path(__file__).parents[2] / "configs" / "bench_25m.yaml")
 PROMPT = "a = 4 ; b = 9 ; c = a + b ; ? c"
 
 
@@ -53,6 +57,51 @@ def test_every_help_text_stands_by_itself(name, capsys, monkeypatch):
     for what, text in found.items():
         sentence = r"(?!(Of|As|Instead|Also|And|Or)\b)[A-Z].*\.( \((default|re).*\))?"
         assert re.fullmatch(sentence, text), f"{what}: {text}"
+
+
+@pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
+def test_every_number_has_a_range(command):
+    """Checked before the command begins; what policy and sampling take, the library checks."""
+    for name, hint in get_type_hints(command, include_extras=True).items():
+        # For example Annotated[int | None, ...].
+        plain = get_args(hint)[:1] if get_origin(hint) is Annotated else (hint,)
+        if {int, float} & {*plain, *get_args(plain[0])}:
+            assert any(isinstance(each, Within) for each in get_args(hint)), name
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["generate", "x", "--rows", "1000000000"], "--rows is 1000000000; it must be an int from"),
+        (["generate", "x", "-n", "1000000000000"], "--max-new-tokens is 1000000000000;"),
+        (["generate", "x", "--seed", "1" + "0" * 30], "--seed is 1000000000000000000000000000000;"),
+        (["memory", "--layers", "1000000000"], "--layers is 1000000000;"),
+        (["bench", "--config", "x", "--repetitions", "0"], "--repetitions is 0;"),
+        (["bench", "--config", SHAPE, "--lengths", "9" * 5000], "--lengths is '999"),
+        (["bench", "--config", SHAPE, "--lengths", "64,1000000000000"], "--lengths is 10000"),
+        (["throughput", "--problems", "1000000000000"], "--problems is 1000000000000;"),
+        (["throughput", "--definitions", "1-1000000000000"], "--definitions is '1-1000000000000';"),
+        (["throughput", "--turns", "-1"], "--turns is -1;"),
+        (["trace", "--definitions", "97", "-o", "x"], "--definitions is 97;"),
+        (
+            ["trace", "x", "--model", "y", "-o", "x", "--heads", "9999999.1"],
+            "--heads is '9999999.1'",
+        ),
+        (["train", "x", "--until", "0"], "--until is 0;"),
+        (["calibrate", "-o", "x", "-n", "-1"], "--max-new-tokens is -1;"),
+        (["calibrate", "-o", "/nowhere/x"], "--out is '/nowhere/x'; give a file in a folder that"),
+        (["eval", "lemma", "-o", "x", "--samples", "1000000000000"], "--samples is 1000000000000;"),
+        (["eval", "lemma", "-o", "x", "--late-facts", "-1"], "--late-facts is -1;"),
+        (["eval", "lemma", "-o", "x", "--budgets", "1000000000000"], "--budgets is 1000000000000;"),
+        (["eval", "gsm8k", "-o", "x", "--grading-seconds", "nan"], "--grading-seconds is nan;"),
+        (["eval", "gsm8k", "-o", "x", "--grading-seconds", "inf"], "--grading-seconds is inf;"),
+        (["eval", "gsm8k", "-o", "x", "--graders", "1000000000"], "--graders is 1000000000;"),
+        (["eval", "gsm8k", "-o", "x", "--limit", "-3"], "--limit is -3;"),
+    ],
+)
+def test_numbers_out_of_range(args, said, capsys):
+    assert main(args) == 2
+    assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", COMMANDS.values(), ids=COMMANDS)
@@ -130,6 +179,41 @@ def test_what_a_user_can_mend_is_one_line(args, said, model, tmp_path, capsys):
     assert said in printed.err
     assert "Traceback" not in printed.err
     assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (KeyError("x"), 1, "internal error: KeyError: 'x' (run with --debug for where; please rep"),
+        (AssertionError("a\nb"), 1, "internal error: AssertionError: a b (run"),
+        (RuntimeError("odd"), 1, "internal error: RuntimeError: odd (run"),
+        (ImportError("cannot import name", name="raas_jax.gone"), 1, "internal error: ImportError"),
+        (MemoryError(), 2, "error: this machine is out of memory"),
+        (RuntimeError("RESOURCE_EXHAUSTED: 9"), 2, "error: the device is out of memory; `raas-jax"),
+        (RecursionError("maximum"), 2, "error: what was given is nested too deep"),
+        (OSError(28, "No space left", "/a"), 2, "error: /a: no space left"),
+        (ValueError("a \x1b[31mred\x07\r\nline\ttab"), 2, "error: a �[31mred��\nline\ttab"),
+        (
+            ModuleNotFoundError("", name="filelock"),
+            2,
+            'pip install "raas-jax[lab]", or "raas-jax[e',
+        ),
+        (ModuleNotFoundError("", name="optax.contrib"), 2, 'optax is not installed: pip install "'),
+        (ModuleNotFoundError("", name="matplotlib"), 2, 'pip install "raas-jax[plots]"'),
+        (ModuleNotFoundError("", name="datasets"), 2, 'pip install "raas-jax[eval]"\n'),
+        (ModuleNotFoundError("", name="torch"), 2, "torch is not installed: pip install torch"),
+    ],
+)
+def test_whatever_goes_wrong_is_one_line(error, code, said, monkeypatch, capsys):
+    def fail(self):
+        raise error
+
+    monkeypatch.setattr(COMMANDS["report"], "run", fail)
+    assert main(["report", "x"]) == code
+    printed = capsys.readouterr().err
+    assert printed.startswith("raas-jax: ") and said in printed and "Traceback" not in printed
+    with pytest.raises(type(error)):
+        main(["report", "x", "--debug"])
 
 
 def test_debug_shows_where_an_error_came_from():

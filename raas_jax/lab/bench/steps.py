@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from raas_jax import checks
 from raas_jax.decode import DecodeState, cache_bytes
 from raas_jax.engine import autosize
 from raas_jax.lab.bench import baselines
@@ -125,6 +126,8 @@ def bench(
         transformers without torch.
     """
     check_positive(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions)
+    for length in lengths:
+        checks.integer("lengths", length, 1, checks.MOST_TOKENS)
     if not lengths or min(lengths) < CHUNK:
         raise ValueError(f"lengths are {list(lengths)}; each must be at least {CHUNK} tokens.")
     longest, context = max(lengths) + 2 * CHUNK, params.config.max_position_embeddings

@@ -13,11 +13,19 @@ from functools import partial
 import numpy as np
 
 import raas_jax
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.admission import empty_admissions
 from raas_jax.engine import Engine, Request
 from raas_jax.generation import TOKENS_PER_SYNC
-from raas_jax.lab.bench.turns import Contender, TimedDecode, median_ratio, take_turns, timed
+from raas_jax.lab.bench.turns import (
+    Contender,
+    TimedDecode,
+    check_positive,
+    median_ratio,
+    take_turns,
+    timed,
+)
+from raas_jax.lab.limits import MOST_PROBLEMS
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
 from raas_jax.params import Params
 from raas_jax.plan import Plan
@@ -74,6 +82,7 @@ class Sharing:
 
 def mixed_problems(count: int, smallest: int, largest: int, seed: int = 0) -> list[Problem]:
     """Test problems of mixed sizes, in the order in which they are drawn."""
+    checks.integer("problems", count, 1, MOST_PROBLEMS)
     return [draw("test", seed, index, Knobs(smallest, largest)) for index in range(count)]
 
 
@@ -93,6 +102,7 @@ def throughput(
     batch ends when its longest answer does. With `transformers`, also the batched generate of
     Hugging Face on the same weights, dense, in the same batches, padded at the left.
     """
+    check_positive(rows=rows, turns=turns)
     prompts = [problem.prompt for problem in problems]
     limit = max(2 * len(problem.derivation_words) for problem in problems) + SLACK
     ids = [tokenizer.encode(params, prompt)[0][0] for prompt in prompts]
@@ -206,6 +216,7 @@ class _Transformers:
 
 def age(params: Params, policy: Policy, *, rows: int = 64, old: int = 4096, turns: int = 15) -> Age:
     """Time per step of a batch that has filled its budget, and of one at `old` tokens."""
+    check_positive(rows=rows, old=old, turns=turns)
     young = getattr(policy, "budget", 0) + 2 * policy.page_size
     begin = partial(_begun, params, policy, rows, 1, 64)
     old_ms, young_ms, ratio = _in_turn(turns, old=begin().after(old), young=begin().after(young))
@@ -225,6 +236,7 @@ def sharing(
 
     Raises ValueError unless the rows are a multiple of `samples`.
     """
+    check_positive(rows=rows, samples=samples, prompt_tokens=prompt_tokens, turns=turns)
     if rows % samples:
         raise ValueError(f"rows is {rows}; it must be a multiple of samples, {samples}.")
     shared, unshared = (

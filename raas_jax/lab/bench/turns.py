@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from raas_jax import checks
 from raas_jax.decode import DecodeState, RowRequest
 from raas_jax.params import Params
 from raas_jax.policies import pages_for
@@ -58,10 +59,9 @@ def random_prompts(params: Params, rows: int, tokens: int, seed: int = 0) -> np.
 
 
 def check_positive(**numbers: int) -> None:
-    """Raises ValueError for a number below 1, with its name."""
+    """Raises TypeError or ValueError for a number that is no int, below 1 or beyond any cache."""
     for name, number in numbers.items():
-        if number < 1:
-            raise ValueError(f"{name} is {number}; it must be at least 1.")
+        checks.integer(name, number, 1, checks.MOST_TOKENS)
 
 
 def timed(call: Callable[[], T]) -> tuple[T, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
@@ -10,10 +11,11 @@ from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 import numpy as np
 from jax.sharding import Mesh
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.decode import dense_bytes
 from raas_jax.engine import Engine, Request, Result
 from raas_jax.lab.inspect.recording import Recording, record, row_bytes
+from raas_jax.lab.limits import MOST_ROWS, MOST_SAMPLES, MOST_SECONDS, SEEDS, check_counts
 from raas_jax.lab.runs.progress import Bar
 from raas_jax.lab.tasks.base import Column, Item, Response, Task
 from raas_jax.params import Params
@@ -45,10 +47,11 @@ class Asking:
     grading_seconds: float = 10.0
 
     def __post_init__(self) -> None:
-        for name in ("samples", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_counts(self, samples=(1, MOST_SAMPLES), seed=SEEDS)
+        check_counts(self, max_new_tokens=(1, checks.MOST_TOKENS))
+        seconds = f"a number of seconds above 0, at most {MOST_SECONDS:g}"
+        least = math.ulp(0.0)
+        checks.real("grading_seconds", self.grading_seconds, seconds, least, MOST_SECONDS)
         if self.samples > 1 and self.sampling.temperature == 0:
             raise ValueError(
                 f"samples is {self.samples}, but temperature 0 always gives the same answer; set a "
@@ -114,8 +117,7 @@ class RecordedDecoding:
     record: Callable[..., Iterator[tuple[int, Recording]]] = record
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rows, int) or self.rows < 1:
-            raise ValueError(f"rows is {self.rows!r}; it must be a number, at least 1.")
+        check_counts(self, rows=(1, MOST_ROWS))
 
     def config(self, params: Params, task: Task) -> dict[str, Any]:
         columns = (ANSWERS, *task.columns, BYTES)
@@ -166,6 +168,11 @@ class EngineDecoding:
     share: int = 1
     mesh: Mesh | None = None
     keep_tokens: bool = False
+
+    def __post_init__(self) -> None:
+        check_counts(self, share=(1, MOST_ROWS))
+        if self.rows != "auto":
+            check_counts(self, rows=(1, MOST_ROWS))
 
     def config(self, params: Params, task: Task) -> dict[str, Any]:
         chat = {"chat": self.asking.uses_chat(params)}

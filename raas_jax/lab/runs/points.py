@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from raas_jax.lab.runs.results import SPEED, STEPS, Results, Sample, read_json
+from raas_jax.lab.runs.layout import Sample, read_speed, read_steps
+from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.statistics import (
     Estimate,
     clustered_mean,
@@ -18,8 +18,9 @@ from raas_jax.lab.runs.statistics import (
     pass_at_k,
     quantile,
 )
-from raas_jax.lab.tasks.base import Column
 
+STUDIED = {"correct", "derivation", "written_served", "tokens", "capped"}
+"""Columns that the tables and pictures of a study are made of."""
 MAIN = "policies"
 """The group of points that is no ablation."""
 
@@ -71,7 +72,8 @@ class Findings:
     """All points of a folder, of a run that is finished or not, in the order of the run.
 
     Attributes:
-      config: of the run.
+      config: of the run, field by field.
+      model: its name.
       kind: "study", "benchmark", or "" for a task with its cache recorded.
       reference, controls, ceiling: labels of policies of a study.
       baselines: what every policy of a study is compared with: those three.
@@ -83,17 +85,20 @@ class Findings:
     """
 
     def __init__(self, results: Results):
-        self.config = config = results.config
-        self.kind = str(config.get("kind", ""))
-        self.reference: str | None = config.get("reference")
-        self.ceiling: str | None = config.get("ceiling")
-        self.controls: list[str] = config.get("controls", [])
+        self.layout = layout = results.layout
+        self.config = layout.config
+        self.kind, self.columns = layout.kind, layout.columns
+        for name in sorted(STUDIED - {each.name for each in self.columns}):
+            if self.kind == "study":
+                raise self.config.error(f"its columns lack {name}")
+        self.model: str = self.config.text("model")
+        self.reference: str | None = self.config.text("reference", None)
+        self.ceiling: str | None = self.config.text("ceiling", None)
+        self.controls = self.config.texts("controls", [])
         self.baselines = [x for x in (self.reference, *self.controls, self.ceiling) if x]
-        self.columns = [Column(**column) for column in config.get("columns", ())]
-        self.speed: dict[str, list[dict[str, Any]]] = read_json(results.folder / SPEED)
-        steps = read_json(results.folder / STEPS)
+        self.speed, steps = read_speed(results.folder), read_steps(results.folder)
         self.points: list[Point] = []
-        for cell in _cells(config):
+        for cell in layout.cells():
             samples = results.of(cell["task"], cell["label"])
             if samples:
                 times = steps["milliseconds"] if steps.get("task") == cell["task"] else {}
@@ -109,35 +114,25 @@ class Findings:
         problems: dict[str, list[Sample]] = defaultdict(list)
         for sample in samples:
             problems[str(sample["item"])].append(sample)
-        if self.columns:
+        if self.kind != "benchmark":
             return {each.name: estimate(each, [*problems.values()]) for each in self.columns}
-        return sampled_figures([*problems.values()], self.config["asking"]["samples"])
+        samples_each = self.config.inner("asking").integer("samples", 1)
+        return sampled_figures([*problems.values()], samples_each)
 
     def of_task(self, task: str, group: str = MAIN) -> list[Point]:
         """Points of a task in a group, in the order of the configuration."""
         found = [point for point in self.points if point.task == task and group in point.groups]
         if group == MAIN:
             return found
-        entries = self.config["study"]["ablations"][group]["policies"]
-        order = {entry["label"]: number for number, entry in enumerate(entries)}
-        return sorted(found, key=lambda point: order[point.policy])
+        ablations = self.config.inner("study").inner("ablations")
+        entries = ablations.inner(group).each("policies")
+        order = {entry.text("label"): number for number, entry in enumerate(entries)}
+        return sorted(found, key=lambda point: order.get(point.policy, 0))
 
     def find(self, task: str, policy: str, budget: int | None) -> Point | None:
         """The point of a policy at a budget; one without a budget serves all."""
         found = (point for point in self.points if (point.task, point.policy) == (task, policy))
         return next((point for point in found if point.budget in (budget, None)), None)
-
-
-def _cells(config: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """What a configuration says of each point, under the names of `Point`."""
-    if "cells" in config:  # Where there is no budget, they have a zero.
-        names = ("task", "label", "budget", "own_budget", "bytes", "groups")
-        return [{"policy": c["entry"]} | {n: c[n] or None for n in names} for c in config["cells"]]
-    task = config["task"]["name"]
-    return [
-        {"task": task, "policy": p["Policy"], "label": p["label"], "budget": p.get("budget")}
-        for p in config["policies"]
-    ]
 
 
 def sampled_figures(problems: Sequence[Sequence[Sample]], n: int) -> dict[str, Estimate]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+from raas_jax import files
 from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.study_tables import study_csv, study_markdown
@@ -44,8 +45,8 @@ def report(folder: str | Path) -> tuple[str, list[str]]:
         exact = [column.name for column in findings.columns if column.kind == "bytes"]
         csv = points_csv(findings.points, exact, "" if findings.kind else "–")
         remarks += [pictures] if pictures else []
-    (results.folder / "table.md").write_text(text, encoding="utf-8")
-    (results.folder / "table.csv").write_text(csv, encoding="utf-8")
+    files.replace_text(results.folder / "table.md", text)
+    files.replace_text(results.folder / "table.csv", csv)
     return text, remarks
 
 
@@ -62,15 +63,17 @@ def _table(findings: Findings) -> str:
 
 
 def _title(findings: Findings) -> str:
-    config, task = findings.config, findings.config["task"]
+    config, task = findings.config, findings.config.inner("task")
     if findings.kind != "benchmark":
-        options = ", ".join(f"{key} {value}" for key, value in task.items() if value is not None)
-        return f"`{config['model']}` on {options}. In brackets: 95 % intervals.\n\n"
-    n, temperature = config["asking"]["samples"], config["asking"]["sampling"]["temperature"]
+        given = task.values.items()
+        options = ", ".join(f"{key} {value}" for key, value in given if value is not None)
+        return f"`{findings.model}` on {options}. In brackets: 95 % intervals.\n\n"
+    asking = config.inner("asking")
+    n, temperature = asking.integer("samples", 1), asking.inner("sampling").real("temperature")
     how = "greedy" if temperature == 0 else f"{n} sample(s) each at temperature {temperature:g}"
     return (
-        f"`{config['model']}`, {config['dtype']}, on {task['problems']} problems of "
-        f"{task['name']}, {how}. In brackets: 95 % intervals, with problems as the units "
+        f"`{findings.model}`, {config.text('dtype')}, on {task.integer('problems', 0)} problems of "
+        f"{task.text('name')}, {how}. In brackets: 95 % intervals, with problems as the units "
         "that vary.\n\n"
     )
 

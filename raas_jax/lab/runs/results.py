@@ -19,12 +19,15 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-RUN, SAMPLES, BAD, LOCK = "run.json", "samples.jsonl", "samples.bad.jsonl", ".lock"
-SPEED, STEPS = "speed.json", "steps.json"
+from raas_jax import files
+from raas_jax.files import Fields, FileError
+from raas_jax.lab.differences import differences
+from raas_jax.lab.runs.layout import BAD, KEY, LOCK, RUN, SAMPLES, SPEED, STEPS, Layout, Sample
+
 VERSION = 2
 """The layout's. Folders of version 1 name none, and their policies' options had other names."""
-KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
-Sample = dict[str, Any]
+# What processes that were killed left behind before temporary files had names of their own.
+_OLD_LEFTOVERS = {f"{name}.new" for name in (RUN, SAMPLES, SPEED, STEPS)}
 
 
 def migrated(config: Any) -> Any:
@@ -34,12 +37,12 @@ def migrated(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
     found = {name: migrated(value) for name, value in config.items()}
-    if found.get("share") in ("kv_head", "layer"):
+    if str(found.get("share")) in ("kv_head", "layer"):
         found["granularity"] = found.pop("share")
-    if found.get("prompt") in _PROMPT:
+    if str(found.get("prompt")) in _PROMPT:
         found["prompt"] = _PROMPT[found["prompt"]]
     if "Policy" in found:  # Made of options; other labels are the user's own words.
-        found |= {name: migrated_label(found[name]) for name in ("label", "Policy")}
+        found |= {name: migrated_label(str(found.get(name))) for name in ("label", "Policy")}
     if found.get("title") == "Recall to the first slip":
         found["title"] = "Recall to the first error"
     return found
@@ -60,6 +63,7 @@ class Results:
     Attributes:
       folder: where they are.
       config: what the run is: the same for every start that adds to the folder.
+      layout: what it says of cells and samples.
       samples: those that are finished, by (task, policy, item, sample).
       bad: lines that could not be read.
       repeated: lines that repeated a sample; the first counts.
@@ -67,9 +71,10 @@ class Results:
       version: of the files that were read.
     """
 
-    def __init__(self, folder: Path, config: dict[str, Any]):
+    def __init__(self, folder: Path, config: Mapping[str, Any]):
         self.folder = folder
-        self.config = config
+        self.layout = Layout(config, folder / RUN)
+        self.config: dict[str, Any] = dict(config)
         self.samples: dict[tuple[str, ...], Sample] = {}
         self._cells: dict[tuple[str, str], list[Sample]] = {}
         self.bad: list[str] = []
@@ -83,42 +88,42 @@ class Results:
         """Reads a folder and changes nothing in it.
 
         Raises:
-          FileNotFoundError: it holds no run. ValueError: `run.json` is not readable, or of a later
-            version.
+          FileNotFoundError: it holds no run. FileError: `run.json` is not readable, or of a later
+            version; `samples.jsonl` is no file.
         """
         path = Path(folder)
-        if not (path / RUN).is_file():
-            raise FileNotFoundError(f"folder is {str(path)!r}, which holds no {RUN} of a run.")
         try:
-            run = json.loads((path / RUN).read_text())
-            found = cls(path, run["config"])
-            found.version, found.starts = int(run.get("version", 1)), run.get("starts", [])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path / RUN} is not a run's configuration ({error}).") from error
-        if found.version > VERSION:
-            raise ValueError(
-                f"{path / RUN} has version {found.version}, and this raas_jax knows {VERSION}; use "
-                "the one that wrote it, or a later one."
+            run = Fields(files.read_fields(path / RUN), path / RUN)
+        except (FileNotFoundError, NotADirectoryError):
+            what = f"folder is {str(path)!r}, which holds no {RUN} of a run."
+            raise FileNotFoundError(what) from None
+        version = run.integer("version", 1, default=1)
+        if version > VERSION:
+            raise FileError(
+                path / RUN,
+                f"has version {version}, and this raas_jax knows {VERSION}; use the one that wrote "
+                "it, or a later one.",
             )
-        if found.version == 1:
-            found.config = migrated(found.config)
-        if (path / SAMPLES).is_file():
-            with (path / SAMPLES).open(encoding="utf-8", errors="replace") as stream:
-                for line in filter(str.strip, stream):
-                    found._take_line(line)
+        config = run.inner("config").values
+        found = cls(path, migrated(config) if version == 1 else config)
+        found.version = version
+        if "starts" in run.values:
+            found.starts = [dict(start.values) for start in run.each("starts")]
+        try:
+            for line in filter(str.strip, files.lines(path / SAMPLES)):
+                found._take_line(line)
+        except FileNotFoundError:
+            pass  # None is finished yet.
         return found
 
     def _take_line(self, line: str) -> None:
         try:
-            sample = json.loads(line)
+            sample = self.layout.sample(line)
         except ValueError:
-            sample = None
-        # A line without its end may be a shorter number than was meant.
-        if not (line.endswith("\n") and isinstance(sample, dict) and sample.keys() >= {*KEY}):
             self.bad.append(line)
             return
-        if self.version == 1 and self.config.get("kind") != "study":
-            sample["policy"] = migrated_label(str(sample["policy"]))
+        if self.version == 1 and self.layout.kind != "study":
+            sample["policy"] = migrated_label(sample["policy"])
         if _key(sample) in self.samples:
             self.repeated += 1
         else:
@@ -145,7 +150,8 @@ class Results:
             path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise ValueError(f"{given} is a file; give a folder.") from None
-        if not (path / RUN).is_file() and any(file.name != LOCK for file in path.iterdir()):
+        there = os.path.lexists(path / RUN)
+        if not there and not all(_is_nothing(file.name) for file in path.iterdir()):
             raise ValueError(f"{given} holds files but no {RUN}, so it is no folder of a run.")
         lock = FileLock(path / LOCK)
         try:
@@ -154,7 +160,7 @@ class Results:
             raise ValueError(f"{given} is in use by another process; wait for it.") from None
         wanted: dict[str, Any] = json.loads(json.dumps(config))
         try:
-            found = cls.read(path) if (path / RUN).is_file() else cls(path, wanted)
+            found = cls.read(path) if there else cls(path, wanted)
             if different := differences(found.config, wanted):
                 raise ValueError(
                     f"{given} holds another run; give a new folder, or the same options. "
@@ -173,7 +179,7 @@ class Results:
                 file.writelines(line.rstrip("\n") + "\n" for line in self.bad)
         if self.bad or self.version < VERSION:
             lines = (json.dumps(sample) + "\n" for sample in self.samples.values())
-            _replace(self.folder / SAMPLES, "".join(lines))
+            files.replace_text(self.folder / SAMPLES, "".join(lines))
         self.starts.append(dict(environment))
         # Written before the first sample, so that every sample has its configuration.
         run = {"version": VERSION, "config": self.config, "starts": self.starts}
@@ -235,44 +241,15 @@ class Results:
         return said
 
 
-def differences(there: Any, here: Any, name: str = "") -> list[str]:
-    """What differs between two JSON values, one readable line each."""
-    if isinstance(there, dict) and isinstance(here, dict):
-        names = [*there, *(key for key in here if key not in there)]
-        inside = ((there.get(k, "(none)"), here.get(k, "(none)"), f"{name}.{k}") for k in names)
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        inside = ((a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(there, here, strict=True)))
-    elif there == here:
-        return []
-    else:
-        return [f"{name.lstrip('.')}: {_short(there)} → {_short(here)}"]
-    return [line for a, b, inner in inside for line in differences(a, b, inner)]
-
-
-def _short(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
 def _key(sample: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(sample[name]) for name in KEY)
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """What is in a file; empty where there is none."""
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+def _is_nothing(name: str) -> bool:
+    """Whether a file of this name may lie in the folder of a run that has not begun."""
+    return name == LOCK or name in _OLD_LEFTOVERS or files.is_leftover(name)
 
 
 def write_json(file: Path, values: Mapping[str, Any]) -> None:
     """Writes a file that is the old or the new one after a kill."""
-    _replace(file, json.dumps(values, indent=1) + "\n")
-
-
-def _replace(file: Path, text: str) -> None:
-    fresh = file.with_name(file.name + ".new")
-    with fresh.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(fresh, file)
+    files.replace_text(file, json.dumps(values, indent=1) + "\n")

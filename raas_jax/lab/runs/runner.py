@@ -14,8 +14,9 @@ import jax
 import raas_jax
 from raas_jax.lab.runs.decoding import Decoding, EngineDecoding, RecordedDecoding, Work
 from raas_jax.lab.runs.experiment import Cell, model_identity, policy_identity
+from raas_jax.lab.runs.layout import Sample
 from raas_jax.lab.runs.progress import Bar
-from raas_jax.lab.runs.results import Results, Sample
+from raas_jax.lab.runs.results import Results
 from raas_jax.lab.tasks.base import Item, Response, Task
 from raas_jax.lab.tasks.grading import GraderPool, Verdict
 from raas_jax.params import Params

@@ -6,13 +6,15 @@ import dataclasses
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
+from raas_jax import checks
 from raas_jax.lab.bench.steps import bench
 from raas_jax.lab.bench.turns import Contender, TimedDecode, median_ratio, take_turns
-from raas_jax.lab.runs.results import SPEED, STEPS, read_json, write_json
+from raas_jax.lab.limits import MOST_ROWS, MOST_TURNS, check_counts
+from raas_jax.lab.runs.layout import SPEED, STEPS, read_speed, read_steps
+from raas_jax.lab.runs.results import write_json
 from raas_jax.lab.tasks.base import Item
 from raas_jax.params import Params
 from raas_jax.policies import Policy, pages_for
@@ -48,7 +50,14 @@ class Speed:
 
     def __post_init__(self) -> None:
         for name in ("policies", "lengths"):  # Lists, where they come from a file.
+            if not isinstance(getattr(self, name), list | tuple):
+                raise TypeError(f"{name} is {checks.short(getattr(self, name))}; it must be a list")
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        for length in self.lengths:
+            checks.integer("lengths", length, 1, checks.MOST_TOKENS)
+        tokens, turns = (1, checks.MOST_TOKENS), (1, MOST_TURNS)
+        check_counts(self, budget=tokens, prompt_tokens=tokens, batch=(1, MOST_ROWS))
+        check_counts(self, repetitions=turns)
 
 
 def measure_speed(
@@ -60,7 +69,7 @@ def measure_speed(
 ) -> None:
     """Adds to `speed.json`, policy by policy, what is not there yet."""
     file = folder / SPEED
-    found: dict[str, list[dict[str, Any]]] = read_json(file)
+    found = read_speed(folder)
     missing = [label for label in tried if label not in found]
     hidden = None if progress is None else not progress
     for label in tqdm(missing, desc="time per token", unit="policy", disable=hidden):
@@ -92,7 +101,7 @@ def measure_steps(
     first one, and its median ratio to that one's time is what is told.
     """
     file = folder / STEPS
-    found = read_json(file)
+    found = read_steps(folder)
     first = next(iter(tried))
     if (found.get("task"), found.get("beside")) != (task, first):
         found = {"task": task, "beside": first, "milliseconds": {}}

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raas_jax import policies
-from raas_jax.config import read_yaml
+from raas_jax import checks, files, policies
+from raas_jax.files import Fields
+from raas_jax.lab.limits import MOST_ROWS
 from raas_jax.lab.runs.speed import Speed
 from raas_jax.lab.tasks.lemma.task import LemmaTask
 from raas_jax.policies import Policy
 
-_OF_BUDGET = re.compile(r"budget/(\d+)")
+_REMEDY = "See configs/study_smoke.yaml."
+_OF_BUDGET = re.compile(r"budget/([1-9]\d{0,8})")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,16 +36,22 @@ class Variant:
     equal_bytes: bool
 
     @classmethod
-    def parse(cls, fields: Mapping[str, Any]) -> Variant:
-        """From a mapping of the file."""
-        own = ("label", "policy", "equal_bytes")
-        options = {name: value for name, value in fields.items() if name not in own}
-        known = {field.name for field in dataclasses.fields(policies.by_name(fields["policy"]))}
-        for name in options:
+    def parse(cls, fields: Fields) -> Variant:
+        """From named fields of the file."""
+        policy, own = fields.text("policy"), ("label", "policy", "equal_bytes")
+        options = {name: value for name, value in fields.values.items() if name not in own}
+        try:
+            kind = policies.by_name(policy)
+        except ValueError as error:
+            raise fields.error(str(error)) from None
+        known = {field.name for field in dataclasses.fields(kind)}
+        for name, value in options.items():
             if name not in known:
-                raise TypeError(f"{name!r} is not an option of the policy {fields['policy']}")
-        equal_bytes = fields.get("equal_bytes", "budget" in known)
-        return cls(fields["label"], fields["policy"], tuple(options.items()), equal_bytes)
+                raise fields.error(f"{name!r} is not an option of the policy {policy}")
+            if not isinstance(value, str | int | float):
+                raise fields.error(f"{name} is {checks.short(value)}; it must be text or a number")
+        equal_bytes = fields.flag("equal_bytes", "budget" in known)
+        return cls(fields.text("label"), policy, tuple(options.items()), equal_bytes)
 
     @property
     def has_budget(self) -> bool:
@@ -70,11 +78,10 @@ class StudyTask:
     budgets: tuple[int, ...]
 
     @classmethod
-    def parse(cls, label: str, fields: Mapping[str, Any]) -> StudyTask:
-        """From a mapping of the file."""
-        options = dict(fields)
-        budgets = tuple(options.pop("budgets"))
-        return cls(label, LemmaTask(**options), budgets)
+    def parse(cls, label: str, fields: Fields) -> StudyTask:
+        """From named fields of the file."""
+        budgets = fields.integers("budgets", 1, checks.MOST_TOKENS)
+        return cls(label, fields.without("budgets").build(LemmaTask), tuple(budgets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +91,13 @@ class Ablation:
     label: str
     budget: Mapping[str, int]  # For each task.
     variants: tuple[Variant, ...]
+
+    @classmethod
+    def parse(cls, label: str, fields: Fields) -> Ablation:
+        """From named fields of the file."""
+        budget = fields.inner("budget")
+        budgets = {task: budget.integer(task, 1, checks.MOST_TOKENS) for task in budget.values}
+        return cls(label, budgets, tuple(map(Variant.parse, fields.each("policies"))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,57 +120,53 @@ class Study:
         """Reads a YAML file.
 
         Raises:
-          FileNotFoundError: there is none. ValueError: it says something else than a study.
+          FileNotFoundError: there is none. FileError: it says something else than a study.
         """
-        fields = read_yaml(file)
-        try:
-            return cls.parse(fields)
-        except (KeyError, TypeError, AttributeError) as error:
-            what = f"lacks {error}" if isinstance(error, KeyError) else str(error)
-            raise ValueError(f"{file} is no study: {what}; see configs/study_smoke.yaml.") from None
+        return cls.parse(files.read_yaml(file, _REMEDY), file)
 
     @classmethod
-    def parse(cls, source: Mapping[str, Any]) -> Study:
-        """From the mapping of a file."""
-        fields = dict(source)
-        ablations = fields.pop("ablations", {}).items()
-        speed = fields.pop("speed", None)
+    def parse(cls, source: Mapping[str, Any], file: str | Path = "study") -> Study:
+        """From what a file says; raises `FileError`."""
+        fields = Fields(source, file, remedy=_REMEDY)
+        known = {each.name for each in dataclasses.fields(cls)} - {"variants", "source"}
+        if unknown := sorted(source.keys() - known - {"policies"}):
+            raise fields.error(f"{', '.join(unknown)} is not a field of a study")
+        tasks = fields.inner("tasks")
+        ablations = fields.inner("ablations").values if "ablations" in source else {}
+        within = {label: fields.inner("ablations").inner(label) for label in ablations}
         study = cls(
-            tasks=tuple(StudyTask.parse(*each) for each in fields.pop("tasks").items()),
-            variants=tuple(map(Variant.parse, fields.pop("policies"))),
-            ablations=tuple(
-                Ablation(label, each["budget"], tuple(map(Variant.parse, each["policies"])))
-                for label, each in ablations
-            ),
-            page_size=fields.pop("page_size"),
-            rows=fields.pop("rows"),
-            reference=fields.pop("reference"),
-            controls=tuple(fields.pop("controls")),
-            ceiling=fields.pop("ceiling", None),
-            speed=None if speed is None else Speed(**speed),
+            tasks=tuple(StudyTask.parse(label, tasks.inner(label)) for label in tasks.values),
+            variants=tuple(map(Variant.parse, fields.each("policies"))),
+            ablations=tuple(Ablation.parse(*each) for each in within.items()),
+            page_size=fields.integer("page_size", 1, checks.MOST_TOKENS),
+            rows=fields.integer("rows", 1, MOST_ROWS),
+            reference=fields.text("reference"),
+            controls=tuple(fields.texts("controls")),
+            ceiling=fields.real("ceiling", "a share from 0 to 1", 0, 1, default=None),
+            speed=fields.inner("speed").build(Speed) if source.get("speed") is not None else None,
             source=source,
         )
-        if fields:
-            raise TypeError(f"{', '.join(fields)} is not a field of a study")
-        study._check()
+        study._check(fields)
         return study
 
-    def _check(self) -> None:
+    def _check(self, fields: Fields) -> None:
+        if not self.tasks:
+            raise fields.error("its tasks are empty")
         known = [variant.label for variant in self.variants]
         for name in (self.reference, *self.controls, *(self.speed.policies if self.speed else ())):
             if name not in known:
-                raise TypeError(f"{name!r} is not the label of one of its policies")
+                raise fields.error(f"{name!r} is not the label of one of its policies")
         named: dict[str, Variant] = {}
         for variant in [*self.variants, *(v for each in self.ablations for v in each.variants)]:
             if named.setdefault(variant.label, variant) != variant:
-                raise TypeError(f"label {variant.label!r} names two policies; give each its own")
+                raise fields.error(f"label {variant.label!r} names two policies; give each its own")
         tasks = [task.label for task in self.tasks]
         if self.speed and self.speed.steps_of not in (None, *tasks):
-            raise TypeError(f"speed names the task {self.speed.steps_of!r}")
+            raise fields.error(f"speed names the task {self.speed.steps_of!r}")
         for ablation in self.ablations:
             for task in ablation.budget:
                 if task not in tasks:
-                    raise TypeError(f"ablation {ablation.label!r} names the task {task!r}")
+                    raise fields.error(f"ablation {ablation.label!r} names the task {task!r}")
 
     def variant(self, label: str) -> Variant:
         """The policy of this label."""

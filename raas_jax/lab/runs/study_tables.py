@@ -13,7 +13,7 @@ def study_markdown(findings: Findings) -> str:
     """All tables with their headings."""
     config = findings.config
     parts = [
-        f"`{config['model']}`, {config['dtype']}. In brackets: 95 % intervals "
+        f"`{findings.model}`, {config.text('dtype')}. In brackets: 95 % intervals "
         "(Wilson's for shares, of paired differences for differences).\n"
     ]
     for task in findings.tasks:
@@ -35,9 +35,9 @@ def study_markdown(findings: Findings) -> str:
         parts.append(f"\n### Bytes and time\n\n{costs(findings, task)}")
     for group in findings.ablations:
         parts.append(f"\n## Ablation: {group}\n\n{ablation(findings, group)}")
-    if config["impossible"]:
+    if impossible := config.texts("impossible", []):
         parts.append("\n## Not run\n\n")
-        parts += [f"- {reason}\n" for reason in config["impossible"]]
+        parts += [f"- {reason}\n" for reason in impossible]
     return "".join(parts)
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Final, Literal, Protocol
 
 from raas_jax.lab.inspect.recording import Recording
 from raas_jax.lab.tasks.grading import GraderPool
 from raas_jax.params import Params
+
+KINDS: Final = ("share", "mean", "bytes", "ratio")
 
 
 @dataclasses.dataclass(frozen=True)

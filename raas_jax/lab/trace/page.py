@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from raas_jax import files
 from raas_jax.lab.trace.draw import error_text, live_pages, name, stamp_ages
 from raas_jax.lab.trace.record import Head, Trace
 
@@ -30,7 +31,7 @@ def write_page(trace: Trace, pictures: Sequence[tuple[str, str, Path]], file: st
     parts = {"title": html.escape(name(trace)), "figures": figures, "data": data}
     for key, value in parts.items():
         template = template.replace("{{" + key + "}}", value)
-    Path(file).write_text(template, encoding="utf-8")
+    files.replace_text(file, template)
 
 
 def page_data(trace: Trace) -> dict[str, Any]:

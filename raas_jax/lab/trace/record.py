@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
 from raas_jax.decode import dense_bytes
 from raas_jax.lab.inspect.recording import Recording, record, row_bytes
 from raas_jax.lab.inspect.replay import replay
@@ -102,10 +102,12 @@ def trace(
         as the right derivation takes, else what the context leaves, at most 4096.
 
     Raises:
-      ValueError: a head that the model does not have, an empty prompt, or a policy that cannot
-        take it.
+      ValueError: a head that the model does not have, a number out of range, an empty prompt, or a
+        policy that cannot take it.
     """
     config = params.config
+    if max_new_tokens is not None:
+        max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
     for layer, head in heads or ():
         if not (0 <= layer < config.num_hidden_layers and 0 <= head < config.num_key_value_heads):
             raise ValueError(

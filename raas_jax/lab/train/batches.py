@@ -5,6 +5,8 @@ import random
 
 import numpy as np
 
+from raas_jax import checks
+from raas_jax.lab.limits import MOST_DEFINITIONS, MOST_ROWS, check_counts
 from raas_jax.lab.tasks.lemma.draws import Knobs, draw
 from raas_jax.lab.tasks.lemma.problems import Problem
 from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, EOS_ID, PAD_ID, encode
@@ -21,6 +23,10 @@ class Bucket:
     late_share: float = 0.25  # of the problems that get late facts
 
     def __post_init__(self) -> None:
+        check_counts(self, smallest=(1, MOST_DEFINITIONS), largest=(1, MOST_DEFINITIONS))
+        check_counts(self, tokens=(1, checks.MOST_TOKENS), rows=(1, MOST_ROWS))
+        checks.real("late_share", self.late_share, "a share from 0 to 1", 0, 1)
+        checks.integer("smallest", self.smallest, 1, self.largest)
         # 6 words of prompt and 14 of derivation for each definition, less for literals; the few
         # problems that are longer than their row are drawn again.
         if self.tokens < 19 * self.largest + 8:

@@ -6,8 +6,17 @@ import dataclasses
 import random
 from pathlib import Path
 
-from raas_jax.config import ModelConfig, read_yaml
+from raas_jax import files
+from raas_jax.config import ModelConfig
+from raas_jax.files import Fields
 from raas_jax.lab.train.batches import Bucket
+
+_REMEDY = "See configs/lemma.yaml."
+_COUNTS = ("steps", "warmup_steps", "validate_every", "checkpoint_every")
+_NUMBERS = (
+    *("matrix_learning_rate", "other_learning_rate", "clip_norm", "average_decay"),
+    "attention_scale",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,32 +53,54 @@ class TrainConfig:
         """Read a YAML file.
 
         Raises:
-          FileNotFoundError: there is no such file. ValueError: a field is unknown or missing, or a
-            stage has not one weight for each bucket.
+          FileNotFoundError: there is no such file. FileError: a field is unknown, missing, of a
+            wrong type or out of range, or a stage has not one weight for each bucket.
         """
-        fields = read_yaml(path)
+        found = files.read_yaml(path, _REMEDY)
         known = {field.name for field in dataclasses.fields(cls)}
-        if set(fields) != known:
-            raise ValueError(
-                f"{path}: unknown fields {sorted(set(fields) - known)}, missing fields "
-                f"{sorted(known - set(fields))}; see configs/lemma.yaml."
+        fields = Fields(found, path, remedy=_REMEDY)
+        if set(found) != known:
+            raise fields.error(
+                f"unknown fields {sorted(set(found) - known)}, missing fields "
+                f"{sorted(known - set(found))}"
             )
-        fields["model"] = ModelConfig.from_hf(fields["model"])
-        fields["buckets"] = tuple(Bucket(**each) for each in fields["buckets"])
-        fields["validation"] = tuple(Bucket(**each) for each in fields["validation"])
-        fields["stages"] = tuple(
-            Stage(each["start"], tuple(map(float, each["weights"]))) for each in fields["stages"]
+        try:
+            model = ModelConfig.from_hf(fields.inner("model").values)
+        except (ValueError, TypeError) as error:
+            raise fields.error(f"model: {error}") from None
+        buckets = tuple(each.build(Bucket) for each in fields.each("buckets"))
+        return cls(
+            model=model,
+            buckets=buckets,
+            validation=tuple(each.build(Bucket) for each in fields.each("validation")),
+            stages=_stages(fields, len(buckets)),
+            seed=fields.integer("seed", 0),
+            decay_from=fields.integer("decay_from", 0),
+            checkpoints=fields.text("checkpoints"),
+            **{name: fields.integer(name, 1) for name in _COUNTS},
+            **{name: fields.real(name, "a number >= 0", 0) for name in _NUMBERS},
         )
-        for stage in fields["stages"]:
-            if len(stage.weights) != len(fields["buckets"]):
-                raise ValueError(
-                    f"{path}: the stage that starts at {stage.start} has {len(stage.weights)} "
-                    f"weights for {len(fields['buckets'])} buckets; give one to each."
-                )
-        return cls(**fields)
 
     def bucket(self, step: int) -> Bucket:
         """The bucket of this step: a draw of its own, so it does not depend on the past."""
         stage = [stage for stage in self.stages if stage.start <= step][-1]
         source = random.Random(f"bucket/{self.seed}/{step}")
         return source.choices(self.buckets, stage.weights)[0]
+
+
+def _stages(fields: Fields, buckets: int) -> tuple[Stage, ...]:
+    """Those of a file: the first starts at step 0, each has one weight for each bucket."""
+    found = [
+        Stage(stage.integer("start", 0), tuple(stage.reals("weights", "a share >= 0", 0)))
+        for stage in fields.each("stages")
+    ]
+    starts = [stage.start for stage in found]
+    if starts[:1] != [0] or starts != sorted(starts):
+        raise fields.error(f"stages start at {starts}; the first must start at 0, others later")
+    for stage in found:
+        if len(stage.weights) != buckets or not any(stage.weights):
+            raise fields.error(
+                f"the stage that starts at {stage.start} has {len(stage.weights)} weights for "
+                f"{buckets} buckets; give one to each, not all of them 0"
+            )
+    return tuple(found)

@@ -1,14 +1,10 @@
 """The training curve as a picture, from the `metrics.jsonl` that the trainer writes."""
 
-import json
 from pathlib import Path
 
+from raas_jax.lab.train.metrics import read_metrics
 
-def read_metrics(file: Path) -> list[dict[str, float]]:
-    """One entry per step; where a resumed run wrote a step again, the later line counts."""
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    by_step = {line["step"]: line for line in lines}
-    return [by_step[step] for step in sorted(by_step)]
+__all__ = ["draw_curve", "read_metrics"]
 
 
 def draw_curve(metrics: list[dict[str, float]], file: Path) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from raas_jax import files
 from raas_jax.config import ModelConfig
 from raas_jax.lab.tasks.lemma.tokenizer import BOS_ID, EOS_ID, PAD_ID, save_tokenizer
 from raas_jax.params import Params
@@ -36,6 +36,6 @@ def export(config: ModelConfig, weights: dict[str, Any], folder: Path) -> None:
         complete = Path(scratch) / "model"
         save_hf(Params(rounded, config), complete)
         for file in complete.iterdir():
-            shutil.copyfile(file, folder / file.name)
-    (folder / "generation_config.json").write_text(json.dumps(GENERATION, indent=2) + "\n")
+            files.replace_bytes(folder / file.name, file.read_bytes())
+    files.replace_text(folder / "generation_config.json", json.dumps(GENERATION, indent=2) + "\n")
     save_tokenizer(folder)

@@ -4,6 +4,8 @@
 step, and the state holds everything else, so a run that was killed goes on to the same weights.
 """
 
+import contextlib
+import dataclasses
 import functools
 import json
 import time
@@ -18,13 +20,20 @@ import orbax.checkpoint as ocp
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
+from raas_jax import checks
 from raas_jax.config import ModelConfig
+from raas_jax.files import Fields, FileError
+from raas_jax.lab.differences import differences
 from raas_jax.lab.train.batches import Batch, batch
 from raas_jax.lab.train.config import TrainConfig
 from raas_jax.lab.train.export import export
 from raas_jax.lab.train.forward import forward
+from raas_jax.lab.train.metrics import AVERAGED, EVERY, Metrics, Scores
 from raas_jax.model import init_weights
 
+VERSION = 1
+"""Of what a checkpoint says of itself."""
+_REMEDY = "Remove this folder to go on from an earlier checkpoint, or give another one."
 State = dict[str, Any]
 """A training state: `weights`, their `average` over steps, `optimizer`, `step` (int32, done)."""
 
@@ -191,48 +200,91 @@ def main(
     """
     config = TrainConfig.from_file(config_path)
     folder = Path(checkpoints or config.checkpoints).expanduser().absolute()
+    if until is not None:
+        checks.integer("until", until, 1)
     last = min(until or config.steps, config.steps)
     options = ocp.CheckpointManagerOptions(max_to_keep=2)
     with ocp.CheckpointManager(folder, options=options) as manager:
-        state = initial_state(config)
-        if manager.latest_step() is not None:
+        state, recent = initial_state(config), list[Scores]()
+        if (step := manager.latest_step()) is not None:
             if fresh:
                 raise ValueError(
                     f"checkpoints is {str(folder)!r}, which holds checkpoints; move it, or resume."
                 )
-            state = restore(manager, state)
-        begin = time.time()
-        with (
-            open(folder / "metrics.jsonl", "a") as metrics,
-            tqdm(total=last, initial=int(state["step"]), unit="step", mininterval=5) as bar,
-        ):
-            recent: list[dict[str, Any]] = []
+            recent = _check_origin(manager, config, step)
+            state = restore(manager, state, step)
+        metrics, begin = Metrics(folder, int(state["step"]), recent), time.time()
+        earlier = metrics.seconds
+        with tqdm(total=last, initial=int(state["step"]), unit="step", mininterval=5) as bar:
             for now, scores in train_steps(config, state, last):
-                step = scores["step"]
-                recent = [*recent[-24:], scores]
+                step = int(scores["step"])
+                metrics.count(scores)
                 bar.update()
-                if step % 25 == 0 or step == last:
-                    line = {"step": step, "seconds": round(time.time() - begin, 1)}
-                    for name in ("loss", "token_accuracy", "exact", "size"):
-                        values = [float(each[name]) for each in recent]
-                        line[name] = round(sum(values) / len(values), 5)
-                    bar.set_postfix(loss=line["loss"], exact=line["exact"])
+                if step % EVERY == 0 or step == last:
+                    seconds, means = round(earlier + time.time() - begin, 1), metrics.means()
+                    bar.set_postfix(loss=means["loss"], exact=means["exact"])
+                    line = {"step": step, "seconds": seconds, **means}
                     if step % config.validate_every == 0 or step == last:
                         line |= validate(config, now["average"])
-                    print(json.dumps(line), file=metrics, flush=True)
+                    metrics.write(line)
                 if step % config.checkpoint_every == 0 or step == last:
-                    manager.save(step, args=ocp.args.StandardSave(now))
+                    origin = _origin(config) | {"recent": metrics.settle()}
+                    args = ocp.args.StandardSave(now)
+                    manager.save(step, args=args, custom_metadata=origin)
                 if step == config.steps:
                     export(config.model, now["average"], folder.with_name(f"{folder.name}-model"))
             manager.wait_until_finished()
     return folder
 
 
+def _origin(config: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint says of itself: the version of this, and all that decides the weights."""
+    fields = dataclasses.asdict(config)
+    for name in ("checkpoints", "checkpoint_every", "validate_every"):
+        del fields[name]
+    return {"version": VERSION, "config": json.loads(json.dumps(fields))}
+
+
+def _check_origin(manager: ocp.CheckpointManager, config: TrainConfig, step: int) -> list[Scores]:
+    """The scores of the steps before a checkpoint; none in one that does not say where it is from.
+
+    Raises `FileError` for a checkpoint of a later version, or of another configuration.
+    """
+    folder = Path(manager.directory) / str(step)
+    with _readable(folder):
+        found = Fields(manager.metadata(step).custom_metadata or {}, folder, remedy=_REMEDY)
+    if not found.values:
+        return []
+    found.integer("version", 1, VERSION)
+    there, here = dict(found.inner("config").values), _origin(config)["config"]
+    if different := differences(there, here):
+        raise FileError(
+            folder,
+            "is a checkpoint of another configuration; give another folder as checkpoints, or the "
+            "same configuration. There → here:\n  " + "\n  ".join(different),
+        )
+    return [{name: each.real(name) for name in AVERAGED} for each in found.each("recent")]
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Whatever Orbax raises for a checkpoint that is cut or misshapen becomes a `FileError`."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+        raise FileError(folder, f"cannot be read ({reason[:200]}). {_REMEDY}") from error
+
+
 def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None) -> State:
-    """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`."""
+    """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`.
+
+    Raises `FileError` for one that is cut, or of another model.
+    """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     step = manager.latest_step() if step is None else step
-    found: State = manager.restore(step, args=ocp.args.StandardRestore(target))
+    with _readable(Path(manager.directory) / str(step)):
+        found: State = manager.restore(step, args=ocp.args.StandardRestore(target))
     return found
 
 

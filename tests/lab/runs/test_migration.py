@@ -77,6 +77,7 @@ def test_a_study_keeps_the_labels_of_its_file(tmp_path):
     config = {"kind": "study", "study": {"policies": [policy]}, "cells": [cell]}
     (tmp_path / "run.json").write_text(json.dumps({"config": config}))
     sample = {"task": "tiny", "policy": "RaaS (share=layer) 8", "item": "0", "sample": 0}
+    sample["correct"] = True
     (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
     found = Results.read(tmp_path)
     wanted = {"label": "RaaS (share=layer)", "policy": "raas", "alpha": 0.1, "granularity": "layer"}

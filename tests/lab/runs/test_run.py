@@ -6,9 +6,9 @@ import pytest
 
 from raas_jax.cli.main import main
 from raas_jax.cli.options import parse_policies, parse_range
+from raas_jax.lab.differences import differences
 from raas_jax.lab.runs import LemmaTask, RecordedDecoding, Results, report, run, table
 from raas_jax.lab.runs.points import Findings
-from raas_jax.lab.runs.results import differences
 from raas_jax.policies import Dense, RaaS
 
 TASK = LemmaTask(problems=5, smallest=4, largest=4, max_new_tokens=24)
@@ -154,7 +154,7 @@ def test_bad_options(tmp_path, capsys):
         (["lemma", "--budgets", "32;64"], "write for example 32,64,128"),
         (["lemma", "--budgets", "30"], "not a multiple"),
         (["lemma", "--definitions", "many"], "24-48"),
-        (["lemma", "--problems", "0"], "at least 1"),
+        (["lemma", "--problems", "0"], "from 1 to"),
         (["lemma", "--split", "train"], "test or validation"),
     ]:
         assert main(["eval", *args, *out]) == 2

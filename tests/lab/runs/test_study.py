@@ -121,7 +121,18 @@ def test_a_killed_study_goes_on(params, whole, tmp_path, killed):
         ({"pages": 4}, "pages is not a field of a study"),
         ({"policies": [{"label": "a", "policy": "raas", "alhpa": 1}]}, "'alhpa' is not an option"),
         ({"policies": [{"label": "a", "policy": "rass"}]}, "Did you mean raas"),
-        ({"rows": None}, "rows"),
+        ({"rows": None}, "it lacks rows"),
+        ({"rows": 10**12}, "rows is 1000000000000; it must be an int from 1 to"),
+        ({"tasks": [1]}, "tasks is [1]; expected named fields"),
+        ({"tasks": {"tiny": {"problems": "3", "budgets": [8]}}}, "tasks.tiny: problems is '3'"),
+        ({"tasks": {"tiny": {"sizes": 3, "budgets": [8]}}}, "tasks.tiny.sizes is not a field"),
+        ({"tasks": {"tiny": {"budgets": [8, "x"]}}}, "tasks.tiny.budgets[1] is 'x'"),
+        ({"policies": {"a": 1}}, "policies is {'a': 1}; it must be a list"),
+        ({"policies": [{"label": "a", "policy": "raas", "alpha": [1]}]}, "alpha is [1]"),
+        ({"controls": "Recent"}, "controls is 'Recent'; it must be a list of texts"),
+        ({"ceiling": "high"}, "ceiling is 'high'"),
+        ({"ablations": {"alpha": 3}}, "ablations.alpha is 3; expected named fields"),
+        ({"speed": {"policies": ["RaaS"], "lengths": 64, "budget": 8}}, "speed: lengths is 64"),
     ],
     ids=str,
 )
@@ -139,7 +150,7 @@ def test_options_beside_a_file_are_refused(tmp_path, capsys):
     assert main([*args, "-o", str(tmp_path / "out")]) == 2
     assert "--problems is given beside --config" in capsys.readouterr().err
     assert main(["eval", "lemma", "--config", "nowhere.yaml", "-o", str(tmp_path / "out")]) == 2
-    assert "there is no such file" in capsys.readouterr().err
+    assert "nowhere.yaml: no such file" in capsys.readouterr().err
 
 
 def test_the_committed_studies_can_be_planned():

@@ -94,6 +94,8 @@ def test_a_python_file_of_ones_own(tmp_path):
         (b'{"prompt": "a", "answer": "\xff"}\n', "is not UTF-8"),
         (b'{"prompt": "a", "answer": "1"}\n{"prompt": "b", "ans', "line 2: not valid JSON"),
         (b'["a", "1"]\n', "line 1: is a list"),
+        (b"[" * 100_000, "line 1: not valid JSON .*nested more than"),
+        (b'{"prompt": "\\ud800", "answer": "1"}\n', "half of a character"),
         (b'{"prompt": "a", "anwser": "1"}\n', "Is 'anwser' meant to be 'answer'?"),
         (b'\n{"prompt": "a"}\n', "line 2: there is no column 'answer'; the row has 'prompt'"),
         (b'{"prompt": "", "answer": "1"}\n', "'prompt' is ''"),
@@ -112,7 +114,7 @@ def test_files_that_are_not_there(tmp_path):
     for name in ("gone.jsonl", "gone.py"):
         with pytest.raises(FileNotFoundError, match="there is no such file"):
             open_benchmark(str(tmp_path / name))
-    with pytest.raises(ValueError, match="is a folder"):
+    with pytest.raises(ValueError, match="is a folder, a pipe"):
         open_benchmark("gsm8k", tmp_path)
     with pytest.raises(ValueError, match="leave data out"):
         open_benchmark("mine.jsonl", "other.jsonl")
@@ -127,6 +129,7 @@ def test_files_that_are_not_there(tmp_path):
         ("def problems(): return [{'prompt': 'a'}]", "no column 'answer'"),
         ("def problems(): return [].no", "failed: .*'no'"),
         ("1 / 0", "failed: ZeroDivisionError"),
+        ("exit()", "failed: SystemExit"),
         ("def problems(:", "failed: SyntaxError"),
     ],
 )

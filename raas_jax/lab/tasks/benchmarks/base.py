@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from raas_jax import tokenizer
+from raas_jax import checks, files, tokenizer
 from raas_jax.lab.tasks.base import Column, Item, Response
 from raas_jax.lab.tasks.grading import GraderPool, Verdict
 from raas_jax.lab.tasks.grading.mathematics import stated
@@ -55,6 +55,8 @@ class Benchmark:
 
     def first(self, count: int | None) -> Benchmark:
         """The benchmark with its first questions only; None is all of them."""
+        if count is not None:
+            checks.integer("limit", count, 1)
         return dataclasses.replace(self, questions=self.questions[:count])
 
     def config(self) -> dict[str, Any]:
@@ -67,7 +69,7 @@ class Benchmark:
             for part in (question.name, question.prompt, question.answer):
                 found.update(part.encode() + b"\0")
         if self.grader is not None:
-            found.update(self.grader.read_bytes())
+            found.update(files.read_bytes(self.grader))
         return found.hexdigest()
 
     def items(self, params: Params, chat: bool = False) -> Sequence[Item]:

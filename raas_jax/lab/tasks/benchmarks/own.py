@@ -42,7 +42,7 @@ def from_python(file: Path, data: str | Path | None = None) -> Benchmark:
             f"{file} does not define `problems()`, which gives dictionaries with "
             "'prompt' and 'answer'."
         ) from error
-    except Exception as error:  # It is the user's own code.
+    except (Exception, SystemExit) as error:  # It is the user's own code.
         raise ValueError(f"{file} failed: {type(error).__name__}: {error}") from error
     own = Dataset(file.stem)
     for number, row in enumerate(rows):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from raas_jax import files
+from raas_jax.checks import short
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,25 +35,20 @@ def from_jsonl(
       FileNotFoundError, ValueError: with the file and the line.
     """
     path = Path(file)
-    if path.is_dir():
-        raise ValueError(f"{argument} is {str(file)!r}, which is a folder; give a JSONL file.")
-    if not path.is_file():
-        raise FileNotFoundError(f"{argument} is {str(file)!r}; there is no such file.")
-    rows = []
     try:
         # Not splitlines: a line of JSON may hold characters that it takes for ends of lines.
-        lines = path.read_bytes().decode().split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8 text ({error}); it should be JSONL, one JSON object per line."
-        ) from error
+        lines = files.read_text(path).split("\n")
+    except FileNotFoundError:
+        what = f"{argument} is {str(file)!r}; there is no such file."
+        raise FileNotFoundError(what) from None
+    rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = files.parse_json(line)
         except ValueError as error:
-            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from error
+            raise ValueError(f"{path}, line {number}: not valid JSON ({error}).") from None
         check_row(row, columns, f"{path}, line {number}")
         rows.append(row)
     if not rows:
@@ -85,7 +82,8 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
     rows = [dict(row) for row in found]
     if not rows:
         raise ValueError(f"{hub.path} has no rows in its split {hub.split}; give {file}.")
-    check_row(rows[0], columns, hub.path)
+    for number, row in enumerate(rows):
+        check_row(row, columns, f"{hub.path}, row {number}")
     return rows
 
 
@@ -105,7 +103,8 @@ def check_row(row: object, columns: Sequence[str], where: str) -> None:
         value = row[column]
         if not isinstance(value, str | int | float) or isinstance(value, bool) or value == "":
             raise ValueError(
-                f"{where}: {column!r} is {value!r}; expected text that is not empty, or a number."
+                f"{where}: {column!r} is {short(value)}; expected text that is not empty, or a "
+                "number."
             )
 
 

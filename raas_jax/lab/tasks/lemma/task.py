@@ -7,7 +7,8 @@ import functools
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from raas_jax import tokenizer
+from raas_jax import checks, tokenizer
+from raas_jax.lab.limits import MOST_DEFINITIONS, MOST_PROBLEMS, SEEDS, check_counts
 from raas_jax.lab.tasks.base import Column, Item, Response
 from raas_jax.lab.tasks.lemma import Knobs, Problem, draw, grade
 from raas_jax.lab.tasks.lemma.language import UNKNOWN, WORDS
@@ -50,13 +51,14 @@ class LemmaTask:
     max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("problems", "max_new_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1.")
+        check_counts(self, problems=(1, MOST_PROBLEMS), seed=SEEDS)
+        check_counts(self, max_new_tokens=(1, checks.MOST_TOKENS))
+        sizes = (1, MOST_DEFINITIONS)
+        check_counts(self, smallest=sizes, largest=sizes, late_facts=(0, MOST_DEFINITIONS))
         if self.split not in ("test", "validation"):
             raise ValueError(
-                f"split is {self.split!r}; choose test or validation (the model has seen train)."
+                f"split is {checks.short(self.split)}; choose test or validation (the model has "
+                "seen train)."
             )
         Knobs(self.smallest, self.largest, late_facts=self.late_facts)
 

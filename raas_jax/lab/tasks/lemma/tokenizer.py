@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from raas_jax import files
 from raas_jax.lab.tasks.lemma.language import BOS, EOS, PAD, SPECIAL, UNKNOWN, WORDS
 
 IDS = {word: index for index, word in enumerate(WORDS)}
@@ -74,4 +75,4 @@ def save_tokenizer(folder: Path) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in (("tokenizer.json", tokenizer), ("tokenizer_config.json", settings)):
-        (folder / name).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        files.replace_text(folder / name, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
