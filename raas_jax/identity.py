@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from typing import Any
@@ -29,7 +30,8 @@ def of_model(params: Params) -> str:
         by_layer = {name: sums.tolist() for name, sums in jax.device_get(_sums_of(layers)).items()}
     ends = {name: leaf for name, leaf in params.weights.items() if name != "layers"}
     found = {name: sums.tolist() for name, sums in jax.device_get(_sums(ends)).items()}
-    return _digest(params.config, params.dtype, sorted(found.items()), sorted(by_layer.items()))
+    sums = sorted(found.items()), sorted(by_layer.items())
+    return _digest(_set(params.config), params.dtype, *sums)
 
 
 def of_arrays(tree: Any) -> str:
@@ -46,6 +48,12 @@ def of_json(values: Any) -> str:
 
 def _digest(*said: object) -> str:
     return hashlib.blake2b("\n".join(map(str, said)).encode(), digest_size=16).hexdigest()
+
+
+def _set(config: Any) -> list[tuple[str, str]]:
+    """Fields that differ from their defaults, so that a field to come changes no digest."""
+    fields = [(field, getattr(config, field.name)) for field in dataclasses.fields(config)]
+    return [(field.name, repr(value)) for field, value in fields if value != field.default]
 
 
 def _ordered(value: Any) -> Any:

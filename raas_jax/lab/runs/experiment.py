@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from raas_jax import policies
+from raas_jax import identity, policies
 from raas_jax.lab.runs.decoding import Decoding
 from raas_jax.lab.tasks.base import Task
 from raas_jax.params import Params
@@ -40,7 +40,8 @@ def model_identity(params: Params, model: str) -> dict[str, str]:
     """Which model, as JSON values: its name, a digest of its weights, their dtype."""
     return {
         "model": model,
-        "weights": fingerprint(params),
+        "weights": sampled_digest(params),
+        "fingerprint": identity.of_model(params),
         "dtype": params.dtype.name,
     }
 
@@ -63,13 +64,12 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
     return {"label": label, "Policy": name, "Budget": budget, **dataclasses.asdict(policy)}
 
 
-def fingerprint(params: Params) -> str:
-    """A short digest of the weights: other weights, another run."""
+def sampled_digest(params: Params) -> str:
+    """A digest of some of the weights, by which folders up to version 2 know their model."""
     digest = hashlib.blake2b(digest_size=8)
     digest.update(repr(params.config).encode())
     for leaf in jax.tree.leaves(params.weights):
         flat = leaf.reshape(-1)
-        # A sample of each array, so that large models need not come to the host.
         some = flat[:: max(1, flat.size // 4096)]
         digest.update(f"{leaf.shape}{leaf.dtype}".encode())
         digest.update(np.asarray(some).tobytes())

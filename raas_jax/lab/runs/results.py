@@ -24,8 +24,9 @@ from raas_jax.files import Fields, FileError
 from raas_jax.lab.differences import differences
 from raas_jax.lab.runs.layout import BAD, KEY, LOCK, RUN, SAMPLES, SPEED, STEPS, Layout, Sample
 
-VERSION = 2
-"""The layout's. Folders of version 1 name none, and their policies' options had other names."""
+VERSION = 3
+"""The layout's. Folders of version 1 name none, and their policies' options had other names; those
+of version 2 have no fingerprint of the whole model."""
 # What processes that were killed left behind before temporary files had names of their own.
 _OLD_LEFTOVERS = {f"{name}.new" for name in (RUN, SAMPLES, SPEED, STEPS)}
 
@@ -161,6 +162,9 @@ class Results:
         wanted: dict[str, Any] = json.loads(json.dumps(config))
         try:
             found = cls.read(path) if there else cls(path, wanted)
+            if found.version < VERSION and "fingerprint" in wanted:
+                # What it knows of its weights is in `wanted` too, and is compared.
+                found.config["fingerprint"] = wanted["fingerprint"]
             if different := differences(found.config, wanted):
                 raise ValueError(
                     f"{given} holds another run; give a new folder, or the same options. "

@@ -1,5 +1,6 @@
 """A folder that was made before options of policies had their names of today goes on under them."""
 
+import dataclasses
 import json
 
 import pytest
@@ -32,6 +33,7 @@ def old(params, tmp_path):
         policy["share"] = policy.pop("granularity")
         policy["prompt"] = {"excluded": "beside", "included": "within"}[policy["prompt"]]
     config["policies"][0] |= {"label": f"{OLD_NAME} 96", "Policy": OLD_NAME}
+    del config["fingerprint"]
     config["columns"][4]["title"] = "Recall to the first slip"
     lines = (tmp_path / "new" / "samples.jsonl").read_text().splitlines()
     folder = tmp_path / "old"
@@ -46,7 +48,8 @@ def test_an_old_folder_is_read_and_left_as_it_is(old, capsys):
     folder, new = old
     before = {file: file.read_bytes() for file in folder.iterdir()}
     found = Results.read(folder)
-    assert found.version == 1 and found.config == new.config and len(found.bad) == 1
+    assert found.version == 1 and len(found.bad) == 1
+    assert found.config == {k: v for k, v in new.config.items() if k != "fingerprint"}
     assert found.samples == dict(list(new.samples.items())[:3])
     assert len(found.of("lemma", f"{NEW_NAME} 96")) == 2
     assert all(file.read_bytes() == text for file, text in before.items())
@@ -59,15 +62,25 @@ def test_an_old_folder_goes_on_under_the_new_names(params, old):
     folder, new = old
     ask(params, folder)
     written = json.loads((folder / "run.json").read_text())
-    assert written["version"] == 2 and written["config"] == new.config
+    assert written["version"] == 3 and written["config"] == new.config
     assert len(written["starts"]) == 2 and written["starts"][0] == {"jax": "0"}
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [line["policy"] for line in lines] == [f"{NEW_NAME} 96"] * 2 + [
         "raas (page_size=4) 96"
     ] * 2
     found = Results.read(folder)
-    assert found.version == 2 and not found.bad and found.samples.keys() == new.samples.keys()
+    assert found.version == 3 and not found.bad and found.samples.keys() == new.samples.keys()
     assert all(each["text"] == new.samples[key]["text"] for key, each in found.samples.items())
+
+
+def test_one_weight_that_differs_is_another_run(params, tmp_path):
+    """Which a digest of some of the weights may pass over."""
+    ask(params, tmp_path)
+    layers = params.weights["layers"]
+    touched = {**layers, "down": layers["down"].at[1, 3, 5].add(1e-6)}
+    other = dataclasses.replace(params, weights={**params.weights, "layers": touched})
+    with pytest.raises(ValueError, match=r"another run(.*\n)*.*fingerprint: "):
+        ask(other, tmp_path)
 
 
 def test_a_study_keeps_the_labels_of_its_file(tmp_path):
@@ -97,9 +110,9 @@ def test_only_options_are_renamed():
 
 
 def test_a_later_version_is_refused(tmp_path, capsys):
-    (tmp_path / "run.json").write_text(json.dumps({"version": 3, "config": {}}))
-    with pytest.raises(ValueError, match=r"has version 3.*use the one that wrote it"):
+    (tmp_path / "run.json").write_text(json.dumps({"version": 4, "config": {}}))
+    with pytest.raises(ValueError, match=r"has version 4.*use the one that wrote it"):
         Results.read(tmp_path)
-    with pytest.raises(ValueError, match="has version 3"):
+    with pytest.raises(ValueError, match="has version 4"):
         Results.open(tmp_path, {}, {})
-    assert main(["report", str(tmp_path)]) == 2 and "version 3" in capsys.readouterr().err
+    assert main(["report", str(tmp_path)]) == 2 and "version 4" in capsys.readouterr().err
