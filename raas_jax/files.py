@@ -62,6 +62,8 @@ def opened(file: str | os.PathLike[str]) -> Iterator[int]:
     # A pipe without a writer would block for ever; this does not, and changes nothing for files.
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "there is no such file", os.fspath(file)) from None
     except ValueError as error:  # A null byte in the name.
         raise FileError(os.fspath(file), f"is no name of a file ({error}).") from None
     try:

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 import jax
 import numpy as np
 
-from raas_jax.config import eos_token_ids, read_json
+from raas_jax.config import eos_token_ids
+from raas_jax.files import Fields, read_fields
 from raas_jax.params import Params
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def stop_token_ids(params: Params, extra: Iterable[int] = ()) -> tuple[int, ...]
     ids = set(params.config.eos_token_ids)
     file = Path(params.source or "") / "generation_config.json"
     if params.source is not None and file.is_file():
-        ids.update(eos_token_ids(read_json(file)))
+        ids.update(eos_token_ids(Fields(read_fields(file), file)))
     if has_tokenizer(params) and (eos := load(params).eos_token_id) is not None:
         ids.add(int(eos))
     # Published configs name ids beyond a cut vocabulary at times; such an id can never be drawn.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from raas_jax.config import ModelConfig, read_yaml
+from raas_jax.config import ModelConfig
+from raas_jax.files import read_yaml
 
 if TYPE_CHECKING:
     from raas_jax.policies import Policy
@@ -201,7 +202,7 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
         config = ModelConfig.from_file(path)
     else:
         fields = read_yaml(path)
-        config = ModelConfig.from_hf(fields.get("model", fields))
+        config = ModelConfig.from_hf(fields.get("model", fields), path)
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 

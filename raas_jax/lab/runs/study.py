@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from raas_jax import policies
-from raas_jax.config import read_yaml
+from raas_jax.files import read_yaml
 from raas_jax.lab.runs.speed import Speed
 from raas_jax.lab.tasks.lemma.task import LemmaTask
 from raas_jax.policies import Policy

@@ -6,7 +6,8 @@ import dataclasses
 import random
 from pathlib import Path
 
-from raas_jax.config import ModelConfig, read_yaml
+from raas_jax.config import ModelConfig
+from raas_jax.files import read_yaml
 from raas_jax.lab.train.batches import Bucket
 
 
@@ -54,7 +55,7 @@ class TrainConfig:
                 f"{path}: unknown fields {sorted(set(fields) - known)}, missing fields "
                 f"{sorted(known - set(fields))}; see configs/lemma.yaml."
             )
-        fields["model"] = ModelConfig.from_hf(fields["model"])
+        fields["model"] = ModelConfig.from_hf(fields["model"], path)
         fields["buckets"] = tuple(Bucket(**each) for each in fields["buckets"])
         fields["validation"] = tuple(Bucket(**each) for each in fields["validation"])
         fields["stages"] = tuple(
