@@ -146,19 +146,18 @@ class Rope:
         given = fields.inner(place).values if fields.values.get(place) else {}
         if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
             raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
+        length = "original_max_position_embeddings"
         outside = ("rope_theta", "partial_rotary_factor")
         values = {name: fields.values[name] for name in outside if name in fields.values}
-        values |= {"rope_type": given.get("type", "default")}
-        values |= {"original_max_position_embeddings": context, **given}
+        values |= {"rope_type": given.get("type", "default"), length: context, **given}
         rope = Fields(values, fields.path, place if given else "")
         kind = rope.choice("rope_type", ROPE_TYPES)
         if kind != "default":
             rope.real("partial_rotary_factor", "1", 1, 1, default=None)
-        own = {name: rope.real(name) for name in ROPE_TYPES[kind]}
-        if "original_max_position_embeddings" in own:
-            own["original_max_position_embeddings"] = rope.integer(
-                "original_max_position_embeddings", 1
-            )
+        own = {
+            name: rope.integer(name, 1) if name == length else rope.real(name)
+            for name in ROPE_TYPES[kind]
+        }
         try:
             return cls(rope.real("rope_theta", *_THETA), kind, **own)
         except (TypeError, ValueError) as error:

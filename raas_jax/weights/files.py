@@ -7,12 +7,14 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from raas_jax.files import is_leftover, temporary_name
 from raas_jax.params import Params
 
 Shape = tuple[int, ...]
@@ -21,6 +23,10 @@ COMPANIONS = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.*"),
 )
+
+MOST_LISTED = 50
+STALE_SECONDS = 3600
+TAIL = len(temporary_name("")) - 2
 
 
 def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
@@ -46,14 +52,20 @@ def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[s
     ]
 
 
+def listed(problems: list[str]) -> str:
+    """The problems as indented lines, the first of them where they are many."""
+    more = [f"and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
+    return "".join(f"\n  {line}" for line in [*problems[:MOST_LISTED], *more])
+
+
 def first_line(error: Exception) -> str:
     """What an error says first, or its name where it says nothing."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def check_vacant(folder: Path, argument: str) -> None:
-    """Raises FileExistsError unless `folder` is absent or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises FileExistsError unless `folder` is absent, or empty but for leftovers of a kill."""
+    if folder.exists() and not (folder.is_dir() and all(map(is_leftover, os.listdir(folder)))):
         raise FileExistsError(
             f"{argument} is {str(folder)!r}, which exists and is not an empty folder. "
             "Choose another one, or remove it first."
@@ -64,27 +76,30 @@ def check_vacant(folder: Path, argument: str) -> None:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that takes the name `folder` only once all of it is written.
 
-    With several processes each must call this; the first one makes and renames the folder.
+    With several processes each must call this; the first one makes and renames the folder. What a
+    killed process had begun to write for the same folder, an hour ago or more, is removed.
 
     Raises:
       FileExistsError: `folder` is there and not empty.
       OSError: it cannot be written, in the words of the operating system.
     """
-    folder = Path(folder).expanduser().absolute()
-    check_vacant(folder, "folder")
+    target = Path(folder).expanduser()
+    check_vacant(target, "folder")
+    target = target.resolve()  # A link to an empty folder stays, and its folder is filled.
     first, several = jax.process_index() == 0, jax.process_count() > 1
-    suffix = "" if several else f"-{os.getpid()}"
-    partial = folder.with_name(f".{folder.name}.partial{suffix}")
+    partial = target.with_name(_from_first(temporary_name(target.name), several))
     try:
         if first:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_stale(target)
             partial.mkdir()
         _meet("raas_jax: folder made", several)
         yield partial
         _meet("raas_jax: folder written", several)
         if first:
-            os.replace(partial, folder)
+            if target.exists():
+                _empty(target)
+            os.replace(partial, target)
         _meet("raas_jax: folder renamed", several)
     except OSError as error:
         raise OSError(
@@ -95,6 +110,36 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes what killed processes left; what another one still writes has changed of late."""
+    for leftover in target.parent.iterdir():
+        beginning = f".{target.name[:200]}."
+        if is_leftover(leftover.name) and leftover.name[:-TAIL] == beginning:
+            newest = max(each.lstat().st_mtime for each in (leftover, *leftover.rglob("*")))
+            if time.time() - newest > STALE_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _empty(folder: Path) -> None:
+    """Removes the leftovers in a folder that holds nothing else."""
+    for leftover in folder.iterdir():
+        if is_leftover(leftover.name):
+            if leftover.is_dir() and not leftover.is_symlink():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+
+
+def _from_first(name: str, several: bool) -> str:
+    """The name that the first process has drawn, in all of them."""
+    if not several:
+        return name
+    from jax.experimental import multihost_utils
+
+    encoded = np.frombuffer(os.fsencode(name), np.uint8)
+    return os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))))
 
 
 def _meet(name: str, several: bool) -> None:

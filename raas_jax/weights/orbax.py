@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 from raas_jax.weights import hf
-from raas_jax.weights.files import first_line, misfits, new_folder, write_companions
+from raas_jax.weights.files import first_line, listed, misfits, new_folder, write_companions
 
 ARRAYS = "orbax"
 
@@ -70,8 +70,8 @@ def load_orbax(
         # Orbax would pad or drop what does not fit.
         expected = {path: leaf.shape for path, leaf in hf.flat_shapes(config, "float32").items()}
         if problems := misfits(found, expected):
-            lines = "\n  ".join(["", *problems])
-            raise ValueError(f"The Orbax arrays in {folder} do not fit its config.json:{lines}")
+            what = f"The Orbax arrays in {folder} do not fit its config.json:{listed(problems)}"
+            raise ValueError(what)
         to = hf.wanted_dtype(dtype, config.dtype)
         target = {
             path: jax.ShapeDtypeStruct(shape, to, sharding=shardings[path] or default)
