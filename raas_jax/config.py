@@ -104,6 +104,8 @@ def _flag(name: str, value: Any) -> bool:
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
     return tuple(checks.integer(name, value, LEAST_ID) for value in values)
 
 
@@ -347,6 +349,7 @@ def _refuse_windows(fields: Fields, kind: str, layers: int, context: int) -> Non
     qwen = kind in ("qwen2", "qwen3")
     switch = not qwen or fields.flag("use_sliding_window", False)
     window = fields.integer("sliding_window", 1, default=None) if switch else None
+    # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
     first = fields.integer("max_window_layers", -INT32_MAX) if qwen else 0
     slides = window is not None and first < layers
     if (types := fields.items("layer_types", None)) is not None:
@@ -355,8 +358,8 @@ def _refuse_windows(fields: Fields, kind: str, layers: int, context: int) -> Non
             raise fields.error(f"layer_types has {checks.short(odd[0])}, which is not supported")
         if len(types) != layers:
             raise fields.error(f"layer_types has {len(types)} entries for {layers} layers")
-        # Qwen's classes ask the list alone; in the others the window holds for every layer.
-        slides = "sliding_attention" in types or (slides and not qwen)
+        # Mistral's class does not ask the list: its window holds for every layer.
+        slides = "sliding_attention" in types or (slides and kind == "mistral")
     if slides and (window is None or window < context):
         what = "layer_types has sliding layers" if window is None else f"sliding_window is {window}"
         raise fields.error(
