@@ -233,8 +233,8 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
             entries[name] = entry
     entries = {n: e for n, e in entries.items() if not n.endswith(IGNORED_ENDINGS)}
     for name, entry in entries.items():
-        if name.endswith(QUANTISED_ENDINGS) or entry.code.startswith(("F8", "F6", "F4")):
-            raise FileError(entry.file, f"cannot be used: {quantised(f'{short(name)}')}.")
+        if name.endswith(QUANTISED_ENDINGS) or entry.code.startswith(("F8_", "F6_", "F4")):
+            raise FileError(entry.file, f"cannot be used: {quantised(short(name))}.")
     stored = sum(entry.size for entry in entries.values())
     wanted = sum(math.prod(leaf.shape) for leaf in flat_shapes(config, "float32").values())
     if wanted > stored:

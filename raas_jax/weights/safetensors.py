@@ -97,7 +97,8 @@ def read_tensor(entry: Entry, dtype: np.dtype) -> np.ndarray:
     if values.dtype == dtype:
         return values
     cast = _buffer(entry.shape, dtype)
-    np.copyto(cast, values, casting="unsafe")
+    with np.errstate(over="ignore"):  # `check_finite` says it better.
+        np.copyto(cast, values, casting="unsafe")
     return cast
 
 
