@@ -41,7 +41,6 @@ def _finite(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
     found = {}
     for path, leaf in weights.items():
         rows = leaf if path.startswith("layers.") else leaf[None]
-        # Zero times what is not finite is no number: faster than `isfinite` of every number.
-        zeros = (rows * jnp.zeros((), leaf.dtype)).astype(jnp.float32)
-        found[path] = jnp.isfinite(jnp.sum(zeros, axis=tuple(range(1, rows.ndim))))
+        # Several times faster on CPUs than `isfinite` of every number, and without a copy.
+        found[path] = jnp.isfinite(jnp.max(jnp.abs(rows), axis=tuple(range(1, rows.ndim))))
     return found
