@@ -23,10 +23,8 @@ COMPANIONS = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.*"),
 )
-
-MOST_LISTED = 50
+MOST_LISTED = 50  # problems in one message
 STALE_SECONDS = 3600
-TAIL = len(temporary_name("")) - 2
 
 
 def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
@@ -97,8 +95,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
         yield partial
         _meet("raas_jax: folder written", several)
         if first:
-            if target.exists():
-                _empty(target)
+            for leftover in target.iterdir() if target.exists() else ():
+                if is_leftover(leftover.name):
+                    _remove(leftover)
             os.replace(partial, target)
         _meet("raas_jax: folder renamed", several)
     except OSError as error:
@@ -115,21 +114,20 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
 def _remove_stale(target: Path) -> None:
     """Removes what killed processes left; what another one still writes has changed of late."""
     for leftover in target.parent.iterdir():
-        beginning = f".{target.name[:200]}."
-        if is_leftover(leftover.name) and leftover.name[:-TAIL] == beginning:
-            newest = max(each.lstat().st_mtime for each in (leftover, *leftover.rglob("*")))
-            if time.time() - newest > STALE_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+        # The name less its end, ".<16 digits>.tmp".
+        if is_leftover(leftover.name) and leftover.name[:-21] == f".{target.name[:200]}":
+            with contextlib.suppress(OSError):  # Another process may be at it.
+                times = [each.lstat().st_mtime for each in (leftover, *leftover.rglob("*"))]
+                if time.time() - max(times) > STALE_SECONDS:
+                    _remove(leftover)
 
 
-def _empty(folder: Path) -> None:
-    """Removes the leftovers in a folder that holds nothing else."""
-    for leftover in folder.iterdir():
-        if is_leftover(leftover.name):
-            if leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
-            else:
-                leftover.unlink()
+def _remove(path: Path) -> None:
+    """Removes a file, a folder or a link, but not what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def _from_first(name: str, several: bool) -> str:

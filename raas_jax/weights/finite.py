@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from raas_jax.params import Params
@@ -19,11 +22,11 @@ def check_finite(params: Params) -> None:
       ValueError: some are infinite or not a number; it names the first tensors, as Hugging Face
         calls them.
     """
-    weights = flatten(params.weights)
-    meshes = [x.sharding.mesh for x in weights.values() if isinstance(x.sharding, NamedSharding)]
-    # Whole on every device, so that each process can read it.
-    where = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
-    flags = jax.device_get(jax.jit(_finite, out_shardings=where)(weights))
+    # By the devices they lie on, since one program runs on one set of them.
+    groups: dict[Any, dict[str, jax.Array]] = {}
+    for path, leaf in flatten(params.weights).items():
+        groups.setdefault(frozenset(leaf.sharding.device_set), {})[path] = leaf
+    flags = {path: flag for group in groups.values() for path, flag in _flags(group).items()}
     places = destinations(params.config).items()
     bad = [name for name, place in places if not flags[place.path][place.layer or 0]]
     if bad:
@@ -34,6 +37,14 @@ def check_finite(params: Params) -> None:
             f"The weights in {params.source} have infinite values or no numbers (NaN) in "
             f"{', '.join(bad[:_NAMED])}{more}; {remedy}copy or export the model again."
         )
+
+
+def _flags(weights: dict[str, jax.Array]) -> dict[str, np.ndarray]:
+    meshes = [x.sharding.mesh for x in weights.values() if isinstance(x.sharding, NamedSharding)]
+    # Whole on every device, so that each process can read it.
+    where = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    found: dict[str, np.ndarray] = jax.device_get(jax.jit(_finite, out_shardings=where)(weights))
+    return found
 
 
 def _finite(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
