@@ -144,15 +144,18 @@ class Rope:
         Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
         `context` is the length that is meant where llama3 names none.
         """
-        place = "rope_scaling" if fields.values.get("rope_scaling") else "rope_parameters"
-        given = fields.inner(place).values if fields.values.get(place) else {}
+        places = [
+            n for n in ("rope_scaling", "rope_parameters") if fields.values.get(n) is not None
+        ]
+        found = {name: fields.inner(name).values for name in places}
+        place, given = next(((name, each) for name, each in found.items() if each), ("", {}))
         if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
             raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
         length = "original_max_position_embeddings"
         outside = ("rope_theta", "partial_rotary_factor")
         values = {name: fields.values[name] for name in outside if name in fields.values}
         values |= {"rope_type": given.get("type", "default"), length: context, **given}
-        rope = Fields(values, fields.path, place if given else "")
+        rope = Fields(values, fields.path, place)
         kind = rope.choice("rope_type", ROPE_TYPES)
         if kind != "default":
             rope.real("partial_rotary_factor", "1", 1, 1, default=None)
@@ -248,6 +251,10 @@ class ModelConfig:
             fields.integer(name, 1, LARGEST[name])
             for name in ("num_attention_heads", "hidden_size")
         )
+        if kind == "llama" and hidden % heads:
+            raise fields.error(
+                f"hidden_size is {hidden}, no multiple of num_attention_heads, {heads}"
+            )
         sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
         if kind == "qwen3":
             del sizes["head_dim"]  # Which null does not mean there.
@@ -347,8 +354,9 @@ def quantised(how: str) -> str:
 def _refuse_windows(fields: Fields, kind: str, layers: int, context: int) -> None:
     """A window shorter than the context changes attention; running without it would be wrong."""
     qwen = kind in ("qwen2", "qwen3")
-    switch = not qwen or fields.flag("use_sliding_window", False)
-    window = fields.integer("sliding_window", 1, default=None) if switch else None
+    window = fields.integer("sliding_window", 0, default=None)
+    if qwen and not fields.flag("use_sliding_window", False):
+        window = None
     # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
     first = fields.integer("max_window_layers", -INT32_MAX) if qwen else 0
     slides = window is not None and first < layers
