@@ -144,10 +144,9 @@ class Rope:
         Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
         `context` is the length that is meant where llama3 names none.
         """
-        places = [
-            n for n in ("rope_scaling", "rope_parameters") if fields.values.get(n) is not None
-        ]
-        found = {name: fields.inner(name).values for name in places}
+        both = ("rope_scaling", "rope_parameters")
+        present = [name for name in both if fields.values.get(name) is not None]
+        found = {name: fields.inner(name).values for name in present}
         place, given = next(((name, each) for name, each in found.items() if each), ("", {}))
         if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
             raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
@@ -265,12 +264,11 @@ class ModelConfig:
         _refuse_windows(fields, kind, sizes["num_hidden_layers"], context)
         biased = kind in ("llama", "qwen3") and fields.flag("attention_bias", False)
         stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
-        eps = fields.real("rms_norm_eps", "a number from 0 to 1", 0, 1)
         try:
             return cls(
                 **sizes,
                 rope=Rope.from_hf(fields, context),
-                rms_norm_eps=eps,
+                rms_norm_eps=fields.values["rms_norm_eps"],
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 qkv_bias=kind == "qwen2" or biased,
                 output_bias=biased,
