@@ -2,17 +2,20 @@
 
 The fields keep Hugging Face's names. What differs between Llama, Mistral, Qwen2 and Qwen3 is
 written out as flags (`qkv_bias`, `qk_norm`, ...), so that no other file asks for a model type.
+A config.json means here what the classes of transformers mean by it, or is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from raas_jax import checks
+from raas_jax.checks import INT32_MAX
+from raas_jax.files import Fields, FileError, read_fields
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -30,41 +33,80 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
         "original_max_position_embeddings",
     ),
 }
-_REQUIRED = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"),
-    "num_attention_heads",
-)
+# The largest that is taken, far above any model, so that a damaged number costs no memory.
+LARGEST = {
+    "vocab_size": 2**24,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "num_hidden_layers": 2**10,
+    "num_attention_heads": 2**14,
+    "num_key_value_heads": 2**14,
+    "head_dim": 2**14,
+    "max_position_embeddings": INT32_MAX,
+}
+LEAST_ID = -1
+"""Which some publishers write for a token that there is not."""
+# What transformers means by a key that a config.json leaves out, where that is not null or false.
+_FOR_ALL = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10_000.0}
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2**15,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+LEFT_OUT: dict[str, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+    "mistral": {
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 2**17,
+        "sliding_window": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
+    "qwen2": _QWEN,
+    "qwen3": {**_QWEN, "head_dim": 128},
+}
+# Settings that change a model in transformers, with the only value that is implemented here.
+_ONLY = {
+    "is_causal": True,
+    "per_layer_config": None,
+    "kv_sharing_modes": None,
+    "transformers_weights": None,
+}
+_THETA = ("a number from 1 to 1e30", 1, 1e30)
 # With the same name and meaning in a config.json.
 _SHARED = (
-    *("model_type", *_REQUIRED, "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("model_type", *LARGEST),
     *("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype"),
 )
 
 
-def read_yaml(file: str | Path) -> dict[str, Any]:
-    """Named fields of a configuration, from its YAML file.
-
-    Raises:
-      FileNotFoundError: there is no such file. ValueError: it holds something else.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"config is {str(file)!r}; there is no such file.")
-    return _named_fields(Path(file), yaml.safe_load, "YAML")
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The fields of the JSON object in a file; ValueError for anything else."""
-    return _named_fields(file, json.loads, "JSON")
-
-
-def _named_fields(file: Path, parse: Callable[[str], object], language: str) -> dict[str, Any]:
+def _check(config: Any, name: str, check: Callable[[str, Any], Any]) -> None:
+    """Puts a field of a frozen dataclass into its own type; raises ValueError."""
     try:
-        fields = parse(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{file} is not valid {language} ({error}).") from error
-    if not isinstance(fields, dict):
-        raise ValueError(f"{file} holds a {type(fields).__name__}; expected named fields.")
-    return fields
+        object.__setattr__(config, name, check(name, getattr(config, name)))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _integer(least: int, most: int = INT32_MAX) -> Callable[[str, Any], int]:
+    return lambda name, value: checks.integer(name, value, least, most)
+
+
+def _real(wanted: str, least: float, most: float) -> Callable[[str, Any], float]:
+    return lambda name, value: checks.real(name, value, wanted, least, most)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {checks.short(value)}; it must be True or False.")
+    return value
+
+
+def _token_ids(name: str, values: Any) -> tuple[int, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
+    return tuple(checks.integer(name, value, LEAST_ID) for value in values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +115,7 @@ class Rope:
 
     `kind` is one of `ROPE_TYPES`. `linear` divides every frequency by `factor`; `llama3` divides
     only the low ones and blends in between (Llama 3.1 report, section 3.4.2 and the published
-    configuration fields of the same names).
+    configuration fields of the same names). A value out of range raises ValueError.
     """
 
     theta: float = 10_000.0
@@ -83,17 +125,47 @@ class Rope:
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
 
+    def __post_init__(self) -> None:
+        checks.choice("rope_type", self.kind, ROPE_TYPES)
+        _check(self, "theta", _real(*_THETA))
+        for name in ("factor", "low_freq_factor", "high_freq_factor"):
+            _check(self, name, _real("a number from 1e-6 to 1e9", 1e-6, 1e9))
+        _check(self, "original_max_position_embeddings", _integer(1))
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor is {self.low_freq_factor}; it must be less than "
+                f"high_freq_factor, {self.high_freq_factor}."
+            )
+
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Rope:
-        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5)."""
-        fields: dict[str, Any] = {}
-        for name in ("rope_scaling", "rope_parameters"):
-            fields.update(config.get(name) or {})
-        kind = fields.get("rope_type", fields.get("type", "default"))
-        _one_of(ROPE_TYPES, "rope_type", kind)
-        theta = float(fields.get("rope_theta", config.get("rope_theta") or 10_000.0))
-        own = {name: type(getattr(cls, name))(fields[name]) for name in ROPE_TYPES[kind]}
-        return cls(theta, kind, **own)
+    def from_hf(cls, fields: Fields, context: int) -> Rope:
+        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+        Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
+        `context` is the length that is meant where llama3 names none.
+        """
+        both = ("rope_scaling", "rope_parameters")
+        present = [name for name in both if fields.values.get(name) is not None]
+        found = {name: fields.inner(name).values for name in present}
+        place, given = next(((name, each) for name, each in found.items() if each), ("", {}))
+        if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
+            raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
+        length = "original_max_position_embeddings"
+        outside = ("rope_theta", "partial_rotary_factor")
+        values = {name: fields.values[name] for name in outside if name in fields.values}
+        values |= {"rope_type": given.get("type", "default"), length: context, **given}
+        rope = Fields(values, fields.path, place)
+        kind = rope.choice("rope_type", ROPE_TYPES)
+        if kind != "default":
+            rope.real("partial_rotary_factor", "1", 1, 1, default=None)
+        own = {
+            name: rope.integer(name, 1) if name == length else rope.real(name)
+            for name in ROPE_TYPES[kind]
+        }
+        try:
+            return cls(rope.real("rope_theta", *_THETA), kind, **own)
+        except (TypeError, ValueError) as error:
+            raise fields.error(str(error)) from None
 
     def to_hf(self) -> dict[str, Any] | None:
         """The `rope_scaling` entry of a config.json, or None where there is no scaling."""
@@ -108,7 +180,8 @@ class ModelConfig:
     """Shape of a decoder-only transformer. Hashable, so it can be a static argument of a jit.
 
     Axis letters: `V` vocab_size, `D` hidden_size, `F` intermediate_size, `L` num_hidden_layers,
-    `N` num_attention_heads, `K` num_key_value_heads, `H` head_dim, `G = N / K`.
+    `N` num_attention_heads, `K` num_key_value_heads, `H` head_dim, `G = N / K`. A value of a wrong
+    type or out of range raises ValueError, which names the field.
     """
 
     vocab_size: int
@@ -132,17 +205,26 @@ class ModelConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
+        for name, most in LARGEST.items():
+            _check(self, name, _integer(1, most))
+        _check(self, "rms_norm_eps", _real("a number from 0 to 1", 0, 1))
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and not (isinstance(value, int) and value > 0):
-                raise ValueError(f"ModelConfig.{field.name} is {value!r}; it must be an int > 0.")
+            if field.type == "bool":
+                _check(self, field.name, _flag)
+        if not isinstance(self.rope, Rope):
+            raise ValueError(f"rope is {checks.short(self.rope)}; it must be a Rope.")
+        checks.choice("model_type", self.model_type, ARCHITECTURES)
+        checks.choice("dtype", self.dtype, DTYPES)
+        if self.bos_token_id is not None:
+            _check(self, "bos_token_id", _integer(LEAST_ID))
+        _check(self, "eos_token_ids", _token_ids)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
-                f"ModelConfig.num_attention_heads is {self.num_attention_heads}, which is not a "
-                f"multiple of num_key_value_heads = {self.num_key_value_heads}."
+                f"num_attention_heads is {self.num_attention_heads}, which is not a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}."
             )
         if self.head_dim % 2:
-            raise ValueError(f"ModelConfig.head_dim is {self.head_dim}; rotation needs it even.")
+            raise ValueError(f"head_dim is {self.head_dim}; rotation needs it even.")
 
     @property
     def layer_pattern(self) -> tuple[str, ...]:
@@ -150,48 +232,71 @@ class ModelConfig:
         return ("full",)
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> ModelConfig:
-        """Builds from the dictionary of a Hugging Face config.json.
+    def from_hf(
+        cls, config: Mapping[str, Any], path: str | os.PathLike[str] = "config.json"
+    ) -> ModelConfig:
+        """Builds from the dictionary of a Hugging Face config.json, which errors call `path`.
 
-        Raises ValueError for an architecture, activation, rope type or attention window that this
-        library does not implement, naming the value and the supported ones.
+        Raises FileError, a ValueError, for what lacks or is out of range, and for an architecture,
+        activation, rope type or attention window that this library does not implement, naming the
+        value and the supported ones.
         """
-        kind = _one_of(ARCHITECTURES, "model_type", config.get("model_type"))
-        _one_of(["silu"], "hidden_act", config.get("hidden_act", "silu"))
-        dtype = str(config.get("dtype") or config.get("torch_dtype") or "float32")
-        _refuse_sliding_window(config)
-        missing = [name for name in _REQUIRED if config.get(name) is None]
-        if missing:
-            raise ValueError(f"config.json lacks {', '.join(missing)}; the file is not complete.")
-        shape = {name: int(config[name]) for name in _REQUIRED}
-        heads, hidden = shape["num_attention_heads"], shape["hidden_size"]
-        attention_bias = bool(config.get("attention_bias", False))
-        return cls(
-            **shape,
-            num_key_value_heads=int(config.get("num_key_value_heads") or heads),
-            head_dim=int(config.get("head_dim") or (128 if kind == "qwen3" else hidden // heads)),
-            max_position_embeddings=int(config.get("max_position_embeddings") or 2048),
-            rope=Rope.from_hf(config),
-            rms_norm_eps=float(config.get("rms_norm_eps") or 1e-6),
-            tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-            qkv_bias=kind == "qwen2" or attention_bias,
-            output_bias=kind != "qwen2" and attention_bias,
-            mlp_bias=kind == "llama" and bool(config.get("mlp_bias", False)),
-            qk_norm=kind == "qwen3",
-            model_type=kind,
-            bos_token_id=config.get("bos_token_id"),
-            eos_token_ids=eos_token_ids(config),
-            dtype=_one_of(DTYPES, "dtype", dtype.removeprefix("torch.")),
+        given = Fields(config, path)
+        kind = given.choice("model_type", ARCHITECTURES)
+        fields = Fields({**_FOR_ALL, **LEFT_OUT[kind], **config}, path)
+        _refuse_changes(fields)
+        fields.choice("hidden_act", ("silu", "swish"))
+        heads, hidden = (
+            fields.integer(name, 1, LARGEST[name])
+            for name in ("num_attention_heads", "hidden_size")
         )
+        if kind == "llama" and hidden % heads:
+            raise fields.error(
+                f"hidden_size is {hidden}, no multiple of num_attention_heads, {heads}"
+            )
+        sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
+        if kind == "qwen3":
+            del sizes["head_dim"]  # Which null does not mean there.
+        for name, most in LARGEST.items():
+            derived = name in sizes and fields.values.get(name) is None
+            sizes[name] = sizes[name] if derived else fields.integer(name, 1, most)
+        context = sizes["max_position_embeddings"]
+        _refuse_windows(fields, kind, sizes["num_hidden_layers"], context)
+        biased = kind in ("llama", "qwen3") and fields.flag("attention_bias", False)
+        stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
+        try:
+            return cls(
+                **sizes,
+                rope=Rope.from_hf(fields, context),
+                rms_norm_eps=fields.values["rms_norm_eps"],
+                tie_word_embeddings=fields.flag("tie_word_embeddings", False),
+                qkv_bias=kind == "qwen2" or biased,
+                output_bias=biased,
+                mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
+                qk_norm=kind == "qwen3",
+                model_type=kind,
+                bos_token_id=fields.integer("bos_token_id", LEAST_ID, default=None),
+                eos_token_ids=eos_token_ids(fields),
+                dtype=stored or "float32",
+            )
+        except FileError:
+            raise
+        except ValueError as error:
+            raise fields.error(str(error)) from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> ModelConfig:
-        """Reads a config.json, or the config.json in a folder."""
+        """Reads a config.json, or the config.json in a folder.
+
+        Raises FileNotFoundError where there is none, and whatever `from_hf` raises.
+        """
         path = Path(path)
         path = path / "config.json" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"No model configuration at {path}; expected a config.json.")
-        return cls.from_hf(read_json(path))
+        try:
+            return cls.from_hf(read_fields(path), path)
+        except FileNotFoundError:
+            what = f"No model configuration at {path}; expected a config.json."
+            raise FileNotFoundError(what) from None
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of a config.json that transformers and `from_hf` read back alike."""
@@ -203,7 +308,7 @@ class ModelConfig:
             "rope_scaling": self.rope.to_hf(),
             "eos_token_id": list(self.eos_token_ids) or None,
         }
-        if self.model_type != "qwen2":
+        if self.model_type in ("llama", "qwen3"):
             fields["attention_bias"] = self.qkv_bias
         if self.model_type == "llama":
             fields["mlp_bias"] = self.mlp_bias
@@ -212,26 +317,58 @@ class ModelConfig:
         return fields
 
 
-def eos_token_ids(fields: Mapping[str, Any]) -> tuple[int, ...]:
-    """`eos_token_id` of a config.json or generation_config.json, which is one, several or none."""
-    found = fields.get("eos_token_id")
-    return tuple(found) if isinstance(found, list) else () if found is None else (found,)
+def eos_token_ids(fields: Fields) -> tuple[int, ...]:
+    """`eos_token_id` of a config.json or generation_config.json, which is one, several or none.
+
+    Raises FileError.
+    """
+    found = fields.values.get("eos_token_id")
+    try:
+        several = found if isinstance(found, list) else [] if found is None else [found]
+        return _token_ids("eos_token_id", several)
+    except (TypeError, ValueError) as error:
+        raise fields.error(str(error)) from None
 
 
-def _one_of(supported: Collection[str], name: str, value: Any) -> str:
-    """The value, if it is supported; else raises ValueError."""
-    if value in supported:
-        return str(value)
-    raise ValueError(f"config.json: {name} is {value!r}; supported are {', '.join(supported)}.")
+def _refuse_changes(fields: Fields) -> None:
+    if method := fields.values.get("quantization_config"):
+        named = method.get("quant_method") if isinstance(method, Mapping) else None
+        raise fields.error(quantised(checks.short(named or method)))
+    for name, only in _ONLY.items():
+        value = fields.values.get(name, only)
+        if value is not only:
+            raise fields.error(f"{name} is {checks.short(value)}, which is not supported")
 
 
-def _refuse_sliding_window(config: Mapping[str, Any]) -> None:
+def quantised(how: str) -> str:
+    """What is said of a quantised model, and what to do."""
+    return (
+        f"the model is quantised ({how}), and only float32, float16 and bfloat16 weights are "
+        "taken; load the model it was made from, or save it again after `dequantize()` of "
+        "transformers"
+    )
+
+
+def _refuse_windows(fields: Fields, kind: str, layers: int, context: int) -> None:
     """A window shorter than the context changes attention; running without it would be wrong."""
-    window = config.get("sliding_window")
-    if not window or not config.get("use_sliding_window", config["model_type"] == "mistral"):
-        return
-    if window < (config.get("max_position_embeddings") or 2048):
-        raise ValueError(
-            f"config.json: sliding_window is {window}, and sliding-window attention is not "
-            "supported. Set sliding_window to null only if the model was trained without it."
+    qwen = kind in ("qwen2", "qwen3")
+    window = fields.integer("sliding_window", 0, default=None)
+    if qwen and not fields.flag("use_sliding_window", False):
+        window = None
+    # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
+    first = fields.integer("max_window_layers", -INT32_MAX) if qwen else 0
+    slides = window is not None and first < layers
+    if (types := fields.items("layer_types", None)) is not None:
+        known = ("full_attention", "attention", "sliding_attention")
+        if odd := [each for each in types if each not in known]:
+            raise fields.error(f"layer_types has {checks.short(odd[0])}, which is not supported")
+        if len(types) != layers:
+            raise fields.error(f"layer_types has {len(types)} entries for {layers} layers")
+        # Mistral's class does not ask the list: its window holds for every layer.
+        slides = "sliding_attention" in types or (slides and kind == "mistral")
+    if slides and (window is None or window < context):
+        what = "layer_types has sliding layers" if window is None else f"sliding_window is {window}"
+        raise fields.error(
+            f"{what}, and sliding-window attention is not supported. Set it "
+            "to null only if the model was trained without it"
         )

@@ -65,6 +65,8 @@ def opened(file: str | os.PathLike[str]) -> Iterator[int]:
     # A pipe without a writer would block for ever; this does not, and changes nothing for files.
     try:
         descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    except FileNotFoundError as error:
+        raise FileNotFoundError(error.errno, "there is no such file", os.fspath(file)) from None
     except ValueError as error:  # A null byte in the name.
         raise FileError(os.fspath(file), f"is no name of a file ({error}).") from None
     try:
@@ -126,12 +128,21 @@ def read_yaml(file: str | os.PathLike[str], remedy: str = "") -> dict[str, Any]:
     return _named(file, _parsed(file, _parse_yaml, "YAML", remedy), remedy)
 
 
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """Takes 1e-6 for a number, as YAML 1.2 and JSON do; for PyYAML it is text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), None
+)
+
+
 def _parse_yaml(text: str) -> Any:
     try:
         # Nine lines of references to references are a billion values.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
             raise ValueError("it has references (*name), which are not taken; write them out")
-        value = yaml.safe_load(text)
+        value = yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None
     except yaml.YAMLError as error:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax import checks, files, identity
+from raas_jax import arrays_on_disk, files, identity
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
@@ -91,14 +91,16 @@ def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
     import orbax.checkpoint as ocp
 
     like = arrays_like(shape)
+
+    def read() -> Any:
+        """The arrays; None where they have other shapes, which Orbax would pad or cut."""
+        stored = checkpointer.metadata(folder).item_metadata.tree
+        shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
+        same = sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(like))
+        return checkpointer.restore(folder, like) if same else None
+
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = checkpointer.metadata(folder).item_metadata.tree
-            shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
-            same = sorted(shapes) == sorted(leaf.shape for leaf in jax.tree.leaves(like))
-            arrays = checkpointer.restore(folder, like) if same else None
-        except Exception as error:  # Orbax lets through whatever its storage raised.
-            raise FileError(folder, f"cannot be read ({checks.first_line(error)}).") from error
+        arrays = arrays_on_disk.read_arrays(folder, read)
     if arrays is None:
         what = "holds a state of other shapes; restore it with the plan and the rows of the save."
         raise FileError(folder, what)

@@ -111,6 +111,31 @@ def test_logits_equal_transformers(case, tmp_path):
     np.testing.assert_allclose(our_logits(params, tokens), expected, atol=2e-4, rtol=0)
 
 
+@pytest.mark.parametrize("case", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    "added",
+    [
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": LINEAR, "rope_theta": 70.0},
+        {"rope_scaling": {**LLAMA3, "rope_theta": 50.0}, "dtype": "float16"},
+    ],
+    ids=["linear", "theta twice", "llama3"],
+)
+def test_a_scaling_added_by_hand(case, added, tmp_path):
+    """Model cards tell to add `rope_scaling`, to a file that may have `rope_parameters`."""
+    from transformers import AutoModelForCausalLM
+
+    make_model(case).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    fields = json.loads(file.read_text())
+    assert "rope_parameters" in fields
+    file.write_text(json.dumps({**fields, **added}))
+    tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, 40))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="float32")
+    logits = our_logits(weights.load(tmp_path, dtype="float32"), tokens)
+    np.testing.assert_allclose(logits, reference_logits(model, tokens), atol=2e-4, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_files_in_float32(dtype, tmp_path):
     torch = pytest.importorskip("torch", reason="torch is the reference of these tests")

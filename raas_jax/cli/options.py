@@ -11,7 +11,6 @@ import tyro
 
 from raas_jax import checks, files
 from raas_jax.config import ModelConfig
-from raas_jax.files import Fields
 from raas_jax.lab.limits import MOST_DEFINITIONS, MOST_PROBLEMS, MOST_ROWS, MOST_TURNS, SEEDS
 
 if TYPE_CHECKING:
@@ -234,8 +233,7 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
         config = ModelConfig.from_file(path)
     else:
         fields = files.read_yaml(path)
-        shape = fields.get("model", fields)
-        config = ModelConfig.from_hf(Fields(shape, path, "model").values)
+        config = ModelConfig.from_hf(fields.get("model", fields), path)
     return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
 
 

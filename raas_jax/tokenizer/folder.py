@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from raas_jax import checks, files
 from raas_jax.config import eos_token_ids
+from raas_jax.files import Fields
 from raas_jax.params import Params
 from raas_jax.tokenizer.increments import decode_ids
 
@@ -71,7 +72,7 @@ def stop_token_ids(params: Params, extra: int | Iterable[int] = ()) -> tuple[int
     ids = set(params.config.eos_token_ids)
     file = Path(params.source or "") / "generation_config.json"
     if params.source is not None and file.is_file():
-        ids.update(eos_token_ids(files.read_fields(file)))
+        ids.update(eos_token_ids(Fields(files.read_fields(file), file)))
     if has_tokenizer(params) and (eos := load(params).eos_token_id) is not None:
         ids.add(int(eos))
     # Published configs name ids beyond a cut vocabulary at times; such an id can never be drawn.

@@ -14,14 +14,16 @@ from jax.typing import DTypeLike
 from raas_jax.model import separate
 from raas_jax.params import Params
 from raas_jax.weights.files import COMPANIONS, check_vacant, first_line
-from raas_jax.weights.hf import INDEX, SINGLE, Shardings, load_hf, save_hf
+from raas_jax.weights.finite import check_finite
+from raas_jax.weights.hf import ADAPTER, INDEX, SINGLE, Shardings, load_hf, save_hf
 from raas_jax.weights.orbax import is_orbax, load_orbax, save_orbax
 
 __all__ = ["convert", "load", "load_hf", "load_orbax", "save_hf", "save_orbax"]
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
-# All that is ever downloaded: no pickles, no code, no second copy in another format.
-DOWNLOADED = ["config.json", SINGLE, "model-*-of-*.safetensors", INDEX, *COMPANIONS]
+# All that is ever downloaded: no pickles, no code, no second copy in another format. An adapter is
+# refused, and so it has to be seen.
+DOWNLOADED = ["config.json", *ADAPTER, SINGLE, "model-*-of-*.safetensors", INDEX, *COMPANIONS]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
@@ -51,13 +53,15 @@ def load(
 
     Raises:
       FileNotFoundError: nothing found; the message names what was tried, and near matches.
-      ValueError: an unsupported model, damaged files, or tensors that do not fit the model.
+      ValueError: an unsupported model, damaged files, tensors that do not fit the model, or weights
+        that are not finite. Where it is about one file, it is a `raas_jax.files.FileError`.
     """
     if layers not in (None, "stacked", "separate"):
         raise ValueError(f"layers is {layers!r}; expected 'stacked', 'separate' or None.")
     folder = locate(source)
     reader = load_orbax if is_orbax(folder) else load_hf
     params = reader(folder, dtype=dtype, sharding=sharding)
+    check_finite(params)
     if layers != "separate":
         return params
     return dataclasses.replace(params, weights=separate(params.weights, consume=True))

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import jax
 import numpy as np
 
 from raas_jax.checks import first_line as first_line
+from raas_jax.files import is_leftover, temporary_name
 from raas_jax.params import Params
 
 Shape = tuple[int, ...]
@@ -22,6 +24,8 @@ COMPANIONS = (
     *("generation_config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "merges.txt", "chat_template.*"),
 )
+MOST_LISTED = 50  # problems in one message
+STALE_SECONDS = 3600
 
 
 def write_companions(params: Params, dtype: np.dtype, folder: Path) -> None:
@@ -47,9 +51,15 @@ def misfits(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> list[s
     ]
 
 
+def listed(problems: list[str]) -> str:
+    """The problems as indented lines, the first of them where they are many."""
+    more = [f"and {len(problems) - MOST_LISTED} more"] if len(problems) > MOST_LISTED else []
+    return "".join(f"\n  {line}" for line in [*problems[:MOST_LISTED], *more])
+
+
 def check_vacant(folder: Path, argument: str) -> None:
-    """Raises FileExistsError unless `folder` is absent or empty."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raises FileExistsError unless `folder` is absent, or empty but for leftovers of a kill."""
+    if folder.exists() and not (folder.is_dir() and all(map(is_leftover, os.listdir(folder)))):
         raise FileExistsError(
             f"{argument} is {str(folder)!r}, which exists and is not an empty folder. "
             "Choose another one, or remove it first."
@@ -60,27 +70,31 @@ def check_vacant(folder: Path, argument: str) -> None:
 def new_folder(folder: str | Path) -> Iterator[Path]:
     """Yields a temporary folder that takes the name `folder` only once all of it is written.
 
-    With several processes each must call this; the first one makes and renames the folder.
+    With several processes each must call this; the first one makes and renames the folder. What a
+    killed process had begun to write for the same folder, an hour ago or more, is removed.
 
     Raises:
       FileExistsError: `folder` is there and not empty.
       OSError: it cannot be written, in the words of the operating system.
     """
-    folder = Path(folder).expanduser().absolute()
-    check_vacant(folder, "folder")
+    target = Path(folder).expanduser()
+    check_vacant(target, "folder")
+    target = target.resolve()  # A link to an empty folder stays, and its folder is filled.
     first, several = jax.process_index() == 0, jax.process_count() > 1
-    suffix = "" if several else f"-{os.getpid()}"
-    partial = folder.with_name(f".{folder.name}.partial{suffix}")
+    partial = target.with_name(_from_first(temporary_name(target.name), several))
     try:
         if first:
             partial.parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove_stale(target)
             partial.mkdir()
         _meet("raas_jax: folder made", several)
         yield partial
         _meet("raas_jax: folder written", several)
         if first:
-            os.replace(partial, folder)
+            for leftover in target.iterdir() if target.exists() else ():
+                if is_leftover(leftover.name):
+                    _remove(leftover)
+            os.replace(partial, target)
         _meet("raas_jax: folder renamed", several)
     except OSError as error:
         raise OSError(
@@ -91,6 +105,35 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     finally:
         if first:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Removes what killed processes left; what another one still writes has changed of late."""
+    for leftover in target.parent.iterdir():
+        # The name less its end, ".<16 digits>.tmp".
+        if is_leftover(leftover.name) and leftover.name[:-21] == f".{target.name[:200]}":
+            with contextlib.suppress(OSError):  # Another process may be at it.
+                times = [each.lstat().st_mtime for each in (leftover, *leftover.rglob("*"))]
+                if time.time() - max(times) > STALE_SECONDS:
+                    _remove(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Removes a file, a folder or a link, but not what the link leads to."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _from_first(name: str, several: bool) -> str:
+    """The name that the first process has drawn, in all of them."""
+    if not several:
+        return name
+    from jax.experimental import multihost_utils
+
+    encoded = np.frombuffer(os.fsencode(name), np.uint8)
+    return os.fsdecode(bytes(np.asarray(multihost_utils.broadcast_one_to_all(encoded))))
 
 
 def _meet(name: str, several: bool) -> None:

@@ -12,8 +12,9 @@ import functools
 import itertools
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +23,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, Sharding
 from jax.typing import DTypeLike
 
-from raas_jax.config import ModelConfig
+from raas_jax.checks import short
+from raas_jax.config import ModelConfig, quantised
+from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.sharding import weight_shardings
 from raas_jax.weights import safetensors
-from raas_jax.weights.files import Shape, misfits, new_folder, write_companions
+from raas_jax.weights.files import Shape, listed, misfits, new_folder, write_companions
 
 # None: the default device. A mesh, on which the weights lie by their logical axes; one sharding for
 # all arrays; a tree of them like `weights`; or a function from the config to any of these.
@@ -51,10 +54,16 @@ LAYER = {
 # same order, so reading and writing are reshapes.
 JOINED = ("layers.q", "layers.k", "layers.v")
 
+# What quantisation puts beside a weight, or in its place: GPTQ and AWQ, fp8, bitsandbytes.
+QUANTISED_ENDINGS = (
+    *(".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed"),
+    *(".absmax", ".SCB"),
+)
 # Constants that old checkpoints saved; they follow from the config.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -149,10 +158,17 @@ def load_hf(
     Raises:
       FileNotFoundError: no config.json, no safetensors (also where there is only a pickle), or a
         missing shard.
-      ValueError: an unsupported model, a corrupt file, an index that points outside the folder,
-        or tensors that do not fit: all of them in one message.
+      FileError: an unsupported or quantised model, an adapter, a corrupt file, or an index that
+        points outside the folder.
+      ValueError: tensors that do not fit: all of them in one message.
     """
     folder = Path(folder).expanduser()
+    if adapter := next((name for name in ADAPTER if (folder / name).exists()), None):
+        raise FileError(
+            folder / adapter,
+            "is an adapter (LoRA), which transformers would apply to its base model. Merge it into "
+            "the base by merge_and_unload() of peft, and save the result by save_pretrained().",
+        )
     config = ModelConfig.from_file(folder)
     entries = checked_entries(folder, config)
     stored = {safetensors.DTYPES[entry.code].name for entry in entries.values()}
@@ -202,8 +218,9 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
 
     Raises:
       ValueError: one message that lists every unknown, missing, duplicate and misshapen tensor.
+      FileError: a quantised model, a config of a far larger model, or a damaged file.
     """
-    places, known = destinations(config), safetensors.DTYPES
+    known = safetensors.DTYPES
     entries: dict[str, safetensors.Entry] = {}
     problems: list[str] = []
     for file in weight_files(folder):
@@ -215,6 +232,15 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
                 problems.append(f"duplicate: {name} is in {other} and in {file.name}")
             entries[name] = entry
     entries = {n: e for n, e in entries.items() if not n.endswith(IGNORED_ENDINGS)}
+    for name, entry in entries.items():
+        if name.endswith(QUANTISED_ENDINGS) or entry.code.startswith(("F8_", "F6_", "F4")):
+            raise FileError(entry.file, f"cannot be used: {quantised(short(name))}.")
+    stored = sum(entry.size for entry in entries.values())
+    wanted = sum(math.prod(leaf.shape) for leaf in flat_shapes(config, "float32").values())
+    if wanted > stored:
+        what = f"describes a model of {wanted} numbers, but its weights are {stored} bytes in all"
+        raise FileError(folder / "config.json", f"{what}; it belongs to another model.")
+    places = destinations(config)
     head, table = entries.get("lm_head.weight"), entries.get("model.embed_tokens.weight")
     if config.tie_word_embeddings and head and table:
         # A tied head that was saved anyway is dropped, but only when dropping it changes nothing.
@@ -236,16 +262,17 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
     if problems:
         raise ValueError(
             f"The weights in {folder} do not fit its config.json (model_type "
-            f"{config.model_type}, {config.num_hidden_layers} layers):\n  " + "\n  ".join(problems)
+            f"{config.model_type}, {config.num_hidden_layers} layers):{listed(problems)}"
         )
     return entries
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a folder: `model.safetensors`, or the shards of its index."""
-    if (folder / SINGLE).is_file():
+    # A link to nothing is there as well: reading it says which file is missing.
+    if os.path.lexists(folder / SINGLE):
         return [folder / SINGLE]
-    if (folder / INDEX).is_file():
+    if os.path.lexists(folder / INDEX):
         return _shards(folder)
     if pickles := sorted(file.name for file in folder.glob("*.bin")):
         raise FileNotFoundError(
@@ -256,38 +283,34 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _shards(folder: Path) -> list[Path]:
-    """The files named by an index, in its order; none of them outside the folder."""
+    """The files named by an index, in its order; no name leads out of the folder."""
     index = folder / INDEX
-    try:
-        unique = list(dict.fromkeys(json.loads(index.read_text())["weight_map"].values()))
-        assert unique and all(isinstance(name, str) for name in unique)
-    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise ValueError(
-            f"{index} is not an index of shards; expected a JSON object with a weight_map from "
-            "tensor names to file names."
-        ) from error
-    if outside := [name for name in unique if not _inside(folder, name)]:
-        raise ValueError(
-            f"{index} points outside its folder, which is refused: {', '.join(map(repr, outside))}."
-        )
-    if absent := [name for name in unique if not (folder / name).is_file()]:
+    remedy = (
+        "It is not an index of shards: a JSON object with a weight_map from tensor names to file "
+        "names. Download or copy it again."
+    )
+    fields = Fields(read_fields(index, remedy), index, remedy=remedy)
+    named = list(fields.inner("weight_map").values.values())
+    if not named:
+        raise fields.error("weight_map is empty")
+    for name in named:
+        if not _stays_below(name):
+            raise fields.error(f"{short(name)} in weight_map is no name of a file in its folder")
+    unique = list(dict.fromkeys(named))
+    if absent := [name for name in unique if not (folder / name).exists()]:
         raise FileNotFoundError(
             f"{folder} lacks {len(absent)} of the {len(unique)} files in its index: "
-            f"{', '.join(absent)}. Download or copy them again."
+            f"{short(absent)}. Download or copy them again."
         )
     return [folder / name for name in unique]
 
 
-def _inside(folder: Path, name: str) -> bool:
-    """Whether a name of an index stays in its folder, also once links are followed."""
-    if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
+def _stays_below(name: object) -> bool:
+    """Whether it names a file in the folder or below. Links are the user's, and are followed."""
+    if not isinstance(name, str) or not name or set(name) & set("\\\0"):
         return False
-    roots = [folder.resolve()]
-    if folder.absolute().parent.name == "snapshots":
-        # The cache of huggingface_hub keeps the bytes beside its snapshots, and links to them.
-        roots.append(folder.absolute().parent.parent.resolve() / "blobs")
-    real = (folder / name).resolve()
-    return any(real.is_relative_to(root) for root in roots)
+    path = PurePosixPath(name)
+    return not path.is_absolute() and ".." not in path.parts
 
 
 def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTES) -> None:

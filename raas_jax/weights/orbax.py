@@ -13,10 +13,11 @@ from pathlib import Path
 import jax
 from jax.typing import DTypeLike
 
+from raas_jax.arrays_on_disk import read_arrays
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 from raas_jax.weights import hf
-from raas_jax.weights.files import first_line, misfits, new_folder, write_companions
+from raas_jax.weights.files import Shape, listed, misfits, new_folder, write_companions
 
 ARRAYS = "orbax"
 
@@ -51,7 +52,8 @@ def load_orbax(
 
     Raises:
       FileNotFoundError: no config.json, or no arrays.
-      ValueError: arrays that do not fit the config (all in one message), or a damaged folder.
+      ValueError: arrays that do not fit the config, all in one message.
+      FileError: a damaged folder.
     """
     import orbax.checkpoint as ocp
 
@@ -62,30 +64,26 @@ def load_orbax(
     shardings = hf.flat_shardings(config, sharding)
     default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with ocp.StandardCheckpointer() as checkpointer:
-        try:
-            stored = hf.flatten(checkpointer.metadata(folder / ARRAYS).item_metadata.tree)
-            found = {path: tuple(array.shape) for path, array in stored.items()}
-        except Exception as error:  # Orbax lets through whatever its storage raised.
-            raise _damaged(folder, error) from error
+
+        def shapes() -> dict[str, Shape]:
+            metadata = checkpointer.metadata(folder / ARRAYS).item_metadata
+            if metadata is None:
+                raise ValueError("its metadata are missing or damaged")
+            return {path: tuple(a.shape) for path, a in hf.flatten(metadata.tree).items()}
+
         # Orbax would pad or drop what does not fit.
         expected = {path: leaf.shape for path, leaf in hf.flat_shapes(config, "float32").items()}
-        if problems := misfits(found, expected):
-            lines = "\n  ".join(["", *problems])
-            raise ValueError(f"The Orbax arrays in {folder} do not fit its config.json:{lines}")
+        if problems := misfits(read_arrays(folder / ARRAYS, shapes), expected):
+            what = f"The Orbax arrays in {folder} do not fit its config.json:{listed(problems)}"
+            raise ValueError(what)
         to = hf.wanted_dtype(dtype, config.dtype)
-        target = {
-            path: jax.ShapeDtypeStruct(shape, to, sharding=shardings[path] or default)
-            for path, shape in expected.items()
-        }
-        try:
-            weights = checkpointer.restore(folder / ARRAYS, hf.unflatten(target))
-        except Exception as error:
-            raise _damaged(folder, error) from error
+        target = hf.unflatten(
+            {
+                path: jax.ShapeDtypeStruct(shape, to, sharding=shardings[path] or default)
+                for path, shape in expected.items()
+            }
+        )
+        weights = read_arrays(
+            folder / ARRAYS, lambda: checkpointer.restore(folder / ARRAYS, target)
+        )
     return Params(weights, dataclasses.replace(config, dtype=to.name), str(folder))
-
-
-def _damaged(folder: Path, error: Exception) -> ValueError:
-    return ValueError(
-        f"The Orbax arrays in {folder / ARRAYS} cannot be read ({first_line(error)[:200]}); the "
-        "folder is damaged or not complete. Copy or convert it again."
-    )

@@ -7,9 +7,12 @@ and maps a whole file into memory, while a checkpoint should pass through one te
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import mmap
+import os
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -18,6 +21,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from raas_jax.files import FileError, opened
 
 DTYPES: dict[str, np.dtype] = {
     "F32": jnp.dtype("float32"),
@@ -46,7 +51,7 @@ class Entry(NamedTuple):
 def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of a file, and the names which it holds more than once.
 
-    Raises ValueError for a file that is cut short or is not a safetensors file.
+    Raises FileError for a file that is cut short or is not a safetensors file.
     """
     twice: list[str] = []
 
@@ -56,9 +61,9 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
         return dict(items)
 
     try:
-        with safe_open(file, framework="numpy"):
-            pass  # Opening checks the header against the file: offsets, sizes and total length.
-        with file.open("rb") as stream:
+        with _open(file) as stream:
+            with safe_open(file, framework="numpy"):
+                pass  # Opening checks the header against the file: offsets, sizes and total length.
             length = int.from_bytes(stream.read(8), "little")
             header = json.loads(stream.read(length), object_pairs_hook=pairs)
         header.pop("__metadata__", None)
@@ -66,24 +71,34 @@ def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
         for name, tensor in header.items():
             begin, end = (8 + length + offset for offset in tensor["data_offsets"])
             entries[name] = Entry(file, tensor["dtype"], tuple(tensor["shape"]), begin, end)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{file} is not a whole safetensors file ({error}): cut short or corrupt; copy it anew."
+    except FileError:
+        raise
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise FileError(
+            file, f"is not a whole safetensors file ({reason}): cut short or corrupt; copy it anew."
         ) from error
     return entries, twice
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[io.BufferedReader]:
+    with opened(file) as descriptor, os.fdopen(os.dup(descriptor), "rb") as stream:
+        yield stream
 
 
 def read_tensor(entry: Entry, dtype: np.dtype) -> np.ndarray:
     """One tensor as a new array of `dtype`; nothing else of the file is kept."""
     values = _buffer(entry.shape, DTYPES[entry.code])
-    with entry.file.open("rb") as stream:
+    with _open(entry.file) as stream:
         stream.seek(entry.begin)
         if stream.readinto(values.reshape(-1).view(np.uint8).data) != entry.size:
-            raise ValueError(f"{entry.file} ended inside a tensor; it is being written, or cut.")
+            raise FileError(entry.file, "ended inside a tensor; it is being written, or cut.")
     if values.dtype == dtype:
         return values
     cast = _buffer(entry.shape, dtype)
-    np.copyto(cast, values, casting="unsafe")
+    with np.errstate(over="ignore"):  # `check_finite` says it better.
+        np.copyto(cast, values, casting="unsafe")
     return cast
 
 
@@ -102,7 +117,7 @@ def same_bytes(a: Entry, b: Entry) -> bool:
 
 
 def _blocks(entry: Entry) -> Iterator[bytes]:
-    with entry.file.open("rb") as stream:
+    with _open(entry.file) as stream:
         stream.seek(entry.begin)
         for offset in range(0, entry.size, _BLOCK):
             yield stream.read(min(_BLOCK, entry.size - offset))
@@ -121,7 +136,7 @@ def write_file(
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with file.open("wb") as stream:
+    with file.open("xb") as stream:
         stream.write(len(text).to_bytes(8, "little") + text)
         for shape, tensor in zip(shapes.values(), tensors, strict=True):
             assert tensor.shape == shape and tensor.dtype == dtype

@@ -13,6 +13,7 @@ from checkpoints import CONFIG, Checkpoint
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 from safetensors.numpy import load_file, save_file
 
+from raas_jax.files import FileError
 from raas_jax.params import Params
 from raas_jax.weights import hf, load, save_hf
 from raas_jax.weights.safetensors import read_header
@@ -214,8 +215,11 @@ def test_no_weights_no_config(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*llama, mistral, qwen2, qwen3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'.*default, linear, llama3"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*'llama', 'mistral', 'qwen2', 'qwen3'"),
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+            "'yarn'.*'default', 'linear', 'llama3'",
+        ),
     ],
 )
 def test_unsupported_models_are_named(checkpoint, change, message):
@@ -252,28 +256,49 @@ def test_missing_shards_are_named(checkpoint):
         load(folder)
 
 
-@pytest.mark.parametrize("way", ["absolute", "dots", "dots inside", "link", "linked folder"])
-def test_an_index_that_points_outside_is_refused(checkpoint, tmp_path, way):
+@pytest.mark.parametrize(
+    "name",
+    ["/ABSOLUTE", "../secret/x", "sub/../../secret/x", "..\\secret", "a\0b", "", 7, None, [1]],
+)
+def test_an_index_that_points_outside_is_refused(checkpoint, tmp_path, name):
     folder = checkpoint.write(shards=2)
-    secret = tmp_path / "secret"
-    secret.mkdir()
-    file = secret / "model.safetensors"
+    (tmp_path / "secret").mkdir()
+    file = tmp_path / "secret" / "x"
     shutil.copyfile(folder / "model-00001-of-00002.safetensors", file)
-    names = {
-        "absolute": str(file),
-        "dots": "../secret/model.safetensors",
-        "dots inside": "sub/../../secret/model.safetensors",
-        "link": "link.safetensors",
-        "linked folder": "linked/model.safetensors",
-    }
-    (folder / "sub").mkdir()
-    (folder / "link.safetensors").symlink_to(file)
-    (folder / "linked").symlink_to(secret)
-    first = "model-00001-of-00002.safetensors"
-    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
-    checkpoint.write_index({k: names[way] if v == first else v for k, v in index.items()})
-    with pytest.raises(ValueError, match="points outside its folder.*refused"):
+    name = str(file) if name == "/ABSOLUTE" else name
+    index = folder / "model.safetensors.index.json"
+    weights = json.loads(index.read_text())["weight_map"]
+    checkpoint.write_index({**weights, "model.norm.weight": name})
+    with pytest.raises(FileError, match=f"{index} .* in weight_map is no name of a file in its"):
         load(folder)
+
+
+@pytest.mark.parametrize("what", ["file", "folder", "the whole model"])
+def test_the_links_of_a_user_are_followed(checkpoint, tmp_path, what):
+    folder = checkpoint.write(shards=2)
+    expected = load(folder)
+    first, elsewhere = "model-00001-of-00002.safetensors", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    shutil.move(folder / first, elsewhere / first)
+    if what == "folder":
+        (folder / "linked").symlink_to(elsewhere)
+        index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+        names = {k: f"linked/{v}" if v == first else v for k, v in index.items()}
+        checkpoint.write_index(names)
+    else:
+        (folder / first).symlink_to(elsewhere / first)
+    if what == "the whole model":
+        (tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    _same_weights(load(folder), expected)
+
+
+def test_a_link_to_nothing_is_named(checkpoint, tmp_path):
+    file = checkpoint.write() / "model.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match=str(file)):
+        load(checkpoint.folder)
 
 
 def test_the_links_of_the_hub_cache_are_followed(checkpoint, tmp_path):
@@ -285,15 +310,22 @@ def test_the_links_of_the_hub_cache_are_followed(checkpoint, tmp_path):
         shutil.copyfile(file, model / "blobs" / str(number))
         (model / "snapshots" / "abc" / file.name).symlink_to(f"../../blobs/{number}")
     _same_weights(load(model / "snapshots" / "abc"), expected)
+    (tmp_path / "mine").symlink_to(model / "snapshots" / "abc")
+    _same_weights(load(tmp_path / "mine"), expected)
 
 
 @pytest.mark.parametrize(
-    "index", ["[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', "{"]
+    "index",
+    [
+        *("[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": [1]}', "{"),
+        *('{"weight_map": NaN}', '{"weight_map": ' + "[" * 100_000, "\0"),
+    ],
+    ids=lambda text: text[:20],
 )
 def test_a_broken_index(checkpoint, index):
     folder = checkpoint.write(shards=2)
     (folder / "model.safetensors.index.json").write_text(index)
-    with pytest.raises(ValueError, match="is not an index of shards"):
+    with pytest.raises(ValueError, match="is not an index of shards.*again"):
         load(folder)
 
 

@@ -148,6 +148,36 @@ def test_every_damage_is_noticed(checkpoint, tmp_path, monkeypatch):
     gc.collect()
 
 
+QUIET_SCRIPT = """
+import sys
+from raas_jax.weights import load
+
+for folder in sys.argv[1:]:
+    try:
+        load(folder)
+    except ValueError as error:
+        print(type(error).__name__, str(error).count("\\n"), error)
+"""
+
+
+def test_damage_is_one_line_and_nothing_on_stderr(checkpoint, tmp_path):
+    save_orbax(load(checkpoint.write()), tmp_path / "whole")
+    arrays = [*(tmp_path / "whole" / "orbax").rglob("d/*")]
+    damaged = [*arrays, tmp_path / "whole/orbax/manifest.ocdbt", tmp_path / "whole/orbax/_METADATA"]
+    folders = []
+    for number, file in enumerate(damaged):
+        folders.append(tmp_path / str(number))
+        shutil.copytree(tmp_path / "whole", folders[-1])
+        copy = folders[-1] / file.relative_to(tmp_path / "whole")
+        copy.write_bytes(copy.read_bytes()[: copy.stat().st_size // 2])
+    command = [sys.executable, "-c", QUIET_SCRIPT, *folders]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert len(lines) > len(damaged) // 2  # Some files hold what no array needs.
+    assert all("FileError 0" in line and "cannot be read" in line for line in lines)
+
+
 def test_missing_parts(checkpoint, tmp_path):
     convert(checkpoint.write(), tmp_path / "orbax")
     with pytest.raises(FileNotFoundError, match="No Orbax arrays"):

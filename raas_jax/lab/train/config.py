@@ -64,10 +64,7 @@ class TrainConfig:
                 f"unknown fields {sorted(set(found) - known)}, missing fields "
                 f"{sorted(known - set(found))}"
             )
-        try:
-            model = ModelConfig.from_hf(fields.inner("model").values)
-        except (ValueError, TypeError) as error:
-            raise fields.error(f"model: {error}") from None
+        model = ModelConfig.from_hf(fields.inner("model").values, path)
         buckets = tuple(each.build(Bucket) for each in fields.each("buckets"))
         return cls(
             model=model,

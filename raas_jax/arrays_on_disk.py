@@ -1,0 +1,72 @@
+"""Reading what Orbax has written: one error for whatever its storage raises, and a quiet stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raas_jax import checks
+from raas_jax.files import FileError
+
+
+def read_arrays(arrays: Path, read: Callable[[], Any]) -> Any:
+    """What `read` finds in a folder of Orbax arrays.
+
+    Raises FileError, and nothing else is said: of damage Orbax would print thousands of lines.
+    """
+    _check_regular(arrays)
+    _ignore_closed_loops()
+    with _quiet():
+        try:
+            return read()
+        except Exception as error:  # Orbax lets through whatever its storage raised.
+            reason = checks.first_line(error)
+        # Its coroutines, which the error held, complain as they are collected.
+        gc.collect()
+    raise FileError(
+        arrays,
+        f"cannot be read ({reason}); the folder is damaged or not complete. Copy or convert it "
+        "again.",
+    )
+
+
+def _check_regular(folder: Path) -> None:
+    """Raises FileError for a folder with a pipe or the like in it, for which Orbax would wait."""
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if not os.path.isfile(os.path.join(parent, name)):
+                what = "is a pipe, a device or a broken link; expected a regular file."
+                raise FileError(os.path.join(parent, name), what)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps Orbax's log and the complaints of its coroutines off stderr."""
+    logger, hook = logging.getLogger("absl"), sys.unraisablehook
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    sys.unraisablehook = lambda _: None
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        sys.unraisablehook = hook
+
+
+@functools.cache
+def _ignore_closed_loops() -> None:
+    """Threads of the storage that end after an error find Orbax's loop closed, at any time."""
+    hook = sys.excepthook
+
+    def quieter(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
+            hook(kind, error, trace)
+
+    sys.excepthook = quieter

@@ -1,0 +1,323 @@
+"""A config.json means what the classes of transformers mean by it, or it is refused by name."""
+
+import copy
+import dataclasses
+import json
+import math
+import os
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raas_jax.config import ARCHITECTURES, LARGEST, ROPE_TYPES, ModelConfig, Rope
+from raas_jax.files import FileError
+
+SIZES = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+}
+FULL = {
+    **SIZES,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "tie_word_embeddings": True,
+    "attention_bias": True,
+    "mlp_bias": True,
+    "bos_token_id": 3,
+    "eos_token_id": [4, 5],
+    "rope_theta": 500.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+    "rope_parameters": {"rope_type": "default", "rope_theta": 700.0},
+    "partial_rotary_factor": 1.0,
+    "dtype": "float16",
+    "torch_dtype": "bfloat16",
+    "sliding_window": 256,
+    "use_sliding_window": True,
+    "max_window_layers": 1,
+    "layer_types": ["full_attention"] * 3,
+}
+
+
+def full(kind: str, **changes) -> dict:
+    return {"model_type": kind, **copy.deepcopy(FULL), **changes}
+
+
+def theirs(fields: dict) -> ModelConfig | None:
+    """What transformers makes of it; None where it refuses, or where a layer slides."""
+    from transformers import logging
+    from transformers.cache_utils import get_layer_types_and_kwargs
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    logging.set_verbosity_error()
+    kind = fields["model_type"]
+    fields = copy.deepcopy(fields)
+    # Two values that its classes are written for, and its check of types refuses.
+    if kind == "mistral" and fields.get("num_key_value_heads", 8) is None:
+        fields["num_key_value_heads"] = fields["num_attention_heads"]
+    if type(fields.get("rms_norm_eps")) is int:
+        fields["rms_norm_eps"] = float(fields["rms_norm_eps"])
+    try:
+        c = CONFIG_MAPPING[kind].from_dict(fields)
+        layers, windows = get_layer_types_and_kwargs(c)
+        spans = [window.get("sliding_window", math.inf) for window in windows]
+        if kind == "mistral" and c.sliding_window is not None:
+            spans.append(c.sliding_window)
+        if {*layers} - {"full_attention", "sliding_attention"}:
+            return None
+        if min(spans) < c.max_position_embeddings:
+            return None
+        rope = c.rope_parameters
+        own = {name: rope[name] for name in ROPE_TYPES[rope["rope_type"]]}
+        if own and rope.get("partial_rotary_factor", 1.0) != 1.0:
+            return None
+        biased = kind in ("llama", "qwen3") and c.attention_bias
+        eos = c.eos_token_id
+        return ModelConfig(
+            **{name: getattr(c, name) for name in SIZES},
+            num_key_value_heads=c.num_key_value_heads,
+            head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
+            max_position_embeddings=c.max_position_embeddings,
+            rope=Rope(rope["rope_theta"], rope["rope_type"], **own),
+            rms_norm_eps=c.rms_norm_eps,
+            tie_word_embeddings=c.tie_word_embeddings,
+            qkv_bias=kind == "qwen2" or biased,
+            output_bias=biased,
+            mlp_bias=kind == "llama" and c.mlp_bias,
+            qk_norm=kind == "qwen3",
+            model_type=kind,
+            bos_token_id=c.bos_token_id,
+            eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
+            dtype="float32" if c.dtype is None else str(c.dtype).removeprefix("torch."),
+        )
+    except Exception:
+        return None
+
+
+def ours(fields: dict) -> ModelConfig | None:
+    try:
+        return ModelConfig.from_hf(fields, "some/config.json")
+    except FileError as error:
+        assert str(error).startswith("some/config.json cannot be used: ")
+        return None
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("key", FULL)
+def test_what_is_left_out_or_null_means_the_same(kind, key):
+    assert ours(full(kind)) == theirs(full(kind)) is not None
+    without = full(kind)
+    del without[key]
+    if key in SIZES:
+        with pytest.raises(FileError, match=f"it lacks {key}"):
+            ModelConfig.from_hf(without)
+    else:
+        assert ours(without) == theirs(without)
+    assert ours(full(kind, **{key: None})) == theirs(full(kind, **{key: None}))
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_all_defaults_at_once(kind):
+    """Heads by which the key/value heads that are meant divide."""
+    fields = {**SIZES, "hidden_size": 128, "num_attention_heads": 32, "model_type": kind}
+    if kind == "mistral":
+        assert ours(fields) is None is theirs(fields)  # It would slide.
+        fields["sliding_window"] = None
+    assert ours(fields) == theirs(fields) is not None
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1, "high_freq_factor": 4}
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+DEFAULT = {"rope_type": "default", "rope_theta": 700.0}
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        {"rope_theta": 500.0},
+        {"rope_theta": 500.0, "rope_parameters": DEFAULT},
+        {"rope_theta": 500.0, "rope_parameters": LINEAR},
+        {"rope_parameters": DEFAULT, "rope_scaling": LINEAR},
+        {"rope_parameters": DEFAULT, "rope_scaling": {**LINEAR, "rope_theta": 700.0}},
+        {"rope_theta": 500.0, "rope_parameters": DEFAULT, "rope_scaling": LINEAR},
+        {"rope_parameters": DEFAULT, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": DEFAULT, "rope_scaling": {}},
+        {"rope_parameters": DEFAULT, "rope_scaling": None},
+        {"rope_scaling": {"type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "rope_type": "default", "factor": 4.0}},
+        {"rope_scaling": {"type": "default", "rope_type": "linear", "factor": 4.0}},
+        {"rope_scaling": {"type": "linear", "rope_type": None, "factor": 4.0}},
+        {"rope_scaling": {"type": "linear"}},
+        {"rope_scaling": {"factor": 4.0}},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 64}},
+        {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": None}},
+        {"rope_scaling": LLAMA3, "original_max_position_embeddings": 64},
+        {"rope_theta": 500.0, "rope_scaling": {**LINEAR, "rope_theta": None}},
+        {"partial_rotary_factor": 0.5},
+        {"partial_rotary_factor": 0.5, "rope_scaling": LINEAR},
+        {"dtype": "float16", "torch_dtype": "bfloat16"},
+        {"dtype": None, "torch_dtype": "bfloat16"},
+        {"torch_dtype": "bfloat16"},
+        {"torch_dtype": "torch.bfloat16"},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 3},
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": ["full_attention"] * 3},
+        {"sliding_window": 8, "layer_types": ["full_attention"] * 3},
+        {"sliding_window": 8, "layer_types": ["sliding_attention"] * 3},
+        {"sliding_window": None, "layer_types": ["sliding_attention"] * 3},
+        {"sliding_window": None, "layer_types": ["attention"] * 3},
+        {"sliding_window": None, "layer_types": ["full_attention"] * 2},
+        {"sliding_window": None, "layer_types": ["chunked_attention"] * 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+def test_two_spellings_mean_the_same(kind, spelling):
+    fields = {**SIZES, "model_type": kind, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    fields |= copy.deepcopy(spelling)
+    assert ours(fields) == theirs(fields)
+
+
+VALID = {
+    "num_key_value_heads": [1, 2, 4, None],
+    "head_dim": [8, 10],
+    "max_position_embeddings": [64, 4096],
+    "rms_norm_eps": [1e-5, 1e-6],
+    "hidden_act": ["silu", "swish"],
+    "tie_word_embeddings": [True, False],
+    "attention_bias": [True, False],
+    "mlp_bias": [True, False],
+    "bos_token_id": [None, 0, 5, -1],
+    "eos_token_id": [None, 0, -1, [], [1, 2]],
+    "rope_theta": [100, 1e6],
+    "rope_scaling": [None, {}, LINEAR, {**LLAMA3, "rope_theta": 10.0}],
+    "rope_parameters": [None, {}, DEFAULT, {"rope_type": "linear", "factor": 3}],
+    "dtype": [None, "float32", "bfloat16"],
+    "torch_dtype": [None, "float16"],
+    "sliding_window": [None, 4096],
+    "use_sliding_window": [True, False],
+    "max_window_layers": [0, 2, 3],
+    "layer_types": [None, ["full_attention"] * 3],
+    "unknown_to_all": [1],
+}
+ODD = [None, -1, 0, 7, 3.5, math.nan, math.inf, 10**9, 10**30, True, "", "7", [], [0], {}, {"a": 1}]
+CONFIGS = st.fixed_dictionaries(
+    {
+        "model_type": st.sampled_from(sorted(ARCHITECTURES)),
+        **{name: st.just(value) for name, value in SIZES.items()},
+    },
+    optional={name: st.sampled_from(values) for name, values in VALID.items()},
+)
+CHANGES = st.dictionaries(
+    st.sampled_from(sorted({*SIZES, *VALID} - {"unknown_to_all"})), st.sampled_from(ODD), max_size=2
+)
+
+
+@settings(max_examples=300)
+@given(fields=CONFIGS)
+def test_valid_configs_mean_the_same(fields):
+    assert ours(fields) == theirs(fields)
+
+
+@settings(max_examples=300)
+@given(fields=CONFIGS, changes=CHANGES)
+def test_odd_configs_are_refused_or_mean_the_same(fields, changes):
+    found = ours({**fields, **changes})
+    assert found is None or found == theirs({**fields, **changes})
+    if found is not None:
+        assert ModelConfig.from_hf(found.to_hf()) == found
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"rope_theta": -1}, "rope_theta is -1"),
+        ({"rope_scaling": {"type": "linear", "factor": 0}}, "factor is 0"),
+        ({"rope_scaling": {"type": "linear"}}, "lacks rope_scaling.factor"),
+        ({"rope_scaling": {**LLAMA3, "low_freq_factor": 4}}, "low_freq_factor is 4"),
+        ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
+        ({"hidden_size": 32.7}, "hidden_size is 32.7"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"vocab_size": 10**5000}, "vocab_size is a number of too many digits"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*llama.*qwen3"),
+        ({"is_causal": False}, "is_causal is False, which is not supported"),
+        ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config is .* not supported"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "quantised .'gptq'.*dequantize"),
+        ({"quantization_config": {"load_in_4bit": True}}, "quantised .*load_in_4bit"),
+        # Llama's class would drop it with a warning; the others break.
+        ({"rope_scaling": {"full_attention": DEFAULT}}, "values of their own for full_attention"),
+        ({"eos_token_id": [1, "2"]}, "eos_token_id is '2'"),
+    ],
+)
+def test_what_is_refused_is_named(change, named, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(full("qwen3", **change)) if "vocab_size" not in change else "{}")
+    with pytest.raises(FileError, match=named):
+        ModelConfig.from_hf(full("qwen3", **change))
+    with pytest.raises(FileError, match=str(file)):
+        ModelConfig.from_file(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a": ' * 100_000, "[]", "{", "\ud800", "7"])
+def test_a_file_that_is_no_config_is_named(text, tmp_path):
+    file = tmp_path / "config.json"
+    file.write_bytes(text.encode(errors="surrogatepass"))
+    with pytest.raises(FileError, match=str(file)):
+        ModelConfig.from_file(file)
+
+
+def test_a_pipe_or_a_folder_is_no_config(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(FileError, match="expected a regular file"):
+        ModelConfig.from_file(tmp_path)
+    with pytest.raises(FileNotFoundError, match="No model configuration"):
+        ModelConfig.from_file(tmp_path / "nothing")
+
+
+GOOD = ModelConfig(97, 48, 72, 3, 4, 2, 12)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in LARGEST for value in (0, 2.0, True, None, 2**31)),
+        *(("rms_norm_eps", value) for value in (-1.0, math.nan, "x", None, True)),
+        *((name, 1) for name in ("tie_word_embeddings", "qkv_bias", "qk_norm")),
+        *(("head_dim", 7), ("num_key_value_heads", 3), ("rope", None), ("model_type", "gpt2")),
+        *(("dtype", "int8"), ("bos_token_id", 1.5), ("eos_token_ids", ("a",))),
+        ("eos_token_ids", 7),
+    ],
+)
+def test_a_config_checks_itself(name, value):
+    with pytest.raises(ValueError, match=name):
+        dataclasses.replace(GOOD, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("theta", value) for value in (0, -1, math.nan, math.inf, "x", None)),
+        *(("factor", value) for value in (0, -2.0, math.inf, True)),
+        *(("low_freq_factor", 4.0), ("high_freq_factor", 0), ("kind", "yarn")),
+        ("original_max_position_embeddings", 0),
+    ],
+)
+def test_a_rope_checks_itself(name, value):
+    with pytest.raises(ValueError, match="rope_type" if name == "kind" else name):
+        Rope(**{name: value})
+
+
+def test_numbers_of_numpy_are_made_pythons():
+    config = dataclasses.replace(GOOD, vocab_size=np.int64(97), rms_norm_eps=np.float64(1e-6))
+    assert config == GOOD
+    assert type(config.vocab_size) is int and type(config.rms_norm_eps) is float
