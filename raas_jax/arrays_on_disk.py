@@ -16,8 +16,8 @@ from raas_jax import checks
 from raas_jax.files import FileError
 
 
-def read_arrays(arrays: Path, read: Callable[[], Any]) -> Any:
-    """What `read` finds in a folder of Orbax arrays.
+def read(arrays: Path, reader: Callable[[], Any], remedy: str = "Copy it again.") -> Any:
+    """What `reader` finds in a folder of Orbax arrays.
 
     Raises FileError, and nothing else is said: of damage Orbax would print thousands of lines.
     """
@@ -25,15 +25,14 @@ def read_arrays(arrays: Path, read: Callable[[], Any]) -> Any:
     _ignore_closed_loops()
     with _quiet():
         try:
-            return read()
+            return reader()
         except Exception as error:  # Orbax lets through whatever its storage raised.
             reason = checks.first_line(error)
         # Its coroutines, which the error held, complain as they are collected.
         gc.collect()
     raise FileError(
         arrays,
-        f"cannot be read ({reason}); the folder is damaged or not complete. Copy or convert it "
-        "again.",
+        f"cannot be read ({reason}); the folder is damaged or not complete. {remedy}",
     )
 
 

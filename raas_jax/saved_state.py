@@ -92,7 +92,7 @@ def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
 
     like = arrays_like(shape)
 
-    def read() -> Any:
+    def arrays() -> Any:
         """The arrays; None where they have other shapes, which Orbax would pad or cut."""
         stored = checkpointer.metadata(folder).item_metadata.tree
         shapes = [tuple(leaf.shape) for leaf in jax.tree.leaves(stored)]
@@ -100,13 +100,13 @@ def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
         return checkpointer.restore(folder, like) if same else None
 
     with ocp.StandardCheckpointer() as checkpointer:
-        arrays = arrays_on_disk.read_arrays(folder, read)
-    if arrays is None:
+        found = arrays_on_disk.read(folder, arrays)
+    if found is None:
         what = "holds a state of other shapes; restore it with the plan and the rows of the save."
         raise FileError(folder, what)
-    if identity.of_arrays(arrays) != digest:
+    if identity.of_arrays(found) != digest:
         raise FileError(folder, "is damaged: its arrays are not those that were saved.")
-    return from_arrays(arrays)
+    return from_arrays(found)
 
 
 def _with_keys(state: DecodeState, keys: Any) -> DecodeState:

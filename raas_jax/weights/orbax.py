@@ -13,7 +13,7 @@ from pathlib import Path
 import jax
 from jax.typing import DTypeLike
 
-from raas_jax.arrays_on_disk import read_arrays
+from raas_jax import arrays_on_disk
 from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 from raas_jax.weights import hf
@@ -73,7 +73,7 @@ def load_orbax(
 
         # Orbax would pad or drop what does not fit.
         expected = {path: leaf.shape for path, leaf in hf.flat_shapes(config, "float32").items()}
-        if problems := misfits(read_arrays(folder / ARRAYS, shapes), expected):
+        if problems := misfits(arrays_on_disk.read(folder / ARRAYS, shapes), expected):
             what = f"The Orbax arrays in {folder} do not fit its config.json:{listed(problems)}"
             raise ValueError(what)
         to = hf.wanted_dtype(dtype, config.dtype)
@@ -83,7 +83,7 @@ def load_orbax(
                 for path, shape in expected.items()
             }
         )
-        weights = read_arrays(
+        weights = arrays_on_disk.read(
             folder / ARRAYS, lambda: checkpointer.restore(folder / ARRAYS, target)
         )
     return Params(weights, dataclasses.replace(config, dtype=to.name), str(folder))

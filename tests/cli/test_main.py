@@ -72,7 +72,10 @@ def test_every_number_has_a_range(command):
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        (["generate", "x", "--rows", "1000000000"], "--rows is 1000000000; it must be an int from"),
+        (
+            ["generate", "x", "--rows", "1000000000"],
+            "--rows is 1000000000; it must be",
+        ),
         (["generate", "x", "-n", "1000000000000"], "--max-new-tokens is 1000000000000;"),
         (["generate", "x", "--seed", "1" + "0" * 30], "--seed is 1000000000000000000000000000000;"),
         (["memory", "--layers", "1000000000"], "--layers is 1000000000;"),
@@ -192,7 +195,7 @@ def test_what_a_user_can_mend_is_one_line(args, said, model, tmp_path, capsys):
         (RuntimeError("RESOURCE_EXHAUSTED: 9"), 2, "error: the device is out of memory; `raas-jax"),
         (RecursionError("maximum"), 2, "error: what was given is nested too deep"),
         (OSError(28, "No space left", "/a"), 2, "error: /a: no space left"),
-        (ValueError("a \x1b[31mred\x07\r\nline\ttab"), 2, "error: a �[31mred��\nline\ttab"),
+        (ValueError("a \x1b[31mred\x07\r\nline\ttab"), 2, r"error: a \x1b[31mred\x07\r" "\nline"),
         (
             ModuleNotFoundError("", name="filelock"),
             2,

@@ -117,5 +117,5 @@ def test_json_is_whole_in_every_encoding(monkeypatch, encoding):
     monkeypatch.setattr(raas_jax, "generate", lambda *_, **__: [output])
     shown = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
-    assert not Generate(prompt="x")._print_json(None, ["x"], {})
+    assert Generate(prompt="x")._print_json(None, ["x"], {}) == {"stop"}
     assert json.loads(shown.getvalue().decode(encoding))["text"] == "é😀"

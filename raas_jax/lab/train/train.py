@@ -4,7 +4,6 @@
 step, and the state holds everything else, so a run that was killed goes on to the same weights.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -20,7 +19,7 @@ import orbax.checkpoint as ocp
 from optax.contrib import MuonDimensionNumbers, muon
 from tqdm import tqdm
 
-from raas_jax import checks
+from raas_jax import arrays_on_disk, checks
 from raas_jax.config import ModelConfig
 from raas_jax.files import Fields, FileError
 from raas_jax.lab.differences import differences
@@ -251,8 +250,8 @@ def _check_origin(manager: ocp.CheckpointManager, config: TrainConfig, step: int
     Raises `FileError` for a checkpoint of a later version, or of another configuration.
     """
     folder = Path(manager.directory) / str(step)
-    with _readable(folder):
-        found = Fields(manager.metadata(step).custom_metadata or {}, folder, remedy=_REMEDY)
+    said = arrays_on_disk.read(folder, lambda: manager.metadata(step).custom_metadata, _REMEDY)
+    found = Fields(said or {}, folder, remedy=_REMEDY)
     if not found.values:
         return []
     found.integer("version", 1, VERSION)
@@ -266,16 +265,6 @@ def _check_origin(manager: ocp.CheckpointManager, config: TrainConfig, step: int
     return [{name: each.real(name) for name in AVERAGED} for each in found.each("recent")]
 
 
-@contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Whatever Orbax raises for a checkpoint that is cut or misshapen becomes a `FileError`."""
-    try:
-        yield
-    except Exception as error:
-        reason = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-        raise FileError(folder, f"cannot be read ({reason[:200]}). {_REMEDY}") from error
-
-
 def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None) -> State:
     """A checkpoint, by default the newest, with the structure, shapes and dtypes of `like`.
 
@@ -283,8 +272,9 @@ def restore(manager: ocp.CheckpointManager, like: State, step: int | None = None
     """
     target = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     step = manager.latest_step() if step is None else step
-    with _readable(Path(manager.directory) / str(step)):
-        found: State = manager.restore(step, args=ocp.args.StandardRestore(target))
+    wanted = ocp.args.StandardRestore(target)
+    folder = Path(manager.directory) / str(step)
+    found: State = arrays_on_disk.read(folder, lambda: manager.restore(step, args=wanted), _REMEDY)
     return found
 
 
