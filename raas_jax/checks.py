@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import reprlib
 from collections.abc import Collection
 from typing import Any
@@ -12,6 +13,7 @@ INT32_MAX = 2**31 - 1
 MOST_TOKENS = 2**27
 """More than any cache holds: no length, budget or count of tokens is above it."""
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _reprs = reprlib.Repr()
 _reprs.maxstring = _reprs.maxother = 80
 
@@ -89,7 +91,7 @@ def first_line(error: object) -> str:
 
 def printable(text: str) -> str:
     """The text as a terminal may show it: what would move its cursor or colour it is escaped."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def is_bool(value: object) -> bool:

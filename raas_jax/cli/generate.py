@@ -178,7 +178,8 @@ class _Clock:
 def _show(piece: raas_jax.Piece, clock: _Clock, bar: tqdm) -> raas_jax.Output | None:
     clock.count(piece.generated_tokens)
     bar.update(piece.generated_tokens - bar.n)
-    print(piece.text, end="", flush=True)
+    # A model may write what a terminal would obey; a file or another program gets it as it is.
+    print(checks.printable(piece.text) if sys.stdout.isatty() else piece.text, end="", flush=True)
     return piece.output
 
 
