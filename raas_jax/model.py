@@ -260,7 +260,8 @@ def run_layers(
       first: number of the first layer to run; may be traced where layers are stacked.
       count: how many to run; by default all that follow.
       pattern: kinds of layers in turn; the config's by default.
-      by_number: read each layer out of the stack, as decoding does; a part is always read so.
+      by_number: read each layer out of the stack, as decoding does, where a pattern has one kind; a
+        part is always read so.
 
     Returns:
       The last carry, and what the layers gave, stacked.

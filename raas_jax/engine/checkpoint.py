@@ -20,11 +20,13 @@ import numpy as np
 
 from raas_jax import checks, files, identity, policies
 from raas_jax.decode import DecodeState
+from raas_jax.engine.autosize import MOST_ROWS
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
 from raas_jax.policies import Policy
 from raas_jax.saved_state import as_arrays, read_arrays
 
+COUNTS = ("max_new_tokens", "max_prompt_tokens", "samples", "sync_every", "prefill_rows")
 STATE, HOST_STATE = "state", "book"
 VERSION = 3  # Of what is saved; 1 had other names, 2 no digests.
 
@@ -92,7 +94,8 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
         host_state = files.read_fields(newest / HOST_STATE / "metadata")
     except (ValueError, OSError) as error:
         raise damaged(newest, error) from error
-    version = Fields(host_state, folder).integer("version", 1, default=1)
+    said = Fields(host_state, newest)
+    version = said.integer("version", 1, default=1)
     if version != VERSION:
         raise FileError(
             folder,
@@ -101,6 +104,15 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
         )
     if host_state.pop("digest", None) != identity.of_json(host_state):
         raise damaged(newest, "its digest is another one")
+    options = said.inner("options")
+    options.integer("rows", 1, MOST_ROWS)
+    for name in COUNTS:
+        options.integer(name, 1, checks.MOST_TOKENS)
+    if odd := sorted(options.values.keys() ^ {"rows", "stop_token_ids", *COUNTS}):
+        raise options.error(f"options have {', '.join(odd)}, or lack it")
+    for name in ("policy", "model", "schedule", "usage"):
+        said.inner(name)
+    said.text("arrays")
     known: dict[str, Any] = host_state
     return known
 
@@ -140,27 +152,34 @@ def describe(policy: Policy) -> dict[str, Any]:
     return {"kind": type(policy).__name__, "options": dataclasses.asdict(policy)}
 
 
-def policy_of(host_state: dict[str, Any], given: Policy | None) -> Policy:
+def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Path) -> Policy:
     """The policy of a save; `given`, if that is it.
 
     Raises:
       ValueError: it is another one, or one that has to be given.
     """
     saved = host_state["policy"]
+    kind, said = saved.get("kind"), saved.get("options")
+    if not isinstance(kind, str) or not isinstance(said, dict):
+        raise damaged(folder, f"its policy is {checks.short(saved)}")
     if given is None:
         kinds = {policies.by_name(name).__name__: name for name in policies.available()}
-        if saved["kind"] not in kinds:
+        if kind not in kinds:
             raise ValueError(
-                f"The save has the policy {saved['kind']}, which raas_jax.policies does not know "
-                f"by name; give policy={saved['kind']}(...)."
+                f"{folder} has the policy {kind}, which raas_jax.policies does not know by name; "
+                f"give policy={kind}(...)."
             )
         options = {
-            name: tuple(value) if isinstance(value, list) else value
-            for name, value in saved["options"].items()
+            name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
         }
-        given = policies.create(kinds[saved["kind"]], **options)
+        try:
+            given = policies.create(kinds[kind], **options)
+        except (TypeError, ValueError) as error:
+            raise damaged(folder, error) from error
     if _plain(describe(given)) != saved:
-        raise ValueError(f"policy is {given!r}; the save has {saved}. Give that one, or none.")
+        raise ValueError(
+            f"policy is {given!r}; {folder} was saved with {saved}. Give that one, or none."
+        )
     return given
 
 

@@ -320,7 +320,10 @@ class Engine:
         """
         host_state = checkpoint.read_host_state(folder)
         checkpoint.check_model(host_state, params, folder)
-        options = {**host_state["options"], "policy": checkpoint.policy_of(host_state, policy)}
+        options = {
+            **host_state["options"],
+            "policy": checkpoint.policy_of(host_state, policy, folder),
+        }
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
         engine._model = host_state["model"]
         engine._state = checkpoint.read_state(folder, engine.session.shape, host_state["arrays"])
