@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import signal
@@ -33,13 +34,12 @@ def test_killed_twenty_times(name, tmp_path):
         begun += out.exists()
         child = lives.start(out)
         time.sleep(draws.uniform(0.0, whole))
-        os.kill(child, signal.SIGKILL)
-        ended = lives.hear()
-        if ended == "gone":
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        if "finished" not in lives.rest():
             kills += 1
             continue
-        assert (ended, lives.hear()) == ("finished", "gone")  # It came too late.
-        assert result(out) == undisturbed
+        assert result(out) == undisturbed  # The kill came too late.
         number += 1
     assert begun > KILLS // 4, "hardly a life found what an earlier one had left"
     lives.finish(out)

@@ -57,10 +57,10 @@ TRAINING = {
     "clip_norm": 1.0,
     "average_decay": 0.9,
     "attention_scale": 1.5,
-    "curriculum": [
-        {"until": 60, "smallest": 2, "largest": 2, "rows": 1, "length": 64, "packed": False}
-    ],
-    "validation": [{"smallest": 2, "largest": 2, "rows": 1, "length": 64, "packed": False}],
+    "checkpoints": "unused",
+    "buckets": [{"smallest": 2, "largest": 3, "tokens": 64, "rows": 1}],
+    "stages": [{"start": 0, "weights": [1.0]}],
+    "validation": [{"smallest": 2, "largest": 3, "tokens": 64, "rows": 1}],
 }
 
 
