@@ -155,6 +155,10 @@ def test_a_broken_generation_config_is_named(checkpoint):
         file.write_text(text)
         with pytest.raises(FileError, match=str(file)):
             tokenizer.stop_token_ids(params)
+    file.unlink()
+    file.symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match="generation_config.json"):
+        tokenizer.stop_token_ids(params)
 
 
 def _leftover(folder, age: float):
