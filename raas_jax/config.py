@@ -162,8 +162,9 @@ class Rope:
             name: rope.integer(name, 1) if name == length else rope.real(name)
             for name in ROPE_TYPES[kind]
         }
+        theta = rope.real("rope_theta", *_THETA)
         try:
-            return cls(rope.real("rope_theta", *_THETA), kind, **own)
+            return cls(theta, kind, **own)
         except (TypeError, ValueError) as error:
             raise fields.error(str(error)) from None
 

@@ -68,8 +68,8 @@ class Plan:
         pages; which of them a row may use is the policy's word.
 
         Raises:
-          ValueError: the policy cannot take one of the prompts, or some of its layers evict the
-            prompt and others do not.
+          ValueError: the policy does not suit the model or one of the prompts, or some of its
+            layers evict the prompt and others do not.
         """
         policy.check_prompts(prompt_tokens)
         lengths, P = [*prompt_tokens, *([longest] if longest else [])], policy.page_size
@@ -79,6 +79,7 @@ class Plan:
                 raise ValueError(
                     f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
                 )
+            part.check_model(config)
             first = groups[-1].part.stop if groups else 0
             groups.append(Group(first, layers, part, part.slots(lengths, max_new_tokens)))
         slots = pages_for(longest, P) if longest else bucket(pages_for(max(lengths), P))

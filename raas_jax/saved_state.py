@@ -14,6 +14,7 @@ from raas_jax import arrays_on_disk, files, identity
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.weights.files import new_folder
 
 ARRAYS, SAID = "state", "identity.json"
@@ -45,8 +46,8 @@ def arrays_like(shape: DecodeState) -> DecodeState:
     return like
 
 
-def save_state(state: DecodeState, folder: str | Path, params: Params) -> None:
-    """Writes a state into a new folder, which appears only once it is complete.
+def save_state(state: DecodeState, folder: str | Path, params: Params, plan: Plan) -> None:
+    """Writes a state of this plan into a new folder, which appears only once it is complete.
 
     Raises:
       FileExistsError: the folder is there and not empty. OSError: it cannot be written.
@@ -57,6 +58,7 @@ def save_state(state: DecodeState, folder: str | Path, params: Params) -> None:
     said = {
         "version": VERSION,
         "model": identity.of_model(params),
+        "plan": _said(plan),
         "arrays": identity.of_arrays(arrays),
     }
     with new_folder(folder) as partial, ocp.StandardCheckpointer() as checkpointer:
@@ -65,12 +67,14 @@ def save_state(state: DecodeState, folder: str | Path, params: Params) -> None:
         checkpointer.save(partial / ARRAYS, arrays)
 
 
-def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> DecodeState:
+def restore_state(
+    folder: str | Path, shape: DecodeState, params: Params, plan: Plan
+) -> DecodeState:
     """The state in a folder of `save_state`, with the shapes and shardings of `shape`.
 
     Raises:
       FileNotFoundError: there is none.
-      FileError: it is another model's or version's, has other shapes, or is damaged.
+      FileError: it is another model's, plan's or version's, has other shapes, or is damaged.
     """
     path = Path(folder).expanduser().absolute()
     if not (path / ARRAYS).is_dir():
@@ -80,6 +84,8 @@ def restore_state(folder: str | Path, shape: DecodeState, params: Params) -> Dec
         raise said.error(f"version is {said.values['version']}; expected {VERSION}")
     if said.text("model") != identity.of_model(params):
         raise FileError(path, "was saved with another model; give params of the same weights.")
+    if (there := said.text("plan")) != _said(plan):
+        raise FileError(path, f"was saved with another plan, {there}; here it is {_said(plan)}.")
     return read_arrays(path / ARRAYS, shape, said.text("arrays"))
 
 
@@ -107,6 +113,11 @@ def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
     if identity.of_arrays(found) != digest:
         raise FileError(folder, "is damaged: its arrays are not those that were saved.")
     return from_arrays(found)
+
+
+def _said(plan: Plan) -> str:
+    """A plan in words, whatever it is compiled for."""
+    return repr(dataclasses.replace(plan, target=None))
 
 
 def _with_keys(state: DecodeState, keys: Any) -> DecodeState:

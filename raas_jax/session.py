@@ -185,7 +185,7 @@ class Session:
 
     def save(self, state: DecodeState, folder: str | Path) -> None:
         """Writes a state into a new folder. Raises OSError if it cannot be written."""
-        save_state(state, folder, self.params)
+        save_state(state, folder, self.params, self.plan)
 
     def restore(self, folder: str | Path) -> DecodeState:
         """A state that `save` wrote, in a session of the same plan and rows, on any mesh.
@@ -194,7 +194,7 @@ class Session:
           FileNotFoundError: there is none.
           FileError: it belongs to another model or plan, or is damaged.
         """
-        return restore_state(folder, self.shape, self.params)
+        return restore_state(folder, self.shape, self.params, self.plan)
 
     def compile(self, pages: int) -> None:
         """Compiles `start` and `advance(pages=pages)` now; they then use what was compiled."""

@@ -17,6 +17,7 @@ from raas_jax import policies
 from raas_jax.calibrate import calibrate
 from raas_jax.cli.main import main
 from raas_jax.files import FileError
+from raas_jax.plan import Plan
 from raas_jax.policies import TriAttention
 from raas_jax.policies.triattention import Centres
 
@@ -74,6 +75,17 @@ def test_what_is_no_calibration_is_named(tmp_path):
     with pytest.raises(FileError, match="a folder, a pipe"):
         TriAttention(64, calibration=str(tmp_path))
     assert not [each for each in tmp_path.iterdir() if each != file]
+
+
+@pytest.mark.parametrize(
+    "size", [{"num_hidden_layers": 3}, {"num_attention_heads": 2}, {"head_dim": 16}], ids=str
+)
+def test_a_calibration_of_another_model_is_refused(tmp_path, size):
+    calibrate(random_params(CONFIG), prompts_of([5])).write(tmp_path / "centres")
+    policy = TriAttention(64, calibration=str(tmp_path / "centres"), dense_layers=1)
+    Plan.create(CONFIG, policy, [5], 64)
+    with pytest.raises(ValueError, match="calibration is .*2 layers, 4 query heads and head dim 8"):
+        Plan.create(dataclasses.replace(CONFIG, **size), policy, [5], 64)
 
 
 def test_another_file_under_the_same_name_is_another_policy(tmp_path):

@@ -134,8 +134,13 @@ def test_saved_and_restored_by_another_session(params, session, tmp_path):
     for one, two in zip(rest, again, strict=True):
         jax.tree.map(np.testing.assert_array_equal, one, two)
     assert first.tokens.shape == (1, 3) and before.tokens.shape == (4 * P, 3)
-    with pytest.raises(ValueError, match="other shapes"):
-        Session.create(params, RaaS(5 * P, page_size=P), [5, 9, 2], NEW).restore(tmp_path / "state")
+    for policy, lengths, said in [
+        (RaaS(5 * P, page_size=P), [5, 9, 2], "another plan"),
+        (dataclasses.replace(POLICY, alpha=0.5), [5, 9, 2], "another plan, .* here it is .*0.5"),
+        (POLICY, [5, 9, 2, 2], "other shapes"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            Session.create(params, policy, lengths, NEW).restore(tmp_path / "state")
     with pytest.raises(FileNotFoundError, match="no saved state"):
         session.restore(tmp_path / "nothing")
     with pytest.raises(FileExistsError):

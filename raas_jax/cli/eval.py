@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from raas_jax.checks import INT32_MAX
+from raas_jax.checks import INT32_MAX, printable
 from raas_jax.cli import options
 from raas_jax.cli.errors import note
 from raas_jax.lab.limits import (
@@ -228,7 +228,7 @@ def print_report(folder: str) -> int:
     from raas_jax.lab import runs as evaluate
 
     text, remarks = evaluate.report(folder)
-    print(text, end="")
+    print(printable(text), end="")
     for remark in remarks:
         note(remark)
     return 0

@@ -35,8 +35,12 @@ class Saver:
     """Saves into one folder, in the background."""
 
     def __init__(self, folder: str | Path, every: float):
+        """Makes the folder. Raises FileError for a file, OSError if it cannot be made."""
         import orbax.checkpoint as ocp
 
+        path = Path(folder).expanduser()
+        if path.exists() and not path.is_dir():
+            raise FileError(folder, "is a file; give a folder to save in.")
         self._arguments = ocp.args
         self._every = every
         # What a killed process had begun to write is removed.

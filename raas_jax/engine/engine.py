@@ -19,7 +19,7 @@ from raas_jax.admission import empty_admissions
 from raas_jax.decode import DecodeState, Progress
 from raas_jax.engine import checkpoint
 from raas_jax.engine.autosize import MOST_ROWS, largest_batch
-from raas_jax.engine.requests import Id, Job, Request, Result, check
+from raas_jax.engine.requests import Id, Job, Request, Result, check, checked_id
 from raas_jax.engine.scheduler import Row, Schedule, Start
 from raas_jax.generation import checked
 from raas_jax.outputs import Answer, default_limit
@@ -147,8 +147,13 @@ class Engine:
             for name, value in numbers.items()
         }
         max_new_tokens, max_prompt_tokens, samples, prefill_rows, sync_every = numbers.values()
-        if save_every is not None and save_to is None:
+        if save_every is None:
+            save_every = 300.0
+        elif save_to is None:
             raise ValueError(f"save_every is {save_every}; give save_to, the folder, too.")
+        save_every = checks.real("save_every", save_every, "a number of seconds >= 0", 0)
+        if memory_limit is not None:
+            memory_limit = checks.integer("memory_limit", memory_limit, 1, 2**63 - 1)
         P = policy.page_size
         if mesh is not None:
             params = place_weights(params, mesh)
@@ -191,7 +196,7 @@ class Engine:
         self._state: DecodeState | None = None
         self._syncs: deque[_Sync] = deque()
         self._started: list[tuple[list[tuple[int, Row]], Progress]] = []
-        self._saver = None if save_to is None else checkpoint.Saver(save_to, save_every or 300.0)
+        self._saver = None if save_to is None else checkpoint.Saver(save_to, save_every)
 
     @property
     def params(self) -> Params:
@@ -250,7 +255,7 @@ class Engine:
           A `Result` for each sample of each request. What is wrong with a request is said by its
           own. Ctrl-C yields what there is of the answers in the making, and ends.
         """
-        known = None if done is None else set(done)
+        known = None if done is None else _pairs(done)
         if known is not None:
             self._schedule.drop(known)
             self._ready = deque(r for r in self._ready if (r.id, r.sample) not in known)
@@ -318,6 +323,7 @@ class Engine:
           ValueError: it belongs to another model or policy, or to rows that the mesh does not
             divide.
         """
+        checked(params, policy)
         host_state = checkpoint.read_host_state(folder)
         checkpoint.check_model(host_state, params, folder)
         options = {
@@ -345,11 +351,13 @@ class Engine:
         asked_before: set[Id] = set()
         for number, item in enumerate(source):
             request = item if isinstance(item, Request) else Request(number, item)
-            name: Any = request.id
-            if not isinstance(name, str | int):
-                request = dataclasses.replace(request, id=repr(name))
-                self._refuse(request, [0], f"id is {name!r}; it must be a string or an int.")
+            try:
+                name = checked_id(request.id)
+            except (TypeError, ValueError) as error:
+                request = dataclasses.replace(request, id=checks.short(request.id))
+                self._refuse(request, [0], str(error))
                 continue
+            request = dataclasses.replace(request, id=name)
             samples = request.samples()
             if name in asked_before:
                 if (name, 0) not in (done or ()):
@@ -521,6 +529,15 @@ class Engine:
         self._ready = deque(Result.from_json(result) for result in host_state["ready"])
         self._taken = set(host_state["taken"])
         self.usage = Usage(**host_state["usage"])
+
+
+def _pairs(done: Any) -> set[tuple[Id, int]]:
+    """Results as (id, sample), which may be lists, as JSON keeps them. Raises TypeError."""
+    try:
+        return {(name, sample) for name, sample in done}
+    except (TypeError, ValueError):
+        short = checks.short(done)
+        raise TypeError(f"done is {short}; it must hold pairs of an id and a sample.") from None
 
 
 def _buckets(max_prompt_tokens: int, page_size: int) -> tuple[int, ...]:

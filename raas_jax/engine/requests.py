@@ -118,6 +118,17 @@ class Job:
         return cls(**{**values, "sampling": sampling, "stop": stop})
 
 
+def checked_id(value: Any) -> Id:
+    """An id that a save keeps as it is. Raises TypeError or ValueError for another one."""
+    if isinstance(value, str):
+        return checks.whole_text("id", value)
+    try:
+        return checks.integer("id", value, *SEEDS)
+    except TypeError:
+        what = f"id is {checks.short(value)}; it must be a string or an int."
+        raise TypeError(what) from None
+
+
 def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> Job:
     """The job of a request; raises whatever says best what is wrong with it."""
     sampling: Any = request.sampling

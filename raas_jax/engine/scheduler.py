@@ -71,9 +71,22 @@ class Schedule:
     def starts(self, jobs: Iterator[Job]) -> list[Start]:
         """Gives idle rows to what waits, and to `jobs` once nothing does.
 
-        A row whose neighbours still answer can only take a further sample of the same prompt.
+        A row whose neighbours still answer can only take a further sample of the same prompt. What
+        `jobs` raises is raised, and no job is lost by it.
         """
         self._starting = []
+        try:
+            self._start(jobs)
+        except BaseException:
+            for start in reversed(self._starting):
+                start.job.todo[:0] = [sample for sample in start.samples if sample is not None]
+                if start.job not in self.waiting:
+                    self.waiting.appendleft(start.job)
+            self._starting = []
+            raise
+        return self._starting
+
+    def _start(self, jobs: Iterator[Job]) -> None:
         for group, held in enumerate(self.prompts):
             rows = self.of_group(group)
             idle = [row is None for row in rows]
@@ -92,7 +105,6 @@ class Schedule:
                 self.waiting.popleft()
             self.prompts[group] = job
             self._starting.append(Start(group, job, all(idle), samples))
-        return self._starting
 
     def busy(self) -> bool:
         """Whether any row answers something."""

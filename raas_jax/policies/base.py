@@ -166,6 +166,9 @@ class Policy:
         """Slots that each row may use: int32 `[B]`, at most `slots`."""
         return jnp.full(prompt_lengths.shape, slots, jnp.int32)
 
+    def check_model(self, config: Any) -> None:
+        """Raises ValueError for a model, by its `ModelConfig`, that this policy does not suit."""
+
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
         """Raises ValueError for a prompt that this policy cannot take."""
 

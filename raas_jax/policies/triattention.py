@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -117,11 +117,20 @@ class TriAttention(Batched):
             )
         object.__setattr__(self, "digest", digest)
 
+    def check_model(self, config: Any) -> None:
+        found = (*_cached_centres(self.calibration, self.digest).centre.shape,)
+        here = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+        if found != here:
+            raise ValueError(
+                f"calibration is {self.calibration!r}, of a model with {_sizes(*found)}; this one "
+                f"has {_sizes(*here)}. Make it with the same model."
+            )
+
     def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        L, _, K, _, P, H = boundary.k.shape
+        L, _, K, _, P, _ = boundary.k.shape
         valid = jnp.arange(P) < boundary.fill[..., None]
         position = boundary.prompt_lengths + boundary.now - 1
-        centres = self._centres(L, K, H)
+        centres = self._centres(L, K)
         query, stray = expected_queries(centres, position, self.horizon)
 
         def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
@@ -135,23 +144,20 @@ class TriAttention(Batched):
             of_token = jnp.broadcast_to(jnp.mean(of_token, axis=0), of_token.shape)
         return jnp.max(jnp.where(valid, of_token, -jnp.inf), axis=-1)
 
-    def _centres(self, L: int, K: int, H: int) -> Centres:
+    def _centres(self, L: int, K: int) -> Centres:
         """Those of the last `L` layers, as dense ones come first; heads are `[L, K, G, ...]`."""
         centre, length, frequency = _cached_centres(self.calibration, self.digest)
-        layers, N, width = centre.shape
-        if layers < L or N % K or width != H:
-            raise ValueError(
-                f"calibration {self.calibration!r} is of {layers} layers, {N} query heads and head "
-                f"dim {width}; this decode has {L} layers, {K} key/value heads and head dim {H}. "
-                "Make it with the same model."
-            )
-        centre, length = (x[-L:].reshape(L, K, N // K, -1) for x in (centre, length))
+        centre, length = (x[-L:].reshape(L, K, x.shape[1] // K, -1) for x in (centre, length))
         return Centres(centre, length, frequency)
 
 
 @functools.lru_cache(maxsize=8)
 def _cached_centres(file: str, digest: str) -> Centres:
     return Centres.read(file)
+
+
+def _sizes(layers: int, heads: int, width: int) -> str:
+    return f"{layers} layers, {heads} query heads and head dim {width}"
 
 
 def expected_queries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,8 @@ def stop_token_ids(params: Params, extra: int | Iterable[int] = ()) -> tuple[int
     """
     ids = set(params.config.eos_token_ids)
     file = Path(params.source or "") / "generation_config.json"
-    if params.source is not None and file.is_file():
+    # A link to nothing is there as well: without its ids an answer would not end.
+    if params.source is not None and os.path.lexists(file):
         ids.update(eos_token_ids(Fields(files.read_fields(file), file)))
     if has_tokenizer(params) and (eos := load(params).eos_token_id) is not None:
         ids.add(int(eos))

@@ -79,7 +79,9 @@ def new_folder(folder: str | Path) -> Iterator[Path]:
     """
     target = Path(folder).expanduser()
     check_vacant(target, "folder")
-    target = target.resolve()  # A link to an empty folder stays, and its folder is filled.
+    target = Path(
+        os.path.realpath(target)
+    )  # A link to an empty folder stays, and its folder is filled.
     first, several = jax.process_index() == 0, jax.process_count() > 1
     partial = target.with_name(_from_first(temporary_name(target.name), several))
     try:

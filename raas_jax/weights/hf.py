@@ -297,7 +297,7 @@ def _shards(folder: Path) -> list[Path]:
         if not _stays_below(name):
             raise fields.error(f"{short(name)} in weight_map is no name of a file in its folder")
     unique = list(dict.fromkeys(named))
-    if absent := [name for name in unique if not (folder / name).exists()]:
+    if absent := [name for name in unique if not os.path.exists(folder / name)]:
         raise FileNotFoundError(
             f"{folder} lacks {len(absent)} of the {len(unique)} files in its index: "
             f"{short(absent)}. Download or copy them again."

@@ -12,7 +12,7 @@ from hlo import written_in_loops
 from tiny import VOCAB, prompts_of, random_params
 
 import raas_jax
-from raas_jax import Engine, ModelConfig, RaaS, Request, Sampling, policies
+from raas_jax import Engine, ModelConfig, RaaS, Request, Sampling, checks, policies
 from raas_jax.engine.checkpoint import Saver
 from raas_jax.session import Session
 
@@ -97,6 +97,15 @@ def test_samples_share_a_prompt_and_are_rows_of_generate(params):
     assert engine.session.shape.cache.prompt.k.shape[1] == 2
 
 
+class Unspeakable:
+    """Like an array that JAX has deleted."""
+
+    def __index__(self):
+        raise RuntimeError("deleted")
+
+    __repr__ = __index__
+
+
 class Broken(list):
     """A prompt of one's own that fails in a way of its own."""
 
@@ -124,13 +133,18 @@ def test_a_bad_request_fails_alone(params, undisturbed):
         (Request("sampling", [1], sampling=1.0), "sampling is 1.0"),
         (Request(3, [1]), "id 3 was used before"),
         (Request(None, [1]), "id is None"),
+        (Request(True, [1]), "id is True; it must be a string or an int"),
+        (Request(10**5000, [1]), "id is a number of too many digits"),
+        (Request("\ud800", [1]), "which is no Unicode text"),  # A save of it could not be read.
+        (Request(Unspeakable(), [1]), "id is <Unspeakable instance"),
+        (Request("unspeakable", [1], n=Unspeakable()), "n is <Unspeakable instance"),
     ]
     results = list(Engine(params, **OPTIONS).run(requests_of() + [request for request, _ in bad]))
     failed = [result for result in results if result.finish_reason == "error"]
     assert len(failed) == len(bad)
     for result, (request, why) in zip(failed, bad, strict=True):
         assert why in result.error and result.tokens == [] and result.stats is None
-        assert result.id == request.id or request.id is None
+        assert result.id in (request.id, checks.short(request.id))
     good = {(r.id, r.sample): r.tokens for r in results if r.finish_reason != "error"}
     assert good == undisturbed
 
@@ -176,12 +190,32 @@ def test_what_cannot_work_is_refused(params):
         ({"max_new_tokens": 10**12}, "max_new_tokens is 1000000000000; .* at most"),
         ({"max_prompt_tokens": 1.5}, "max_prompt_tokens is 1.5"),
         ({"save_every": 3.0}, "save_every is 3.0; give save_to"),
+        ({"save_to": "x", "save_every": float("nan")}, "save_every is nan"),
+        ({"save_to": "x", "save_every": "often"}, "save_every is 'often'"),
+        ({"save_to": __file__}, "test_engine.py is a file; give a folder"),
+        ({"rows": "auto", "memory_limit": "80G"}, "memory_limit is '80G'"),
         ({"rows": "auto", "memory_limit": 1000}, "already 1 rows take .* of 1000"),
     ]:
         with pytest.raises((TypeError, ValueError), match=named):
             Engine(params, **{**OPTIONS, **options})
     with pytest.raises(TypeError, match="policy is 'raas'"):
         Engine(params, policy="raas")
+    with pytest.raises(TypeError, match="done is 5; it must hold pairs"):
+        next(Engine(params, **OPTIONS).run(done=5))
+
+
+def test_what_was_taken_from_a_source_that_fails_is_answered_later(params, undisturbed):
+    def source():
+        yield from requests_of()[:6]
+        raise OSError("the source is gone")
+
+    engine, found = Engine(params, **OPTIONS), {}
+    with pytest.raises(OSError, match="the source is gone"):
+        for result in engine.run(source()):
+            found[result.id, result.sample] = result.tokens
+    # As JSON keeps them.
+    done = [list(key) for key in found]
+    assert found | answers(engine, requests_of(), done=done) == undisturbed
 
 
 @pytest.mark.once
@@ -239,6 +273,8 @@ def test_a_save_of_something_else_is_refused(params, tmp_path):
         Engine.restore(tmp_path, random_params(seed=1))
     with pytest.raises(ValueError, match="policy is Dense.*Give that one, or none"):
         Engine.restore(tmp_path, params, policy=raas_jax.Dense(page_size=4))
+    with pytest.raises(TypeError, match="policy is .*RaaS.*; expected a policy"):
+        Engine.restore(tmp_path, params, policy=RaaS)
     saver = Saver(tmp_path, every=0.0)
     assert saver.due() and not Saver(tmp_path / "other", every=60.0).due()
 

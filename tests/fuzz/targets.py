@@ -24,6 +24,7 @@ from raas_jax.cli.prompts import read_prompts
 from raas_jax.decode import RowRequest
 from raas_jax.lab.runs import Asking, EngineDecoding, LemmaTask, run
 from raas_jax.lab.runs.study import Study
+from raas_jax.lab.tasks.benchmarks.lemma import lemma_benchmark
 from raas_jax.lab.tasks.benchmarks.rows import from_jsonl
 from raas_jax.lab.train.config import TrainConfig
 from raas_jax.session import Session
@@ -118,7 +119,7 @@ def use_tokenizer(folder: Path) -> None:
 def make_run(folder: Path) -> None:
     tiny_lemma.save_tiny(folder / "model")
     params = raas_jax.load(folder / "model")
-    task = LemmaTask(problems=3, smallest=3, largest=3, max_new_tokens=8)
+    task = lemma_benchmark(LemmaTask(problems=3, smallest=3, largest=3, max_new_tokens=8))
     decoding = EngineDecoding(Asking(), rows=4)
     run(params, task, [POLICY], folder / "run", model="m", decoding=decoding, progress=False)
 

@@ -206,7 +206,11 @@ def test_a_policy_of_ones_own_is_evaluated(tmp_path):
         ("h2o", {"prompt": "evict", "dense_layers": 2}, "dense_layers is 2, but prompt='evict'"),
         ("recent", {"prompt": "evict"}, "prompt is 'evict'; choose one of 'excluded', 'included'"),
         ("triattention", {}, "calibration is not given.*raas-jax calibrate"),
-        ("triattention", {"calibration": __file__}, "which `raas-jax calibrate` did not write"),
+        (
+            "triattention",
+            {"calibration": __file__},
+            "no calibration that `raas-jax calibrate` wrote",
+        ),
         ("triattention", {"horizon": 0}, "horizon is 0"),
         ("quest", {"budget": 20}, "budget is 20, not a multiple of page_size=16"),
         ("raas_quest", {"prompt_budget": 20}, "prompt_budget is 20, not a multiple"),

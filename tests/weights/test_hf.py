@@ -254,6 +254,9 @@ def test_missing_shards_are_named(checkpoint):
     (folder / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="lacks 1 of the 3.*model-00002-of-00003"):
         load(folder)
+    checkpoint.write_index({"model.norm.weight": "x" * 5000})  # Longer than the system takes.
+    with pytest.raises(FileNotFoundError, match=r"lacks 1 of the 1.*'xxx.*\.\.\.xxx"):
+        load(folder)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,10 @@ def test_a_broken_generation_config_is_named(checkpoint):
         file.write_text(text)
         with pytest.raises(FileError, match=str(file)):
             tokenizer.stop_token_ids(params)
+    file.unlink()
+    file.symlink_to("nothing")
+    with pytest.raises(FileNotFoundError, match="generation_config.json"):
+        tokenizer.stop_token_ids(params)
 
 
 def _leftover(folder, age: float):
@@ -197,6 +201,9 @@ def test_a_link_to_an_empty_folder_is_filled(checkpoint, tmp_path):
     convert(checkpoint.write(), tmp_path / "link", to="hf")
     assert (tmp_path / "link").is_symlink()
     assert load(tmp_path / "disk").config == CONFIG
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    with pytest.raises(OSError, match="circle', which cannot be written"):
+        convert(checkpoint.folder, tmp_path / "circle", to="hf")
 
 
 def test_a_target_in_an_open_folder_of_another_name_is_kept(checkpoint, tmp_path):

@@ -26,6 +26,10 @@ def number(sample: Fields, name: str) -> Any:
     return sample.real(name)
 
 
+def seconds(sample: Fields, name: str) -> Any:
+    return sample.real(name, "seconds from 0 to 1e12", 0, 1e12)
+
+
 def count(sample: Fields, name: str) -> Any:
     return sample.integer(name, 0, MOST)
 
@@ -40,9 +44,9 @@ BENCHMARK: dict[str, Take] = {
     "capped": flag,
     "finish_reason": text,
     "start": count,
-    "elapsed": number,
+    "elapsed": seconds,
 }
-ANSWERED: dict[str, Take] = {"seconds": number, "kv_bytes": count, "kv_bytes_of_length": count}
+ANSWERED: dict[str, Take] = {"seconds": seconds, "kv_bytes": count, "kv_bytes_of_length": count}
 """What a benchmark's sample has besides, if it could be answered."""
 OF_COLUMN: dict[str, Take] = {"share": flag, "mean": number, "bytes": number, "ratio": number}
 

@@ -242,6 +242,9 @@ class Results:
             )
         if self.repeated:
             said.append(f"{self.repeated} repeated sample(s) left out; the first of each counts")
+        known = {(cell["task"], cell["label"]) for cell in self.layout.cells()}
+        if strays := sum(len(each) for key, each in self._cells.items() if key not in known):
+            said.append(f"{strays} sample(s) of a task or policy that {RUN} does not have left out")
         return said
 
 

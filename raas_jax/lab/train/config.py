@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 from pathlib import Path
 
 from raas_jax import files
 from raas_jax.config import ModelConfig
 from raas_jax.files import Fields
+from raas_jax.lab.tasks.lemma.language import WORDS
 from raas_jax.lab.train.batches import Bucket
 
 _REMEDY = "See configs/lemma.yaml."
-_COUNTS = ("steps", "warmup_steps", "validate_every", "checkpoint_every")
-_NUMBERS = (
-    *("matrix_learning_rate", "other_learning_rate", "clip_norm", "average_decay"),
-    "attention_scale",
-)
+_COUNTS = ("warmup_steps", "validate_every", "checkpoint_every")
+_NUMBERS = ("matrix_learning_rate", "other_learning_rate", "attention_scale")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +64,10 @@ class TrainConfig:
                 f"{sorted(known - set(found))}"
             )
         model = ModelConfig.from_hf(fields.inner("model").values, path)
+        if not model.qk_norm or model.vocab_size < len(WORDS):
+            what = f"model is a {model.model_type} of {model.vocab_size} words"
+            raise fields.error(f"{what}; training wants a qwen3 of at least {len(WORDS)}")
+        steps = fields.integer("steps", 1)
         buckets = tuple(each.build(Bucket) for each in fields.each("buckets"))
         return cls(
             model=model,
@@ -72,7 +75,10 @@ class TrainConfig:
             validation=tuple(each.build(Bucket) for each in fields.each("validation")),
             stages=_stages(fields, len(buckets)),
             seed=fields.integer("seed", 0),
-            decay_from=fields.integer("decay_from", 0),
+            steps=steps,
+            decay_from=fields.integer("decay_from", 0, steps),
+            clip_norm=fields.real("clip_norm", "a number >= 1e-6", 1e-6),
+            average_decay=fields.real("average_decay", "a number from 0 to 1", 0, 1),
             checkpoints=fields.text("checkpoints"),
             **{name: fields.integer(name, 1) for name in _COUNTS},
             **{name: fields.real(name, "a number >= 0", 0) for name in _NUMBERS},
@@ -95,9 +101,9 @@ def _stages(fields: Fields, buckets: int) -> tuple[Stage, ...]:
     if starts[:1] != [0] or starts != sorted(starts):
         raise fields.error(f"stages start at {starts}; the first must start at 0, others later")
     for stage in found:
-        if len(stage.weights) != buckets or not any(stage.weights):
+        if len(stage.weights) != buckets or not 0 < sum(stage.weights) < math.inf:
             raise fields.error(
                 f"the stage that starts at {stage.start} has {len(stage.weights)} weights for "
-                f"{buckets} buckets; give one to each, not all of them 0"
+                f"{buckets} buckets; give one to each, with a finite sum above 0"
             )
     return tuple(found)

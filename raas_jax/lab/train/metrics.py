@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,10 @@ class Metrics:
         self.recent = [*self.recent[1 - EVERY :], {name: scores[name] for name in AVERAGED}]
 
     def settle(self) -> list[Scores]:
-        """The recent scores as numbers."""
+        """The recent scores as numbers. Raises ValueError for a loss that is none."""
         self.recent = [{name: float(value) for name, value in each.items()} for each in self.recent]
+        if not all(math.isfinite(each["loss"]) for each in self.recent):
+            raise ValueError("the loss is not finite any more; use smaller learning rates.")
         return self.recent
 
     def means(self) -> Scores:

@@ -53,6 +53,8 @@ def test_a_sample_has_the_fields_of_its_kind(tmp_path, kind):
     wrong = [good | {name: None} for name in needed]
     others = [good | {"sample": "0"}, good | {"correct": 1}, good | {"tokens": "5"}, 3, DEEP]
     others += ['{"item": "\\ud800"}', good | {"tokens": 10**400}, KEY, "not json"]
+    if kind == "benchmark":
+        others += [good | {"elapsed": -1.0}, good | {"seconds": 1e308}]
     bad = [*lacking, *wrong, *others]
     write(tmp_path, {"version": 2, "config": config, "starts": []}, good, *bad)
     found = Results.read(tmp_path)

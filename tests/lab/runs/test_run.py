@@ -14,7 +14,8 @@ from raas_jax.policies import Dense, RaaS
 TASK = LemmaTask(problems=5, smallest=4, largest=4, max_new_tokens=24)
 TRIED = [Dense(page_size=4), RaaS(8, page_size=4)]
 KEY = {"task": "lemma", "policy": "raas 8", "item": "0", "sample": 0}
-CONFIG = {"task": {"name": "lemma"}, "policies": [{"label": "raas 8", "budget": 8}]}
+RAAS = {"Policy": "raas", "label": "raas 8", "budget": 8}
+CONFIG = {"task": {"name": "lemma"}, "policies": [RAAS]}
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +79,7 @@ def test_another_run_is_refused_with_what_differs(params, whole, tmp_path):
 
 
 def test_differences_are_readable():
-    here = {"task": {"name": "lemma"}, "policies": [{"label": "raas 8", "budget": 16}], "x": 1}
+    here = {"task": {"name": "lemma"}, "policies": [RAAS | {"budget": 16}], "x": 1}
     assert differences(CONFIG, here) == ["policies[0].budget: 8 → 16", "x: (none) → 1"]
     assert differences({"p": [1]}, {"p": [1, 2]}) == ["p: [1] → [1, 2]"]
 
@@ -90,12 +91,14 @@ def test_bad_and_repeated_lines_are_left_out_and_named(tmp_path):
         results.add(KEY)
     with (tmp_path / "run" / "samples.jsonl").open("a") as file:
         file.write(json.dumps({**KEY, "correct": False}) + "\n")
+        file.write(json.dumps({**KEY, "policy": "raas 9", "correct": True}) + "\n")
         file.write('not json\n[1]\n{"item": "1"}\n' + json.dumps({**KEY, "item": "12"}))
     found = Results.read(tmp_path / "run")
     assert found.of("lemma", "raas 8") == [{**KEY, "correct": True}]
     assert len(found.bad) == 4 and found.repeated == 1
     said = " ".join(found.remarks())
     assert "4 unreadable" in said and "1 repeated" in said
+    assert "1 sample(s) of a task or policy that run.json does not have" in said
 
 
 def test_a_full_disk_leaves_what_was_written(tmp_path, monkeypatch):

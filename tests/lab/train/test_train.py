@@ -163,7 +163,7 @@ def test_config_names_what_is_wrong(tmp_path):
         ({"steps": 10**30}, "steps is 1000000"),
         ({"clip_norm": float("nan")}, "clip_norm is nan"),
         ({"model": [1]}, r"model is \[1\]; expected named fields"),
-        ({"model": {"model_type": "gpt2"}}, "model: .*gpt2"),
+        ({"model": {"model_type": "gpt2"}}, "model_type is 'gpt2'"),
         ({"buckets": 3}, "buckets is 3; it must be a list"),
         ({"buckets": [bucket | {"rows": 10**12}, bucket]}, r"buckets\[0\]: rows is 10000"),
         ({"buckets": [bucket | {"row": 1}, bucket]}, r"buckets\[0\]\.row .*did you mean rows"),
@@ -171,6 +171,12 @@ def test_config_names_what_is_wrong(tmp_path):
         ({"stages": [{"start": 5, "weights": [1, 1]}]}, "first must start at 0"),
         ({"stages": [{"start": 0, "weights": [1, "x"]}]}, r"stages\[0\]\.weights\[1\] is 'x'"),
         ({"checkpoints": 5}, "checkpoints is 5; it must be text"),
+        ({"stages": [{"start": 0, "weights": [1e308, 1e308]}]}, "with a finite sum above 0"),
+        ({"decay_from": TINY["steps"] + 1}, "decay_from is .* at most"),
+        ({"average_decay": 2.0}, "average_decay is 2.0; it must be a number from 0 to 1"),
+        ({"clip_norm": 0}, "clip_norm is 0"),
+        ({"model": TINY["model"] | {"model_type": "llama"}}, "model is a llama .* wants a qwen3"),
+        ({"model": TINY["model"] | {"vocab_size": 99}}, "a qwen3 of 99 words; .* at least 119"),
     ]:
         path.write_text(yaml.safe_dump(TINY | {"checkpoints": "here"} | change))
         with pytest.raises(FileError, match=said):
