@@ -58,9 +58,9 @@ TRAINING = {
     "average_decay": 0.9,
     "attention_scale": 1.5,
     "checkpoints": "unused",
-    "buckets": [{"smallest": 2, "largest": 3, "tokens": 64, "rows": 1}],
+    "buckets": [{"smallest": 2, "largest": 3, "tokens": 96, "rows": 1}],
     "stages": [{"start": 0, "weights": [1.0]}],
-    "validation": [{"smallest": 2, "largest": 3, "tokens": 64, "rows": 1}],
+    "validation": [{"smallest": 2, "largest": 3, "tokens": 96, "rows": 1}],
 }
 
 
