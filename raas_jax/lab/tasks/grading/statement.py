@@ -35,14 +35,17 @@ _SUPPOSED = re.compile(
     r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z", re.IGNORECASE
 )
 _DISPLAY = re.compile(r"[*_\s]*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
+_IN_WORDS = re.compile(r"[*_\s]*[A-Z][a-z]*,?\s+[a-z]+\s")
 _SENTENCE_END = re.compile(r"(?<!Rs)(?<!\\)[.!](?=\s|[*_`\"]*$|[*_`\"]+\s)|。|</")
 _MATHS = re.compile(r"(?<![A-Za-z\d])\d|[$\\½⅓¼¾∞π√]")
 _OVER = re.compile(r"</s>|<\|\w+\|>|\n[ \t]*(?:Question|Problem|Q):")
-_CHECK = re.compile(r"\b(?:Check|Verification|Let me (?:check|verify)|Let us (?:check|verify))\b")
+_CHECK = re.compile(r"\b(?:Check|Verification|Let (?:me|us) (?:double[- ]?)?(?:check|verify))\b")
 _TAKEN_BACK = re.compile(
     r"\A[\s$.*)\]\\]*(?:(?:is|are|does|do)\s*(?:not|n't)|cannot|can't|would|could|might)\b|\A[\s$*)\]\\]*\?\s*No\b"
     r"|\bWait\b|\bwait[.,!:]|\A\W*no,|\b[Cc]orrection\b|\bI\s+(?:made|misread|forgot|was\s+wrong)\b"
-    r"|\b(?:this|that|it)\s+(?:is|was)\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
+    r"|\b(?:this|that|it)(?:['’]s|\s+(?:is|was))\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
+    r"|\b(?:this|that|it)\s+(?:is|was)n['’]t\s+(?:right|correct)\b"
+    r"|\bActually,|\bOops\b|\bHold on\b|\b[Ss]cratch that\b|\b[Oo]n second thoughts?\b"
 )
 
 
@@ -104,7 +107,10 @@ def marked(text: str) -> list[Statement]:
         rest = text[mark.end() :].lstrip()
         line = rest.split("\n")[0]
         sentence = _SENTENCE_END.split(line)[0]
-        found.append(Statement(sentence, mark.start(), len(text) - len(rest) + len(sentence)))
+        # Under a heading may stand a whole sentence.
+        exact = not (mark[0].endswith("\n") and _IN_WORDS.match(sentence))
+        end = len(text) - len(rest) + len(sentence)
+        found.append(Statement(sentence, mark.start(), end, exact))
     return found
 
 

@@ -88,7 +88,7 @@ _REJECTED = re.compile(
     r"\\(?:equiv|to|rightarrow|[lc]?dots)\b|\b(?:wrong|incorrect|contradiction|thought)\b"
 )
 _CHANGES = re.compile(
-    r"\A(?:to|or|and|not|but|below|above|th\s+\w)\b|[万億亿千百]|\b(?:squared|cubed|factorial|times|"
+    r"\A(?:to|or|and|not|but|below|above|th\s+\w)\b|[万億亿千百]|\b(?:off|squared|cubed|factorial|times|"
     r"plus|minus|divided|more|less|fewer|most|least|hundreds?|dozens?|score|half|halves|thirds?|"
     r"quarters?|tenths?|\w+dths?|only|if|unless|except)\b"
 )
