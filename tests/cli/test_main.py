@@ -231,6 +231,30 @@ def test_an_unknown_option_ends_with_code_2(capsys):
     assert "--budget" in capsys.readouterr().err
 
 
+def test_a_wrong_option_does_not_obey_its_terminal(capsys):
+    for args in (["generate", "--rows", "\x1b[2J"], ["memory", "--\x1b[2J", "1"]):
+        with pytest.raises(SystemExit):
+            main(args)
+        said = capsys.readouterr().err
+        assert "\x1b" not in said and "\\x1b[2J" in said
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["generate", PROMPT, "--model", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "raas-jax: error: the current folder is no longer there; change to another\n"
+    )
+
+
+def test_what_cannot_be_held_is_accounted_for(model, capsys):
+    """Prompts of terabytes, which a program is lowered for and nothing is run with."""
+    huge = ["--batch", "4096", "--prompt-tokens", str(2**27), "-n", "16", "--policy", "dense"]
+    assert main(["memory", "--model", model, *huge]) == 0
+    assert "does not fit" in capsys.readouterr().out
+
+
 def test_help_and_version_import_no_framework():
     """Beyond what `import raas_jax` itself does."""
     code = """

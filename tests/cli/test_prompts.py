@@ -38,6 +38,8 @@ def test_a_line_is_text_or_json(line, prompt):
         ("{not json", "not valid JSON"),
         ("{}", 'give one of "prompt" and "messages"'),
         ('{"prompt": "x", "messages": []}', 'give one of "prompt" and "messages"'),
+        ('{"prompt": []}', "the prompt is empty"),
+        ('{"messages": []}', "the prompt is empty"),
         ('{"prompt": 3}', "expected text or a list of token ids"),
         ('{"prompt": [true]}', "expected text or a list of token ids"),
         ('{"prompt": "\\ud800"}', "half of a character"),
@@ -75,6 +77,8 @@ def test_other_encodings_are_refused(tmp_path, monkeypatch, data):
 
 
 def test_a_folder_of_prompts_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--prompt-file is ''"):
+        read_prompts("")
     with pytest.raises(ValueError, match="expected a regular file"):
         read_prompts(str(tmp_path))
 

@@ -27,12 +27,14 @@ _LINK = (
     r"|是|为|為|は|\s(?=\d)|\n"
 )
 _MARK = re.compile(
-    rf"####|<answer>|{_ANSWER}[*_\"]*(?:\s+to\s[^.:\n]{{0,80}}?)?\s*?(?:{_LINK})"
+    rf"####|<answer>|{_ANSWER}[*_\"]*(?:\s+to\s(?!part\b)[^.:\n]{{0,80}}?)?\s*?(?:{_LINK})"
     r"[*_\s]*[:：]?(?:[\s,]*\b(?:therefore|thus|then|hence|indeed|of\s+course)\b,?)*",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z", re.IGNORECASE
+    r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z"
+    r"|\b(?:wrong|incorrect|first|initial|previous|earlier)\s\Z",
+    re.IGNORECASE,
 )
 _DISPLAY = re.compile(r"[*_\s]*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
 _IN_WORDS = re.compile(r"[*_\s]*[A-Z][a-z]*,?\s+[a-z]+\s")
@@ -45,7 +47,8 @@ _TAKEN_BACK = re.compile(
     r"|\bWait\b|\bwait[.,!:]|\A\W*no,|\b[Cc]orrection\b|\bI\s+(?:made|misread|forgot|was\s+wrong)\b"
     r"|\b(?:this|that|it)(?:['’]s|\s+(?:is|was))\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
     r"|\b(?:this|that|it)\s+(?:is|was)n['’]t\s+(?:right|correct)\b"
-    r"|\bActually,|\bOops\b|\bHold on\b|\b[Ss]cratch that\b|\b[Oo]n second thoughts?\b"
+    r"|\b(?:Oops|Hold on|[Ss]cratch that|[Oo]n second thoughts?|[Mm]y mistake|reconsider)\b"
+    r"|\b(?:Actually|Sorry|But|However)\b[^.\n]*\b(?:is|are|be|so|meant)\s[\s$\\(]*-?\d"
 )
 
 

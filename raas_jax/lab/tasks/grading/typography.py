@@ -96,7 +96,7 @@ _HEDGES = re.compile(
     r"\b(?:not|no|nor|cannot|least|most|than|between|half|twice|thrice|double|triple|times|"
     r"multiple|factor|divisor|root|square|digits?|ends?|starts?|if|step|problem|question|part|case|"
     r"theorem|lemma|equation|contradict\w*|exceeds?|over|under|above|below|mod(?:ulo)?|remainder|"
-    r"divided|suppose|assume|given|let|know|first|never|nicht|kein|pas|wrong|contains?)\b"
+    r"(?:should|would|could|might)\s+have|divided|suppose|assume|given|let|know|first|never|nicht|kein|pas|wrong|contains?)\b"
     r"|n't|不|没|[<>]|\\(?:neq?|leq?|geq?|approx)\b",
     re.IGNORECASE,
 )
