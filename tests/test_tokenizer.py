@@ -128,7 +128,7 @@ def test_ids_need_no_tokenizer():
         (7, TypeError, "prompt is a int"),
         ({"role": "user", "content": "x"}, TypeError, "prompt is a dict"),
         ([None], TypeError, r"prompt\[0\] is a NoneType"),
-        (jax.random.key(0), TypeError, "prompt is a ArrayImpl"),
+        (jax.random.key(0), TypeError, "prompt is a PRNGKeyArray"),
         (np.zeros((1, 1, 1), np.int32), TypeError, "prompt is a ndarray"),
         ([{"role": "user"}], TypeError, r"prompt\[0\] is .*'content'"),
         ([{"role": "robot", "content": "x"}], ValueError, "no robots"),

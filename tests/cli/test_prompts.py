@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import raas_jax
+from raas_jax.cli import streams
 from raas_jax.cli.generate import Generate
 from raas_jax.cli.main import main
 from raas_jax.cli.options import SamplingOptions
@@ -74,6 +75,11 @@ def test_other_encodings_are_refused(tmp_path, monkeypatch, data):
     for file in (str(tmp_path / "prompts"), "-"):
         with pytest.raises(ValueError, match="is not UTF-8 text"):
             read_prompts(file)
+
+
+def test_what_was_typed_where_the_locale_knows_only_ascii():
+    assert streams.typed("\udcc3\udca9 = 4") == streams.typed("é = 4") == "é = 4"
+    assert streams.typed("a\udcff\ud83d") == "a\udcff\ud83d"
 
 
 def test_a_folder_of_prompts_is_refused(tmp_path):
