@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import reprlib
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 INT32_MAX = 2**31 - 1
@@ -19,9 +19,9 @@ _reprs.maxstring = _reprs.maxother = 80
 
 
 def short(value: object) -> str:
-    """The value as Python writes it, cut where it is long; never fails."""
+    """The value as Python writes it, in one line and cut where it is long; never fails."""
     try:
-        return _reprs.repr(value)
+        return re.sub(r"\s*\n\s*", " ", _reprs.repr(value))
     except ValueError:  # An int of more digits than Python turns into text.
         return "a number of too many digits"
 
@@ -92,6 +92,12 @@ def first_line(error: object) -> str:
 def printable(text: str) -> str:
     """The text as a terminal may show it: what would move its cursor or colour it is escaped."""
     return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def is_many(value: object) -> bool:
+    """Whether it has entries: not a text, bytes or a single number of an array library."""
+    single = isinstance(value, str | bytes | bytearray) or getattr(value, "ndim", 1) == 0
+    return isinstance(value, Iterable) and not single
 
 
 def is_bool(value: object) -> bool:

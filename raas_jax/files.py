@@ -139,9 +139,16 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str) -> Any:
     try:
-        # Nine lines of references to references are a billion values.
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has references (*name), which are not taken; write them out")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            # Nine lines of references to references are a billion values.
+            if isinstance(event, yaml.AliasEvent):
+                raise ValueError("it has references (*name), which are not taken; write them out")
+            # PyYAML's time grows with the square of the depth.
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            if depth > MOST_DEPTH:
+                raise ValueError(f"it is nested more than {MOST_DEPTH} deep")
         value = yaml.load(text, _Loader)
     except RecursionError:
         raise ValueError(f"it is nested more than {MOST_DEPTH} deep") from None

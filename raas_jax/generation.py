@@ -194,17 +194,22 @@ def generate_ids(
       `Sampled`: tokens int32 `[B' * samples, max_new_tokens]`, -1 after the end of a row, and their
       float32 log-probabilities.
     """
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise ValueError(f"tokens is {tokens.dtype}{list(tokens.shape)}; expected int32 [B, T].")
+    policy = checked(params, policy)
+    _check_ids("tokens", tokens, "[B', T], with at least one token", 2)
+    if lengths is not None:
+        _check_ids("lengths", lengths, f"[{len(tokens)}]", 1, len(tokens))
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise TypeError(f"sampling is {checks.short(sampling)}; expected a raas_jax.Sampling.")
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
     samples = checks.integer("samples", samples, 1)
-    policy = RaaS() if policy is None else policy
     if stop_token_ids is None:
         stop_token_ids = params.config.eos_token_ids
+    else:
+        stop_token_ids = tuple(tokenizer.checked_stops(params, stop_token_ids))
     prompts, T = tokens.shape
     rows = prompts * samples
     plan = Plan.create(params.config, policy, [T], max_new_tokens, samples)
-    key = jax.random.key(seed) if _is_integer(seed) else seed
+    key = _key(seed)
     request = RowRequest.create([max_new_tokens] * rows, stop_token_ids, sampling, key)
     if lengths is None:
         lengths = jnp.full(prompts, T, jnp.int32)
@@ -213,8 +218,25 @@ def generate_ids(
     return Sampled(sampled.tokens.T, sampled.logprobs.T)
 
 
-def _is_integer(seed: Any) -> bool:
-    return isinstance(seed, int) or jnp.issubdtype(jnp.asarray(seed).dtype, jnp.integer)
+def _check_ids(name: str, value: Any, shape: str, ndim: int, size: int | None = None) -> None:
+    """Raises TypeError or ValueError for what is no integer array of this shape."""
+    if not isinstance(value, jax.Array):
+        raise TypeError(f"{name} is a {type(value).__name__}; expected an int32 array {shape}.")
+    fits = value.ndim == ndim and value.size in ([size] if size else range(1, value.size + 1))
+    if not fits or not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name} is {value.dtype}{list(value.shape)}; expected int32 {shape}.")
+
+
+def _key(seed: Any) -> Any:
+    """The key of a seed inside a jit, where an int that was given has become an array."""
+    if isinstance(seed, int) and not isinstance(seed, bool):
+        return jax.random.key(seed)
+    if isinstance(seed, jax.Array) and jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    if isinstance(seed, jax.Array) and seed.ndim == 0 and jnp.issubdtype(seed.dtype, jnp.integer):
+        return jax.random.key(seed)
+    what = f"{seed.dtype}{list(seed.shape)}" if isinstance(seed, jax.Array) else type(seed).__name__
+    raise TypeError(f"seed is a {what}; inside a jit it must be an int32 or a typed key.")
 
 
 def _generate_traced(
@@ -228,7 +250,7 @@ def _generate_traced(
         raise ValueError(f"prompt has shape {prompt.shape}; inside a jit give ids [T] or [B, T].")
     batch = prompt[None] if prompt.ndim == 1 else prompt
     limit = default_limit(params, batch.shape[1]) if max_new_tokens is None else max_new_tokens
-    stops = tuple(sorted({*params.config.eos_token_ids, *stop_token_ids}))
+    stops = tokenizer.stop_token_ids(params, stop_token_ids)
     found = generate_ids(params, batch, max_new_tokens=limit, stop_token_ids=stops, **options)
     tokens, logprobs = found if prompt.ndim == 2 else (found.tokens[0], found.logprobs[0])
     return Output(None, tokens, None, logprobs, None)

@@ -26,7 +26,7 @@ from raas_jax.plan import Plan
 from raas_jax.policies import Dense, Policy, bucket, pages_for
 from raas_jax.sampling import log_probability
 from raas_jax.session import Session
-from raas_jax.sharding import place_weights, target_of
+from raas_jax.sharding import check_mesh, place_weights, target_of
 from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 SHORTEST = 64  # Tokens; shorter texts are padded to it, and longer ones to a power of two.
@@ -103,15 +103,20 @@ def score(
       TypeError, ValueError: names the argument, its value and the remedy. Nothing was computed.
     """
     policy = checked(params, policy)
+    check_mesh(mesh)
     rows = checks.integer("rows", rows, 1)
     prompts, single = tokenizer.encode(params, prompt)
     given: Any = [continuation] if single else continuation
-    if isinstance(given, str) or len(given) != len(prompts):
-        raise ValueError(
-            f"continuation is {continuation!r} for {len(prompts)} prompts; give one for each."
+    listed = isinstance(given, list | tuple) or getattr(given, "ndim", 0) > 0
+    if not listed or len(given) != len(prompts):
+        raise (ValueError if listed else TypeError)(
+            f"continuation is {checks.short(continuation)} for {len(prompts)} prompts; give a list "
+            "with one for each."
         )
     ids = [
-        tokenizer.encode_continuation(params, each, f"continuation[{index}]")
+        tokenizer.encode_continuation(
+            params, each, "continuation" if single else f"continuation[{index}]"
+        )
         for index, each in enumerate(given)
     ]
     found = dict(scores(params, prompts, ids, policy, rows=rows, mesh=mesh))

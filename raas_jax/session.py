@@ -204,9 +204,13 @@ class Session:
     def lower_start(self) -> Any:
         """The program of `start`, lowered, to be compiled for devices that need not be there."""
         prompts = self.rows // self.plan.samples
-        tokens = np.zeros((prompts, self.plan.prompt_slots * self.plan.page_size), np.int32)
+        # No arrays: `raas-jax memory` asks for more prompts than this machine could hold.
+        tokens, lengths = (
+            jax.ShapeDtypeStruct(shape, jnp.int32)
+            for shape in ((prompts, self.plan.prompt_slots * self.plan.page_size), (prompts,))
+        )
         request = RowRequest.create([1] * self.rows, self.params.config.eos_token_ids)
-        arguments = self._whole((tokens, np.zeros(prompts, np.int32), request))
+        arguments = self._whole((tokens, lengths, request))
         return self._program(prefill).lower(self.params, *arguments, plan=self.plan)
 
     def lower_advance(self, pages: int = 1) -> Any:

@@ -16,6 +16,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from pallas_kernels import Target
+from raas_jax import checks
 from raas_jax.config import ModelConfig
 from raas_jax.model import Weights, abstract_weights, logical_axes
 from raas_jax.params import Params
@@ -38,10 +39,11 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     """A mesh of `data * model` devices, by default the first ones of this process group.
 
     Raises:
-      ValueError: there are not that many devices.
+      TypeError: no ints. ValueError: there are not that many devices.
     """
+    data, model = checks.integer("data", data, 1), checks.integer("model", model, 1)
     found = list(jax.devices() if devices is None else devices)
-    if min(data, model) < 1 or data * model > len(found):
+    if data * model > len(found):
         raise ValueError(
             f"data={data} and model={model} ask for {data * model} devices; there are {len(found)}."
         )
@@ -52,8 +54,17 @@ def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | Non
     return Mesh(grid, ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 
 
+def check_mesh(mesh: Any) -> None:
+    """Raises TypeError for what is no mesh of these axes."""
+    if mesh is not None and not (isinstance(mesh, Mesh) and mesh.axis_names == ("data", "model")):
+        raise TypeError(
+            f"mesh is {checks.short(mesh)}; expected one from raas_jax.make_mesh, or None."
+        )
+
+
 def target_of(mesh: Mesh | None) -> Target | None:
     """What a decode on this mesh is compiled for; None without one."""
+    check_mesh(mesh)
     return None if mesh is None else Target.of(mesh)
 
 

@@ -1,6 +1,7 @@
 """Chat templates: what they make, and what they may not do."""
 
 import json
+import os
 import warnings
 
 import pytest
@@ -95,6 +96,20 @@ def test_an_interrupted_question_does_not_get_the_next_answer(tmp_path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             tokenizer.encode(params, [{"role": "user", "content": "another"}])
     assert tokenizer.encode(params, [USER]) == expected
+
+
+def test_a_worker_that_was_killed_while_it_waited(tmp_path):
+    template = "{{ messages[0]['content'] }}"
+    wanted = ids_with(tmp_path, template, [{"role": "user", "content": "x"}])
+    process = renderer._process(os.getpid())
+    process.kill()
+    process.wait()
+    assert ids_with(tmp_path, template, [{"role": "user", "content": "x"}]) == wanted
+
+
+def test_half_a_character_from_a_template(tmp_path):
+    with pytest.raises(ValueError, match="no Unicode text"):
+        ids_with(tmp_path, r"{{ 'x\ud83d' }}", [{"role": "user", "content": "x"}])
 
 
 def test_published_templates(shared):

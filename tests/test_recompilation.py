@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import chex
 import jax
+import jax.numpy as jnp
 import pytest
 from compiles import compiled
 from tiny import prompts_of, random_params
@@ -78,6 +79,30 @@ def test_within_the_budget_few_prompt_lengths_compile_anew(params, traced_once):
         raas_jax.generate(
             params, [1] * length, policy=RaaS(64, prompt="included", page_size=4), max_new_tokens=70
         )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"params": None}, "params is a NoneType"),
+        ({"tokens": [[1, 2]]}, "tokens is a list"),
+        ({"tokens": jnp.zeros((0, 3), jnp.int32)}, "tokens is int32.0, 3."),
+        ({"lengths": [2]}, "lengths is a list"),
+        ({"lengths": jnp.ones(3, jnp.int32)}, "lengths is int32.3."),
+        ({"policy": RaaS}, "policy is <class"),
+        ({"sampling": 0.5}, "sampling is 0.5"),
+        ({"stop_token_ids": (3, 10**6)}, r"stop_token_ids\[1\] is 1000000"),
+        ({"stop_token_ids": "a"}, r"stop_token_ids\[0\] is 'a'"),
+        ({"seed": (1, 2)}, "seed is a tuple"),
+        ({"seed": 1.0}, "seed is a float32"),
+        ({"seed": jax.random.PRNGKey(1)}, "seed is a uint32"),
+    ],
+    ids=str,
+)
+def test_generate_ids_names_what_is_wrong(params, wrong, said):
+    given = {"params": params, "tokens": jnp.ones((1, 3), jnp.int32), "max_new_tokens": 2}
+    with pytest.raises((TypeError, ValueError), match=said):
+        raas_jax.generate_ids(**given | wrong)
 
 
 def test_generate_ids_takes_arrays_of_any_value(params):

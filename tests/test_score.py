@@ -145,8 +145,15 @@ def test_wrong_arguments_are_named(params):
         raas_jax.score(params, [[1], [2]], [[1]])
     with pytest.raises(ValueError, match="rows is 0"):
         raas_jax.score(params, [1], [2], rows=0)
-    with pytest.raises(ValueError, match=r"continuation\[0\]\[1\] is 99"):
+    with pytest.raises(ValueError, match=r"continuation\[1\] is 99"):
         raas_jax.score(params, [1], [2, 99])
+    for wrong in (None, 3, b"a", np.int32(3), (i for i in [1]), {1: 2}):
+        with pytest.raises(TypeError, match="continuation is .*text or token ids"):
+            raas_jax.score(params, [1], wrong)
+        with pytest.raises(TypeError, match="continuation is .* for 2 prompts"):
+            raas_jax.score(params, [[1], [2]], wrong)
+    with pytest.raises(TypeError, match=r"mesh is \(1, 2\); expected one from"):
+        raas_jax.score(params, [1], [2], mesh=(1, 2))
     with pytest.raises(ValueError, match="no tokenizer"):
         raas_jax.score(params, [1], "text")
     with pytest.raises(TypeError, match="policy"):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,6 +128,7 @@ def test_ids_need_no_tokenizer():
         (7, TypeError, "prompt is a int"),
         ({"role": "user", "content": "x"}, TypeError, "prompt is a dict"),
         ([None], TypeError, r"prompt\[0\] is a NoneType"),
+        (jax.random.key(0), TypeError, "prompt is a PRNGKeyArray"),
         (np.zeros((1, 1, 1), np.int32), TypeError, "prompt is a ndarray"),
         ([{"role": "user"}], TypeError, r"prompt\[0\] is .*'content'"),
         ([{"role": "robot", "content": "x"}], ValueError, "no robots"),
@@ -177,6 +179,11 @@ def test_stop_tokens_are_a_union(byte_folder, tmp_path):
     assert tokenizer.stop_token_ids(params) == (5, 11, 12, EOS)
     assert tokenizer.stop_token_ids(params, [3]) == (3, 5, 11, 12, EOS)
     assert tokenizer.stop_token_ids(params_at(None, eos_token_ids=(5,)), np.int64(7)) == (5, 7)
+    for single in (np.array(7), jnp.int32(7)):
+        assert tokenizer.stop_token_ids(params_at(None, eos_token_ids=()), single) == (7,)
+    for wrong in ("", b"\7", None):
+        with pytest.raises(TypeError, match=r"stop_token_ids\[0\] is "):
+            tokenizer.stop_token_ids(params, wrong)
     with pytest.raises(ValueError, match=r"stop_token_ids\[0\] is 300"):
         tokenizer.stop_token_ids(params, [300])
     with pytest.raises(TypeError, match=r"stop_token_ids\[0\] is '</s>'"):
@@ -186,6 +193,9 @@ def test_stop_tokens_are_a_union(byte_folder, tmp_path):
 def test_stop_strings():
     assert tokenizer.stop_strings(None) == ()
     assert tokenizer.stop_strings("ab") == ("ab",)
+    for wrong in (b"ab", np.array("ab"), 3):
+        with pytest.raises(TypeError, match="stop is .*expected a string"):
+            tokenizer.stop_strings(wrong)
     assert tokenizer.stop_strings(["ab", "c"]) == ("ab", "c")
     with pytest.raises(ValueError, match=r"stop\[1\] is empty"):
         tokenizer.stop_strings(["a", ""])

@@ -45,6 +45,8 @@ def _mendable(error: Exception) -> str | None:
         return f"{where} is out of memory; `raas-jax memory` says what a run takes"
     if isinstance(error, RecursionError):
         return "what was given is nested too deep"
+    if isinstance(error, FileNotFoundError) and error.errno and error.filename is None:
+        return "the current folder is no longer there; change to another"
     if isinstance(error, OSError) and error.strerror and text.startswith("[Errno"):
         named = "" if error.filename is None else f"{error.filename}: "
         return f"{named}{error.strerror[:1].lower()}{error.strerror[1:]}"

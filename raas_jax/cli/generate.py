@@ -14,7 +14,7 @@ import tyro
 
 import raas_jax
 from raas_jax import checks
-from raas_jax.cli import options
+from raas_jax.cli import options, streams
 from raas_jax.cli.errors import note
 from raas_jax.cli.prompts import Prompt, read_prompts
 
@@ -58,7 +58,7 @@ class Generate:
             "sampling": self.sampling.create(),
             "seed": self.sampling.seed,
             "max_new_tokens": self.max_new_tokens,
-            "stop": tokenizer.stop_strings(self.stop),
+            "stop": tokenizer.stop_strings(map(streams.typed, self.stop)),
         }
         for flag, why in self._idle(given):
             note(f"{flag} has no effect {why}.")
@@ -90,7 +90,7 @@ class Generate:
                 "both (--prompt-file - reads standard input)."
             )
         if self.prompt is not None:
-            return [checks.whole_text("PROMPT", self.prompt)]
+            return [checks.whole_text("PROMPT", streams.typed(self.prompt))]
         return read_prompts(str(self.prompt_file))
 
     def _prepare(self, prompt: Prompt) -> Prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Protocol, Union
 import tyro
 
 import raas_jax
+from raas_jax import checks
 from raas_jax.cli import lm_eval, streams
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
@@ -113,11 +115,19 @@ def parse(args: Sequence[str]) -> Command:
     choices: Any = Union[  # noqa: UP007 - made of a list
         tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     ]
-    command: Command = tyro.cli(
-        choices,
-        prog="raas-jax",
-        description=DESCRIPTION,
-        args=args,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-    )
+    # An option that is wrong is repeated, with what a terminal would obey.
+    harmless = all(arg == checks.printable(arg) for arg in args)
+    said = sys.stderr if harmless else io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            command: Command = tyro.cli(
+                choices,
+                prog="raas-jax",
+                description=DESCRIPTION,
+                args=args,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+            )
+    finally:
+        if isinstance(said, io.StringIO) and not harmless:
+            print(checks.printable(said.getvalue()), end="", file=sys.stderr)
     return command

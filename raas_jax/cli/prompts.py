@@ -24,7 +24,7 @@ def read_prompts(file: str) -> list[Prompt]:
     """
     if file == "-":
         name, text = "standard input", _read_stdin()
-    elif Path(file).exists():
+    elif file and Path(file).exists():
         name, text = file, files.read_text(file)
     else:
         raise FileNotFoundError(f"--prompt-file is {file!r}; there is no such file.")
@@ -71,6 +71,8 @@ def _prompt(fields: dict[str, Any], where: str) -> Prompt:
     if ("prompt" in fields) == ("messages" in fields):
         has = f"has the fields {checks.short(', '.join(fields)) if fields else 'none'}"
         raise ValueError(f'{where}: {has}; give one of "prompt" and "messages".')
+    if fields.get("prompt", fields.get("messages")) in ("", []):
+        raise ValueError(f"{where}: the prompt is empty; give some text, or leave the line out.")
     if "messages" in fields:
         return _messages(fields["messages"], where)
     prompt = fields["prompt"]

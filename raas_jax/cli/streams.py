@@ -33,6 +33,14 @@ def drop_output() -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def typed(text: str) -> str:
+    """What was typed as an argument, as UTF-8 also where the locale knows only ASCII."""
+    try:
+        return os.fsencode(text).decode()
+    except UnicodeError:
+        return text
+
+
 def say(message: str) -> None:
     """A line on stderr; control characters, which files may hold, do not reach the terminal."""
     with contextlib.suppress(OSError, ValueError):

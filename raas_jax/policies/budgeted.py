@@ -232,12 +232,12 @@ def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Pol
 def check_budget(budget: int, page_size: int) -> None:
     """Raises ValueError unless the budget is a whole number of at least two pages."""
     two, down = 2 * page_size, budget // page_size * page_size
-    if budget % page_size:
-        raise ValueError(
-            f"budget is {budget}, not a multiple of page_size={page_size}. "
-            f"Use {max(down, two)} or {max(down + page_size, two)}."
-        )
     if budget < two:
         raise ValueError(
             f"budget is {budget}, less than two pages of page_size={page_size}. Use at least {two}."
+        )
+    if budget % page_size:
+        raise ValueError(
+            f"budget is {budget}, not a multiple of page_size={page_size}. "
+            f"Use {down} or {down + page_size}."
         )

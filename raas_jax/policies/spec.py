@@ -103,7 +103,7 @@ def parse(text: str, **options: Any) -> Policy:
     for option, value in options.items():
         if option not in fields:
             raise ValueError(
-                f"{option} is not an option of the policy {parts[0]}, which has "
+                f"{option or repr(option)} is not an option of the policy {parts[0]}, which has "
                 f"{', '.join(sorted(fields))}.{_near(option, fields)}"
             )
         if not _fits(value, hints[option]):
@@ -127,6 +127,8 @@ def _literal(text: str) -> Any:
 
 def _import(path: str) -> type[Policy]:
     module_name, _, name = path.rpartition(":")
+    if module_name.partition(":")[0] in _BY_NAME:
+        raise ValueError(f"policy is {path!r}; write its options as NAME:OPTION=VALUE.")
     is_file = module_name.endswith(".py")
     if is_file and not Path(module_name).is_file():
         raise ValueError(f"policy lies in {module_name!r}, but there is no such file.")

@@ -2,7 +2,14 @@
 
 from raas_jax.tokenizer.chats import Message, chat_text
 from raas_jax.tokenizer.detokenizer import Detokenizer
-from raas_jax.tokenizer.folder import VOCABULARIES, decode, has_tokenizer, load, stop_token_ids
+from raas_jax.tokenizer.folder import (
+    VOCABULARIES,
+    checked_stops,
+    decode,
+    has_tokenizer,
+    load,
+    stop_token_ids,
+)
 from raas_jax.tokenizer.prompts import Prompt, Prompts, PromptT, encode, encode_continuation
 from raas_jax.tokenizer.stops import stop_strings
 
@@ -14,6 +21,7 @@ __all__ = [
     "PromptT",
     "Prompts",
     "chat_text",
+    "checked_stops",
     "decode",
     "encode",
     "encode_continuation",

@@ -44,13 +44,14 @@ def chat_text(params: Params, messages: Sequence[Any], name: str) -> str:
     # What is empty has no place in the rendered text: it follows the beginning of its turn.
     blank = continued and not last["content"].strip()
     try:
-        text = renderer.render(
+        rendered = renderer.render(
             **tokenizer.special_tokens_map,
             conversations=[[dict(each) for each in (before if blank else messages)]],
             chat_template=tokenizer.get_chat_template(),
             add_generation_prompt=blank or not continued,
             continue_final_message=continued and not blank,
         )
+        text = checks.whole_text("what it makes of it", rendered)
     except Exception as error:  # Among them what a message with strange fields is to JSON.
         raise ValueError(
             f"{name} does not fit the chat template of {params.source}: {checks.first_line(error)}"

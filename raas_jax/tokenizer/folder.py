@@ -79,8 +79,13 @@ def stop_token_ids(params: Params, extra: int | Iterable[int] = ()) -> tuple[int
         ids.add(int(eos))
     # Published configs name ids beyond a cut vocabulary at times; such an id can never be drawn.
     ids = {i for i in ids if 0 <= i < params.config.vocab_size}
-    many = list(extra) if isinstance(extra, Iterable) else [extra]
-    return tuple(sorted(ids | set(checked_ids(params, many, "stop_token_ids"))))
+    return tuple(sorted(ids | set(checked_stops(params, extra))))
+
+
+def checked_stops(params: Params, given: Any) -> list[int]:
+    """A caller's `stop_token_ids`, or a single one; raises as `checked_ids`."""
+    many = given if checks.is_many(given) else [given]
+    return checked_ids(params, many, "stop_token_ids")
 
 
 def checked_ids(params: Params, ids: Iterable[Any], name: str) -> list[int]:

@@ -64,13 +64,16 @@ def encode_continuation(params: Params, text: str | Sequence[int], name: str) ->
     Raises:
       TypeError, ValueError: as `encode`, naming the argument `name`.
     """
-    if not isinstance(text, str):
-        return _checked_prompt_ids(params, text, name)
-    return _known(params, _bare(params, text, name), name)
+    if isinstance(text, str):
+        return _known(params, _bare(params, text, name), name)
+    if not isinstance(text, list | tuple) and not (_is_array(text) and text.ndim == 1):
+        raise TypeError(f"{name} is {checks.short(text)}; expected text or token ids.")
+    return _checked_prompt_ids(params, text, name)
 
 
 def _is_array(value: object) -> TypeGuard[jax.Array | np.ndarray]:
-    return hasattr(value, "ndim") and hasattr(value, "dtype")
+    # Random keys, too, are arrays, of no kind that NumPy knows.
+    return hasattr(value, "ndim") and hasattr(getattr(value, "dtype", None), "kind")
 
 
 def _is_one(prompt: object) -> bool:

@@ -32,6 +32,9 @@ def render(**request: Any) -> str:
     line = json.dumps(request).encode() + b"\n"
     with _lock:
         process = _process(os.getpid())
+        if process.poll() is not None:  # It was killed, as where memory was short, while it waited.
+            _process.cache_clear()
+            process = _process(os.getpid())
         try:
             answer = json.loads(_ask(process, line))
         except BaseException:  # Ctrl-C too: the next question must not get this one's answer.

@@ -15,7 +15,7 @@ def stop_strings(stop: str | Iterable[str] | None) -> tuple[str, ...]:
       TypeError: not strings. ValueError: an empty one, which would stop at once, or one with half
         of a character, which would never stop.
     """
-    if stop is not None and not isinstance(stop, Iterable):
+    if not (stop is None or isinstance(stop, str) or checks.is_many(stop)):
         raise TypeError(f"stop is {checks.short(stop)}; expected a string or a list of them.")
     found = (stop,) if isinstance(stop, str) else tuple(() if stop is None else stop)
     for i, item in enumerate(found):

@@ -161,6 +161,7 @@ def test_version(capsys):
         (["memory"], "--config"),
         (["memory", "--config", "/nowhere/shape.yaml"], "no such file"),
         (["memory", "--config", "BROKEN"], "YAML"),
+        (["memory", "--config", "DEEP"], "nested more than 64 deep"),
         (["memory", "--model", "MODEL", "--batch", "0"], "--batch is 0;"),
         (["bench", "--config", "MODEL", "--lengths", "1k"], "--lengths"),
         (["bench", "--config", "MODEL", "--lengths", "8"], "--lengths are [8]"),
@@ -171,10 +172,12 @@ def test_version(capsys):
 )
 def test_what_a_user_can_mend_is_one_line(args, said, model, tmp_path, capsys):
     (tmp_path / "broken.yaml").write_text("a: [")
+    (tmp_path / "deep.yaml").write_text("a: " + "[" * 100_000)
     names = {
         "MODEL": model,
         "OUT": str(tmp_path / "out"),
         "BROKEN": str(tmp_path / "broken.yaml"),
+        "DEEP": str(tmp_path / "deep.yaml"),
     }
     assert main([names.get(arg, arg) for arg in args]) == 2
     printed = capsys.readouterr()
@@ -229,6 +232,30 @@ def test_an_unknown_option_ends_with_code_2(capsys):
         main(["generate", PROMPT, "--buget", "64"])
     assert end.value.code == 2
     assert "--budget" in capsys.readouterr().err
+
+
+def test_a_wrong_option_does_not_obey_its_terminal(capsys):
+    for args in (["generate", "--rows", "\x1b[2J"], ["memory", "--\x1b[2J", "1"]):
+        with pytest.raises(SystemExit):
+            main(args)
+        said = capsys.readouterr().err
+        assert "\x1b" not in said and "\\x1b[2J" in said
+
+
+def test_a_folder_that_is_gone(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    tmp_path.rmdir()
+    assert main(["generate", PROMPT, "--model", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "raas-jax: error: the current folder is no longer there; change to another\n"
+    )
+
+
+def test_what_cannot_be_held_is_accounted_for(model, capsys):
+    """Prompts of terabytes, which a program is lowered for and nothing is run with."""
+    huge = ["--batch", "4096", "--prompt-tokens", str(2**27), "-n", "16", "--policy", "dense"]
+    assert main(["memory", "--model", model, *huge]) == 0
+    assert "128.0 TiB" in capsys.readouterr().out
 
 
 def test_help_and_version_import_no_framework():

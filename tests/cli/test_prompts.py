@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import raas_jax
+from raas_jax.cli import streams
 from raas_jax.cli.generate import Generate
 from raas_jax.cli.main import main
 from raas_jax.cli.options import SamplingOptions
@@ -38,6 +39,8 @@ def test_a_line_is_text_or_json(line, prompt):
         ("{not json", "not valid JSON"),
         ("{}", 'give one of "prompt" and "messages"'),
         ('{"prompt": "x", "messages": []}', 'give one of "prompt" and "messages"'),
+        ('{"prompt": []}', "the prompt is empty"),
+        ('{"messages": []}', "the prompt is empty"),
         ('{"prompt": 3}', "expected text or a list of token ids"),
         ('{"prompt": [true]}', "expected text or a list of token ids"),
         ('{"prompt": "\\ud800"}', "half of a character"),
@@ -74,7 +77,14 @@ def test_other_encodings_are_refused(tmp_path, monkeypatch, data):
             read_prompts(file)
 
 
+def test_what_was_typed_where_the_locale_knows_only_ascii():
+    assert streams.typed("\udcc3\udca9 = 4") == streams.typed("é = 4") == "é = 4"
+    assert streams.typed("a\udcff\ud83d") == "a\udcff\ud83d"
+
+
 def test_a_folder_of_prompts_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="--prompt-file is ''"):
+        read_prompts("")
     with pytest.raises(ValueError, match="expected a regular file"):
         read_prompts(str(tmp_path))
 

@@ -203,7 +203,8 @@ def use_arguments(folder: Path) -> None:
     for flag in draws.sample(options, min(len(options), draws.choice((0, 1, 2)))):
         given += [flag, draws.choice(WORDS)]
     # What by chance is right should be short: nothing can be answered by this model.
-    given += ["--model", str(folder / "none")] if command in ("generate", "eval") else []
+    asks = command in ("generate", "eval", "throughput")
+    given += ["--model", str(folder / "none")] if asks else []
     with contextlib.chdir(folder):
         said = commanded(given)
     if said is not None:

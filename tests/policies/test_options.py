@@ -19,7 +19,7 @@ from raas_jax.policies import bucket
     ("options", "named", "remedy"),
     [
         ({"budget": 100}, "budget is 100", "Use 96 or 112"),
-        ({"budget": 7}, "budget is 7", "Use 32 or 32"),
+        ({"budget": 7}, "budget is 7", "Use at least 32"),
         ({"budget": 16}, "budget is 16, less than two pages", "at least 32"),
         ({"budget": 0}, "budget is 0, less than two pages", "at least 32"),
         ({"budget": -32}, "budget is -32", "at least 32"),

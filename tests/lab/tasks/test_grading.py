@@ -107,8 +107,8 @@ def test_stated_answers():
     assert not [case for case in cases if case["mark"].error]
     assert not [case for case in cases if case["mark"].correct and not case["right"]]
     unread = [case["text"] for case in cases if case["right"] and not case["mark"].correct]
-    assert len(unread) <= 7, unread
-    assert f"| all | 0 of 429 | {len(unread)} of 427 |" in table(cases)
+    assert len(unread) <= 11, unread
+    assert f"| all | 0 of 527 | {len(unread)} of 479 |" in table(cases)
 
 
 def test_words_are_words():

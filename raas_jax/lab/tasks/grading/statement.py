@@ -27,22 +27,28 @@ _LINK = (
     r"|是|为|為|は|\s(?=\d)|\n"
 )
 _MARK = re.compile(
-    rf"####|<answer>|{_ANSWER}[*_\"]*(?:\s+to\s[^.:\n]{{0,80}}?)?\s*?(?:{_LINK})"
+    rf"####|<answer>|{_ANSWER}[*_\"]*(?:\s+to\s(?!part\b)[^.:\n]{{0,80}}?)?\s*?(?:{_LINK})"
     r"[*_\s]*[:：]?(?:[\s,]*\b(?:therefore|thus|then|hence|indeed|of\s+course)\b,?)*",
     re.IGNORECASE,
 )
 _SUPPOSED = re.compile(
-    r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z", re.IGNORECASE
+    r"\b(?:if|suppose|assume|thought|whether|maybe|perhaps|is)\b[^.!?\n]*\Z"
+    r"|\b(?:wrong|incorrect|first|initial|previous|earlier)\s\Z",
+    re.IGNORECASE,
 )
 _DISPLAY = re.compile(r"[*_\s]*(?:\\\[(.*?)\\\]|\$\$(.*?)\$\$)", re.DOTALL)
+_IN_WORDS = re.compile(r"[*_\s]*[A-Z][a-z]*,?\s+[a-z]+\s")
 _SENTENCE_END = re.compile(r"(?<!Rs)(?<!\\)[.!](?=\s|[*_`\"]*$|[*_`\"]+\s)|。|</")
 _MATHS = re.compile(r"(?<![A-Za-z\d])\d|[$\\½⅓¼¾∞π√]")
 _OVER = re.compile(r"</s>|<\|\w+\|>|\n[ \t]*(?:Question|Problem|Q):")
-_CHECK = re.compile(r"\b(?:Check|Verification|Let me (?:check|verify)|Let us (?:check|verify))\b")
+_CHECK = re.compile(r"\b(?:Check|Verification|Let (?:me|us) (?:double[- ]?)?(?:check|verify))\b")
 _TAKEN_BACK = re.compile(
     r"\A[\s$.*)\]\\]*(?:(?:is|are|does|do)\s*(?:not|n't)|cannot|can't|would|could|might)\b|\A[\s$*)\]\\]*\?\s*No\b"
     r"|\bWait\b|\bwait[.,!:]|\A\W*no,|\b[Cc]orrection\b|\bI\s+(?:made|misread|forgot|was\s+wrong)\b"
-    r"|\b(?:this|that|it)\s+(?:is|was)\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
+    r"|\b(?:this|that|it)(?:['’]s|\s+(?:is|was))\s+(?:wrong|incorrect|not\s+(?:right|correct))\b"
+    r"|\b(?:this|that|it)\s+(?:is|was)n['’]t\s+(?:right|correct)\b"
+    r"|\b(?:Oops|Hold on|[Ss]cratch that|[Oo]n second thoughts?|[Mm]y mistake|reconsider)\b"
+    r"|\b(?:Actually|Sorry|But|However)\b[^.\n]*\b(?:is|are|be|so|meant)\s[\s$\\(]*-?\d"
 )
 
 
@@ -104,7 +110,10 @@ def marked(text: str) -> list[Statement]:
         rest = text[mark.end() :].lstrip()
         line = rest.split("\n")[0]
         sentence = _SENTENCE_END.split(line)[0]
-        found.append(Statement(sentence, mark.start(), len(text) - len(rest) + len(sentence)))
+        # Under a heading may stand a whole sentence.
+        exact = not (mark[0].endswith("\n") and _IN_WORDS.match(sentence))
+        end = len(text) - len(rest) + len(sentence)
+        found.append(Statement(sentence, mark.start(), end, exact))
     return found
 
 

@@ -88,7 +88,7 @@ _REJECTED = re.compile(
     r"\\(?:equiv|to|rightarrow|[lc]?dots)\b|\b(?:wrong|incorrect|contradiction|thought)\b"
 )
 _CHANGES = re.compile(
-    r"\A(?:to|or|and|not|but|below|above|th\s+\w)\b|[万億亿千百]|\b(?:squared|cubed|factorial|times|"
+    r"\A(?:to|or|and|not|but|below|above|th\s+\w)\b|[万億亿千百]|\b(?:off|squared|cubed|factorial|times|"
     r"plus|minus|divided|more|less|fewer|most|least|hundreds?|dozens?|score|half|halves|thirds?|"
     r"quarters?|tenths?|\w+dths?|only|if|unless|except)\b"
 )
@@ -96,7 +96,7 @@ _HEDGES = re.compile(
     r"\b(?:not|no|nor|cannot|least|most|than|between|half|twice|thrice|double|triple|times|"
     r"multiple|factor|divisor|root|square|digits?|ends?|starts?|if|step|problem|question|part|case|"
     r"theorem|lemma|equation|contradict\w*|exceeds?|over|under|above|below|mod(?:ulo)?|remainder|"
-    r"divided|suppose|assume|given|let|know|first|never|nicht|kein|pas|wrong|contains?)\b"
+    r"(?:should|would|could|might)\s+have|divided|suppose|assume|given|let|know|first|never|nicht|kein|pas|wrong|contains?)\b"
     r"|n't|不|没|[<>]|\\(?:neq?|leq?|geq?|approx)\b",
     re.IGNORECASE,
 )
