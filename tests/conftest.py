@@ -35,7 +35,15 @@ FAST = {
     ),
     *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
-    *("test_import", "test_model", "test_recompilation", "test_sampling", "test_tokenizer"),
+    *(
+        "test_config",
+        "test_identity",
+        "test_import",
+        "test_model",
+        "test_recompilation",
+        "test_sampling",
+        "test_tokenizer",
+    ),
     *("weights/test_hf", "weights/test_load"),
 }
 
