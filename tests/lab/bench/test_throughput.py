@@ -38,4 +38,4 @@ def test_sizes_are_mixed():
 
 def test_numbers_below_one_are_refused(capsys):
     assert main(["throughput", "--rows", "0"]) == 2
-    assert "--rows is 0; it must be at least 1" in capsys.readouterr().err
+    assert "--rows is 0; it must be an int of at least 1" in capsys.readouterr().err

@@ -84,7 +84,7 @@ def test_what_could_not_be_answered_needs_no_times(tmp_path):
         ("[]", "holds a list; expected named fields"),
         ({"version": 2}, "it lacks config"),
         ({"version": "2", "config": RECORDED}, "version is '2'; it must be an int"),
-        ({"version": 3, "config": RECORDED}, "has version 3"),
+        ({"version": 4, "config": RECORDED}, "has version 4"),
         ({"version": 2, "config": [1]}, r"config is \[1\]; expected named fields"),
         ({"version": 2, "config": RECORDED, "starts": 3}, "starts is 3; it must be a list"),
         ({"version": 2, "config": RECORDED | {"kind": 5}}, "config.kind is 5"),

@@ -155,7 +155,7 @@ def test_bad_options(tmp_path, capsys):
         (["lemma", "--policies", "rass"], "Did you mean raas"),
         (["lemma", "--policies", "raas:alhpa=1"], "Did you mean alpha"),
         (["lemma", "--budgets", "32;64"], "write for example 32,64,128"),
-        (["lemma", "--budgets", "30"], "not a multiple"),
+        (["lemma", "--budgets", "40"], "not a multiple"),
         (["lemma", "--definitions", "many"], "24-48"),
         (["lemma", "--problems", "0"], "from 1 to"),
         (["lemma", "--split", "train"], "test or validation"),
