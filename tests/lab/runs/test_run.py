@@ -157,7 +157,7 @@ def test_bad_options(tmp_path, capsys):
         (["lemma", "--budgets", "32;64"], "write for example 32,64,128"),
         (["lemma", "--budgets", "40"], "not a multiple"),
         (["lemma", "--definitions", "many"], "24-48"),
-        (["lemma", "--problems", "0"], "from 1 to"),
+        (["lemma", "--problems", "0"], "at least 1"),
         (["lemma", "--split", "train"], "test or validation"),
     ]:
         assert main(["eval", *args, *out]) == 2
