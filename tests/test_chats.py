@@ -12,6 +12,8 @@ from raas_jax.config import ModelConfig
 from raas_jax.params import Params
 from raas_jax.tokenizer import renderer, template_worker
 
+pytestmark = pytest.mark.once
+
 USER = {"role": "user", "content": "2+2?"}
 LOOP = (
     "{{ bos_token }}{% for m in messages %}{% if m.role in ('user', 'assistant') %}"

@@ -10,6 +10,8 @@ from tiny_tokenizers import DECODERS, tiny_tokenizer, tokens_of
 from raas_jax import tokenizer
 from raas_jax.outputs import Answer
 
+pytestmark = pytest.mark.once
+
 EMOJI = list("😀".encode())
 
 

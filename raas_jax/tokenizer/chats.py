@@ -9,7 +9,7 @@ from typing import Any
 from raas_jax import checks
 from raas_jax.params import Params
 from raas_jax.tokenizer import renderer
-from raas_jax.tokenizer.folder import load
+from raas_jax.tokenizer.folder import load, text_ids
 
 Message = Mapping[str, str]
 """One turn of a chat: its "role" and "content"."""
@@ -18,7 +18,7 @@ Message = Mapping[str, str]
 def encode_chat(params: Params, messages: Sequence[Any], name: str) -> list[int]:
     """Token ids of `chat_text`; raises as it does."""
     text = chat_text(params, messages, name)
-    ids: list[int] = load(params)(text, add_special_tokens=False)["input_ids"]
+    ids = text_ids(load(params), text)
     if not ids:
         raise ValueError(f"{name} has no tokens in the chat template of {params.source}.")
     return ids

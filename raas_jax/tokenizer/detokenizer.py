@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from raas_jax.params import Params
-from raas_jax.tokenizer.folder import load
+from raas_jax.tokenizer.folder import load, sound
 from raas_jax.tokenizer.increments import increments, special_ids
 from raas_jax.tokenizer.stops import StopFinder, stop_strings
 
@@ -39,27 +39,30 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Takes more ids and returns the text that they make certain; nothing after a stop."""
-        pieces: list[str] = []
+        with sound(self._tokenizer):
+            return self._give("".join(self._pieces(ids)))
+
+    def _pieces(self, ids: Iterable[int]) -> Iterator[str]:
         for index in map(int, ids):
             if self.stopped is not None:
                 break
             self.count += 1
             if index not in self._special:
-                pieces.append(self._stops.push(self._increments.push(index)))
+                yield self._stops.push(self._increments.push(index))
                 if self._searching and self.stopped is None:
-                    pieces.append(self._stops.foresee(self._increments.likely()))
+                    yield self._stops.foresee(self._increments.likely())
             elif self._searching:
                 name = str(self._tokenizer.convert_ids_to_tokens(index))
-                pieces.append(self._stops.foresee(self._increments.rest(), name))
+                yield self._stops.foresee(self._increments.rest(), name)
                 if self.stopped is None:
-                    pieces.append(self._stops.push(name, shown=False))
-        return self._give("".join(pieces))
+                    yield self._stops.push(name, shown=False)
 
     def finish(self) -> str:
         """The rest, once no more ids will come."""
         if self.stopped is not None:
             return ""
-        return self._give(self._stops.push(self._increments.rest()) + self._stops.finish())
+        with sound(self._tokenizer):
+            return self._give(self._stops.push(self._increments.rest()) + self._stops.finish())
 
     def _give(self, piece: str) -> str:
         self.text += piece

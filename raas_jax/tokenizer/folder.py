@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_fast=True
         )
-    except Exception as error:  # Each tokenizer class raises what its own parser raised.
+    except BaseException as error:  # Each tokenizer class raises what its own parser raised.
+        if not (isinstance(error, Exception) or _is_panic(error)):
+            raise
         raise ValueError(
             f"The tokenizer in {folder} cannot be read ({checks.first_line(error)}). Save it as "
             "tokenizer.json, e.g. by save_pretrained of transformers; a tokenizer.model alone "
@@ -58,9 +61,37 @@ def _tokenizer(folder: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
+@contextlib.contextmanager
+def sound(tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
+    """What a tokenizer of damaged files raises as it is used becomes a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, ValueError) or not (isinstance(error, Exception) or _is_panic(error)):
+            raise
+        raise ValueError(
+            f"The tokenizer in {tokenizer.name_or_path} fails ({checks.first_line(error)}): its "
+            "files are damaged, or do not belong together. Copy them anew."
+        ) from error
+
+
+def _is_panic(error: BaseException) -> bool:
+    """Whether Rust gave up, which is no Exception, so that nothing would catch it."""
+    return type(error).__name__ == "PanicException"
+
+
+def text_ids(tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False) -> list[int]:
+    """Token ids of a text, by itself or with the special tokens that the tokenizer adds."""
+    with sound(tokenizer):
+        ids: list[int] = tokenizer(text, add_special_tokens=special)["input_ids"]
+    return ids
+
+
 def decode(params: Params, ids: Iterable[int]) -> str:
     """Text of token ids, without the special ones."""
-    return decode_ids(load(params), [int(i) for i in ids])
+    tokenizer = load(params)
+    with sound(tokenizer):
+        return decode_ids(tokenizer, [int(i) for i in ids])
 
 
 def stop_token_ids(params: Params, extra: int | Iterable[int] = ()) -> tuple[int, ...]:

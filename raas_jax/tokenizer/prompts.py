@@ -12,7 +12,7 @@ import numpy as np
 from raas_jax import checks
 from raas_jax.params import Params
 from raas_jax.tokenizer.chats import Message, encode_chat
-from raas_jax.tokenizer.folder import checked_ids, load
+from raas_jax.tokenizer.folder import checked_ids, load, text_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -116,7 +116,7 @@ def _bare(params: Params, text: str, name: str) -> list[int]:
         raise ValueError(f"{name} is an empty string; give at least one character.")
     if len(text) > checks.MOST_TOKENS:
         raise ValueError(f"{name} has {len(text)} characters; at most {checks.MOST_TOKENS}.")
-    ids = load(params)(checks.whole_text(name, text), add_special_tokens=False)["input_ids"]
+    ids = text_ids(load(params), checks.whole_text(name, text))
     if not ids:
         raise ValueError(f"{name} is {checks.short(text)}, which has no tokens; give some text.")
     return [int(i) for i in ids]
@@ -125,7 +125,7 @@ def _bare(params: Params, text: str, name: str) -> list[int]:
 @functools.lru_cache(maxsize=8)
 def _added(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer puts before a text, and after it."""
-    bare, full = (tokenizer("a", add_special_tokens=add)["input_ids"] for add in (False, True))
+    bare, full = (text_ids(tokenizer, "a", special=add) for add in (False, True))
     places = range(len(full)) if bare else ()
     at = next((i for i in places if full[i : i + len(bare)] == bare), len(full))
     # After an EOS the model would begin something else; a prompt is to be continued.

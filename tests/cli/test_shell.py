@@ -8,6 +8,8 @@ import time
 
 import pytest
 
+pytestmark = pytest.mark.once
+
 COMMAND = f"{sys.executable} -m raas_jax.cli"
 PROBLEM = "'a=4; b=9; c=a+b; ? c'"
 

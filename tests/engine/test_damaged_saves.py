@@ -13,6 +13,8 @@ from tiny import prompts_of, random_params
 from raas_jax import Engine, RaaS, Request, identity
 from raas_jax.files import FileError
 
+pytestmark = pytest.mark.once
+
 OPTIONS = {"policy": RaaS(16, page_size=4), "rows": 2, "max_new_tokens": 24, "max_prompt_tokens": 8}
 
 

@@ -15,6 +15,8 @@ from safetensors.numpy import save_file
 from raas_jax.files import FileError
 from raas_jax.weights import convert, load, save_hf, save_orbax
 
+pytestmark = pytest.mark.once
+
 
 def test_a_quantised_config_is_named(checkpoint):
     folder = checkpoint.write()
