@@ -52,9 +52,7 @@ def full(kind: str, **changes) -> dict:
 
 def theirs(fields: dict) -> ModelConfig | None:
     """What transformers makes of it; None where it refuses, or where a layer slides."""
-    pytest.importorskip(
-        "torch", reason="transformers needs it to say what slides"
-    )
+    pytest.importorskip("torch", reason="transformers needs it to say what slides")
     from transformers import logging
     from transformers.cache_utils import get_layer_types_and_kwargs
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
