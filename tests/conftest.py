@@ -37,7 +37,6 @@ FAST = {
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
     *(
         "test_config",
-        "test_identity",
         "test_import",
         "test_model",
         "test_recompilation",
