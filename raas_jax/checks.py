@@ -12,6 +12,10 @@ from typing import Any
 INT32_MAX = 2**31 - 1
 MOST_TOKENS = 2**27
 """More than any cache holds: no length, budget or count of tokens is above it."""
+MOST_ROWS = 2**16
+"""Of one batch."""
+MOST_SAMPLES = 2**20
+"""Answers to one request or problem."""
 
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 _reprs = reprlib.Repr()

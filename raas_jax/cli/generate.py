@@ -15,13 +15,13 @@ import tyro
 import raas_jax
 from raas_jax import checks
 from raas_jax.cli import options, streams
-from raas_jax.cli.errors import note
+from raas_jax.cli.errors import WRONG, note
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
-FAILED, INTERRUPTED = 2, 130
+INTERRUPTED = 130
 
 
 @dataclasses.dataclass
@@ -69,7 +69,7 @@ class Generate:
             )
         answer = self._print_json if self.json else self._stream
         reasons = answer(params, prompts, wanted)
-        return INTERRUPTED if "interrupted" in reasons else FAILED if "error" in reasons else 0
+        return INTERRUPTED if "interrupted" in reasons else WRONG if "error" in reasons else 0
 
     def _idle(self, prompts: list[Prompt]) -> Iterator[tuple[str, str]]:
         """Flags that were given and change nothing, and why."""
@@ -130,7 +130,7 @@ class Generate:
             print(summary(output, clock.tokens_per_second), file=sys.stderr, flush=True)
             reasons.add(output.finish_reason)
             if output.error is not None:
-                print(f"raas-jax: error: {output.error}", file=sys.stderr)
+                streams.say(f"error: {output.error}")
             if output.finish_reason == "interrupted":
                 break
         return reasons

@@ -115,19 +115,23 @@ def parse(args: Sequence[str]) -> Command:
     choices: Any = Union[  # noqa: UP007 - made of a list
         tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
     ]
+
+    def parsed() -> Command:
+        command: Command = tyro.cli(
+            choices,
+            prog="raas-jax",
+            description=DESCRIPTION,
+            args=args,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
+        )
+        return command
+
+    if all(arg == checks.printable(arg) for arg in args):
+        return parsed()
     # An option that is wrong is repeated, with what a terminal would obey.
-    harmless = all(arg == checks.printable(arg) for arg in args)
-    said = sys.stderr if harmless else io.StringIO()
+    said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            command: Command = tyro.cli(
-                choices,
-                prog="raas-jax",
-                description=DESCRIPTION,
-                args=args,
-                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
-            )
+            return parsed()
     finally:
-        if isinstance(said, io.StringIO) and not harmless:
-            print(checks.printable(said.getvalue()), end="", file=sys.stderr)
-    return command
+        print(checks.printable(said.getvalue()), end="", file=sys.stderr)

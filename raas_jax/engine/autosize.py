@@ -8,9 +8,9 @@ from typing import Any
 
 import jax
 
+from raas_jax.checks import MOST_ROWS
 from raas_jax.session import device_memory
 
-MOST_ROWS = 65_536
 HEADROOM = 0.95  # Of the memory: what the host sends, fragments, and the runtime's own.
 
 

@@ -20,7 +20,6 @@ import numpy as np
 
 from raas_jax import checks, files, identity, policies
 from raas_jax.decode import DecodeState
-from raas_jax.engine.autosize import MOST_ROWS
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
 from raas_jax.policies import Policy
@@ -44,7 +43,10 @@ class Saver:
         self._arguments = ocp.args
         self._every = every
         # What a killed process had begun to write is removed.
-        self._manager = _manager(folder, create=True, cleanup_tmp_directories=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(
+            path.absolute(), options=options, item_names=(STATE, HOST_STATE)
+        )
         self._last = time.monotonic()
         self._number = self._manager.latest_step() or 0
 
@@ -63,19 +65,17 @@ class Saver:
         Raises:
           OSError: an earlier save, or this one, could not be written.
         """
-        host_state = {
-            **host_state,
-            "version": VERSION,
-            "arrays": identity.of_arrays(as_arrays(state)),
-        }
-        host_state = _plain(host_state)
+        arrays = as_arrays(state)
+        host_state = _plain(
+            {**host_state, "version": VERSION, "arrays": identity.of_arrays(arrays)}
+        )
         host_state["digest"] = identity.of_json(host_state)
         self._number += 1
         self._manager.save(
             self._number,
             args=self._arguments.Composite(
                 **{
-                    STATE: self._arguments.StandardSave(as_arrays(state)),
+                    STATE: self._arguments.StandardSave(arrays),
                     HOST_STATE: self._arguments.JsonSave(host_state),
                 }
             ),
@@ -109,7 +109,7 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
     if host_state.pop("digest", None) != identity.of_json(host_state):
         raise damaged(newest, "its digest is another one")
     options = said.inner("options")
-    options.integer("rows", 1, MOST_ROWS)
+    options.integer("rows", 1, checks.MOST_ROWS)
     for name in COUNTS:
         options.integer(name, 1, checks.MOST_TOKENS)
     if odd := sorted(options.values.keys() ^ {"rows", "stop_token_ids", *COUNTS}):
@@ -117,8 +117,7 @@ def read_host_state(folder: str | Path) -> dict[str, Any]:
     for name in ("policy", "model", "schedule", "usage"):
         said.inner(name)
     said.text("arrays")
-    known: dict[str, Any] = host_state
-    return known
+    return host_state
 
 
 def damaged(save: str | Path, why: object) -> FileError:
@@ -205,15 +204,6 @@ def check_model(host_state: dict[str, Any], params: Params, folder: str | Path) 
             f"{folder} was saved with another model ({', '.join(names)} differ); give params of "
             "the same weights."
         )
-
-
-def _manager(folder: str | Path, **options: Any) -> Any:
-    import orbax.checkpoint as ocp
-
-    chosen = ocp.CheckpointManagerOptions(max_to_keep=2, **{"create": False, **options})
-    return ocp.CheckpointManager(
-        Path(folder).expanduser().absolute(), options=chosen, item_names=(STATE, HOST_STATE)
-    )
 
 
 def _plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from raas_jax import checks, tokenizer
 from raas_jax.admission import empty_admissions
 from raas_jax.decode import DecodeState, Progress
 from raas_jax.engine import checkpoint
-from raas_jax.engine.autosize import MOST_ROWS, largest_batch
+from raas_jax.engine.autosize import largest_batch
 from raas_jax.engine.requests import Id, Job, Request, Result, check, checked_id
 from raas_jax.engine.scheduler import Row, Schedule, Start
 from raas_jax.generation import checked
@@ -182,7 +182,7 @@ class Engine:
                 return [one.lower_advance(self._pages), admit]
 
             rows = largest_batch(largest, together, memory_limit)
-        rows = checks.integer("rows", rows, 1, MOST_ROWS)
+        rows = checks.integer("rows", rows, 1, checks.MOST_ROWS)
         if rows % together:
             raise ValueError(
                 f"rows is {rows!r}; it must be 'auto' or a multiple of {together} (samples="

@@ -14,8 +14,6 @@ from raas_jax.sampling import SEEDS, Sampling
 from raas_jax.tokenizer import Prompt
 
 Id = str | int
-MOST_SAMPLES = 1 << 20
-"""Answers to one request."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Request:
     def samples(self) -> list[int]:
         """Numbers of the answers wanted; of one alone where `n` makes no sense."""
         try:
-            return list(range(checks.integer("n", self.n, 1, MOST_SAMPLES)))
+            return list(range(checks.integer("n", self.n, 1, checks.MOST_SAMPLES)))
         except (TypeError, ValueError):
             return [0]
 
@@ -136,7 +134,7 @@ def check(params: Params, plan: Plan, max_new_tokens: int, request: Request) -> 
         short = checks.short(sampling)
         raise TypeError(f"sampling is {short}; expected a raas_jax.Sampling.")
     seed = checks.integer("seed", request.seed, *SEEDS)
-    checks.integer("n", request.n, 1, MOST_SAMPLES)
+    checks.integer("n", request.n, 1, checks.MOST_SAMPLES)
     stop = tokenizer.stop_strings(request.stop)
     if stop and not tokenizer.has_tokenizer(params):
         raise ValueError(f"stop is {stop!r}, but params has no tokenizer.")

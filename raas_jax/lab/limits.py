@@ -6,8 +6,9 @@ from typing import Any
 
 from raas_jax import checks
 
-MOST_PROBLEMS = MOST_SAMPLES = 2**20
-MOST_ROWS = 2**16
+MOST_PROBLEMS = 2**20
+MOST_SAMPLES = checks.MOST_SAMPLES
+MOST_ROWS = checks.MOST_ROWS
 MOST_DEFINITIONS = 96  # As many as there are names.
 MOST_WORKERS = 256
 MOST_TURNS = 10_000

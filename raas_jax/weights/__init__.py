@@ -11,9 +11,10 @@ from typing import Literal
 
 from jax.typing import DTypeLike
 
+from raas_jax import checks
 from raas_jax.model import separate
 from raas_jax.params import Params
-from raas_jax.weights.files import COMPANIONS, check_vacant, first_line
+from raas_jax.weights.files import COMPANIONS, check_vacant
 from raas_jax.weights.finite import check_finite
 from raas_jax.weights.hf import ADAPTER, INDEX, SINGLE, Shardings, load_hf, save_hf
 from raas_jax.weights.orbax import is_orbax, load_orbax, save_orbax
@@ -125,7 +126,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=DOWNLOADED))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = first_line(error).rstrip(".") + "."
+        reason = checks.first_line(error).rstrip(".") + "."
         raise FileNotFoundError(
             f"source is {name!r}; tried the folder {Path(name).absolute()}, which does not exist, "
             f"and the Hugging Face hub: {reason}{_near(name)} Check the name and the connection; "

@@ -14,7 +14,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from raas_jax.checks import first_line as first_line
 from raas_jax.files import is_leftover, temporary_name
 from raas_jax.params import Params
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import yaml
 from forks import serve
-from tiny_lemma import save_tiny
+from tiny_lemma import TRAINING, save_tiny
 
 import raas_jax
 from raas_jax.cli.main import main
@@ -32,43 +32,16 @@ STUDY = {
     "tasks": {"tiny": {"smallest": 3, "largest": 3, "problems": 6, "budgets": [8]}},
     "policies": [{"label": name, "policy": name.lower()} for name in ("Dense", "RaaS", "Recent")],
 }
-TRAINING = {
-    "seed": 3,
-    "steps": 60,
-    "checkpoint_every": 7,
-    "validate_every": 30,
-    "model": {
-        "model_type": "qwen3",
-        "vocab_size": 128,
-        "hidden_size": 8,
-        "intermediate_size": 8,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 4,
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "matrix_learning_rate": 0.02,
-    "other_learning_rate": 0.003,
-    "warmup_steps": 2,
-    "decay_from": 30,
-    "clip_norm": 1.0,
-    "average_decay": 0.9,
-    "attention_scale": 1.5,
-    "checkpoints": "unused",
-    "buckets": [{"smallest": 2, "largest": 3, "tokens": 96, "rows": 1}],
-    "stages": [{"start": 0, "weights": [1.0]}],
-    "validation": [{"smallest": 2, "largest": 3, "tokens": 96, "rows": 1}],
-}
+LONGER = {"steps": 60, "checkpoint_every": 7, "validate_every": 30, "decay_from": 30}
 
 
 def prepare(folder: Path) -> None:
     """Writes what the works read."""
     save_tiny(folder / "model")
     (folder / "study.yaml").write_text(yaml.safe_dump(STUDY))
-    (folder / "training.yaml").write_text(yaml.safe_dump(TRAINING))
+    (folder / "training.yaml").write_text(
+        yaml.safe_dump(TRAINING | LONGER | {"checkpoints": "unused"})
+    )
     prompts = [{"prompt": list(range(3, 8 + index))} for index in range(4)]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(each) + "\n" for each in prompts))
 
