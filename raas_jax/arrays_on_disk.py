@@ -61,11 +61,21 @@ def _quiet() -> Iterator[None]:
 
 @functools.cache
 def _ignore_closed_loops() -> None:
-    """Threads of the storage that end after an error find Orbax's loop closed, at any time."""
-    hook = sys.excepthook
+    """Threads of the storage that end after an error find Orbax's loop closed, at any time.
 
-    def quieter(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-        if not (kind is RuntimeError and str(error) == "Event loop is closed"):
-            hook(kind, error, trace)
+    Python tells one of its two hooks of it, which one depends on who called.
+    """
+    unraised, raised = sys.unraisablehook, sys.excepthook
 
-    sys.excepthook = quieter
+    def is_late(kind: type[BaseException], error: BaseException | None) -> bool:
+        return kind is RuntimeError and str(error) == "Event loop is closed"
+
+    def quieter_unraised(found: Any) -> None:
+        if not is_late(found.exc_type, found.exc_value):
+            unraised(found)
+
+    def quieter_raised(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+        if not is_late(kind, error):
+            raised(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = quieter_unraised, quieter_raised

@@ -126,7 +126,7 @@ class Progress(NamedTuple):
     evicted: jax.Array
     done: jax.Array
     greedy: jax.Array | None = None
-    probed: Any = None
+    probed: Probed | None = None
 
 
 class Probe(NamedTuple):
@@ -135,10 +135,20 @@ class Probe(NamedTuple):
     Attributes:
       page: called before each page; its results are stacked to `[pages, ...]`.
       step: called after each token; its results are stacked to `[pages, P, ...]`.
+      hidden: called with the last layer's output for each token, `[B, D]`; stacked likewise.
     """
 
     page: Callable[[DecodeState], Any] | None = None
     step: Callable[[DecodeState], Any] | None = None
+    hidden: Callable[[jax.Array], Any] | None = None
+
+
+class Probed(NamedTuple):
+    """The results of a `Probe`'s functions, stacked as it says; None of those that it lacks."""
+
+    page: Any
+    step: Any
+    hidden: Any
 
 
 class RowRequest(NamedTuple):
@@ -372,8 +382,8 @@ def decode_pages(
 
     def page(state: DecodeState, force: jax.Array | None) -> tuple[DecodeState, Any]:
         before = probe.page(state) if probe and probe.page else None
-        state, (sampled, after) = decode_page(params, state, plan, force, probe)
-        return state, (sampled, (before, after))
+        state, (sampled, (step, hidden)) = decode_page(params, state, plan, force, probe)
+        return state, (sampled, Probed(before, step, hidden))
 
     state, (sampled, probed) = jax.lax.scan(page, state, force, length=pages)
     sampled = jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), sampled)
@@ -421,12 +431,14 @@ def decode_page(
     """One page: P token steps with the big buffers read-only, then one commit.
 
     Returns:
-      The state, and `(tokens, logprobs, greedy)` `[P, B]` with what `probe.step` saw.
+      The state, and `(tokens, logprobs, greedy)` `[P, B]` with what the probe saw of each token.
     """
 
     def step(state: DecodeState, scanned: Any) -> tuple[DecodeState, Any]:
-        state, sampled = token_step(params, state, scanned[0], plan, scanned[1])
-        return state, (sampled, probe.step(state) if probe and probe.step else None)
+        state, sampled, x = token_step(params, state, scanned[0], plan, scanned[1])
+        after = probe.step(state) if probe and probe.step else None
+        hidden = probe.hidden(x) if probe and probe.hidden else None
+        return state, (sampled, (after, hidden))
 
     offsets = jnp.arange(plan.page_size, dtype=jnp.int32)
     state, given = jax.lax.scan(step, state, (offsets, force))
@@ -439,12 +451,12 @@ def token_step(
     offset: jax.Array,
     plan: Plan,
     force: jax.Array | None = None,
-) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array | None]]:
+) -> tuple[DecodeState, tuple[jax.Array, jax.Array, jax.Array | None], jax.Array]:
     """Feeds each row's token, writes it at `offset` of the current page, and samples the next.
 
     Returns:
-      The state, and the tokens, log-probabilities and, where forced, whether they are the
-      likeliest; `[B]` each.
+      The state; the tokens, log-probabilities and, where forced, whether they are the likeliest,
+      `[B]` each; and the last layer's output `[B, D]`.
     """
     config, rows = params.config, state.rows
     model = ends(config, params.weights)
@@ -469,7 +481,7 @@ def token_step(
         meta=tuple(meta),
         rows=dataclasses.replace(rows, token=token, generated=generated, done=done),
     )
-    return stepped, sampled
+    return stepped, sampled, x[:, 0]
 
 
 def _step_body(
@@ -537,7 +549,7 @@ def _choose(
 def _progress(
     state: DecodeState,
     sampled: tuple[jax.Array, jax.Array, jax.Array | None],
-    probed: Any = None,
+    probed: Probed | None = None,
 ) -> Progress:
     tokens, logprobs, greedy = sampled
     rows = state.rows

@@ -95,7 +95,8 @@ def generated(state):
 def test_a_probe_sees_the_state_on_its_way(session):
     state, _ = session.start(PROMPTS, request())
     state, progress = session.advance(state, 6, probe=Probe(filled, generated))
-    (fill,), steps = session.read(progress).probed
+    (fill,), steps, hidden = session.read(progress).probed
+    assert hidden is None
     assert fill.shape[0] == 6 and steps.shape == (6, P, len(PROMPTS))
     # Before page n, n pages were committed, as far as there are slots.
     np.testing.assert_array_equal((fill > 0).sum(-1)[:, 0, 0, 0], [0, 1, 2, 3, 3, 3])

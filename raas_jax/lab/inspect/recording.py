@@ -229,8 +229,8 @@ def _of_row(
     def joined(parts: Sequence[np.ndarray]) -> np.ndarray:
         return np.concatenate([part.take(row, axis=-3) for part in parts])[:pages]
 
-    tables = [joined(parts) for parts in zip(*(each[0] for each in probed), strict=True)]
-    stamps = zip(*(each[1] or () for each in probed), strict=True)
+    tables = [joined(parts) for parts in zip(*(each.page for each in probed), strict=True)]
+    stamps = zip(*(each.step or () for each in probed), strict=True)
     return tables, [None if parts[0] is None else joined(parts) for parts in stamps]
 
 

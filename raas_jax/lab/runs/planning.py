@@ -17,6 +17,7 @@ from raas_jax.generation import generate
 from raas_jax.lab.inspect.ceiling import ceiling
 from raas_jax.lab.inspect.recording import record, row_bytes
 from raas_jax.lab.runs.decoding import RecordedDecoding
+from raas_jax.lab.runs.equal_bytes import fitted
 from raas_jax.lab.runs.experiment import Cell, model_identity
 from raas_jax.lab.runs.points import MAIN
 from raas_jax.lab.runs.results import Results
@@ -26,11 +27,6 @@ from raas_jax.lab.runs.study import Study, StudyTask, Variant
 from raas_jax.params import Params
 from raas_jax.policies import Dense, Policy
 
-TOLERANCE = 0.02
-"""How far, as a share, a policy's bytes may exceed the reference's at the same budget: pages are
-whole, and metadata differs by a few bytes."""
-MOST_PAGES = 64
-"""How many pages more than the reference's budget are tried for a policy."""
 CEILING = "Belady (oracle)"
 CALIBRATION = "centres.safetensors"
 CALIBRATED_ON = 16
@@ -183,25 +179,15 @@ class _TaskPlan:
         study = self.study
         if not (variant.has_budget and variant.equal_bytes):
             return variant.create(budget, study.page_size)
-        target = self.bytes_under(study.reference_at(budget))
         step = max(dict(variant.options).get("page_size", study.page_size), study.page_size)
-        nominal = budget // step * step
-        reason = ""
-        # What keeps the prompt among its pages needs more tokens for the same bytes.
-        for own in range(nominal + MOST_PAGES * step, 0, -step):
-            try:
-                policy = variant.create(own, study.page_size)
-                size = self.bytes_under(policy)
-            except ValueError as error:
-                # The first refusal says what it needs; smaller budgets only repeat it.
-                raise ValueError(reason or str(error)) from None
-            if size <= target or (own <= nominal and size <= target * (1 + TOLERANCE)):
-                return policy
-            reason = (
-                f"the least budget that it can work with, {own}, takes {size} bytes, where "
-                f"{study.reference} takes {target}"
-            )
-        raise ValueError(reason)
+        return fitted(
+            lambda own: variant.create(own, study.page_size),
+            self.bytes_under,
+            budget // step * step,
+            step,
+            self.bytes_under(study.reference_at(budget)),
+            study.reference,
+        )
 
 
 def with_answers(

@@ -9,7 +9,8 @@ import yaml
 import raas_jax
 from raas_jax.cli.main import main
 from raas_jax.lab.runs import Results, report
-from raas_jax.lab.runs.planning import CEILING, TOLERANCE, plan_study, run_study
+from raas_jax.lab.runs.equal_bytes import TOLERANCE
+from raas_jax.lab.runs.planning import CEILING, plan_study, run_study
 from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.speed import measure_steps
 from raas_jax.lab.runs.study import Study

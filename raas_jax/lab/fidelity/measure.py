@@ -1,0 +1,171 @@
+"""How far a policy's next-token distributions are from the dense model's on given text.
+
+Both models see the same tokens. The dense one reads a text in one pass; under a policy it is fed
+token by token, with the cache that a decode would have. What is kept of either are the last layer's
+outputs, `D` numbers a token: logits of `V` are made from them a few positions at a time, twice, and
+compared where they are made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raas_jax.decode import Probe, RowRequest
+from raas_jax.generation import TOKENS_PER_SYNC
+from raas_jax.model import ends, hidden_states
+from raas_jax.params import Params
+from raas_jax.policies import Policy
+from raas_jax.session import Session
+
+LOGITS_AT_ONCE = 128
+"""Positions of all rows whose logits are made together: a few hundred MB of a large vocabulary."""
+
+
+class Differences(NamedTuple):
+    """What is seen at each position; arrays of one shape.
+
+    Attributes:
+      nll: float32, negative log-likelihood of the token that follows, in nats.
+      dense_nll: the same of the dense model.
+      kl: float32, Kullback-Leibler divergence KL(dense || policy) of the next token, in nats.
+      agree: bool, whether both hold the same token for the likeliest.
+    """
+
+    nll: np.ndarray
+    dense_nll: np.ndarray
+    kl: np.ndarray
+    agree: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Followed:
+    """A text under a policy.
+
+    Attributes:
+      differences: at every position that follows the prompt, arrays `[T - prompt - 1]`: of the
+        tokens from `prompt + 1` on, since the first is drawn by the dense prefill itself.
+      seconds: of the batch that it was in, over the number of its texts.
+      kv_bytes: of its row.
+    """
+
+    differences: Differences
+    seconds: float
+    kv_bytes: int
+
+
+def dense_outputs(params: Params, tokens: Sequence[int]) -> np.ndarray:
+    """The last layer's outputs of the dense model, `[T, D]`, on the host."""
+    width = -(-len(tokens) // TOKENS_PER_SYNC) * TOKENS_PER_SYNC
+    padded = np.zeros((1, width), np.int32)
+    padded[0, : len(tokens)] = tokens
+    found: np.ndarray = jax.device_get(_outputs(params, jnp.asarray(padded)))[0, : len(tokens)]
+    return found
+
+
+@jax.jit
+def _outputs(params: Params, tokens: jax.Array) -> jax.Array:
+    return hidden_states(params.config, params.weights, tokens)
+
+
+def follow(
+    params: Params,
+    policy: Policy,
+    texts: Sequence[Sequence[int]],
+    outputs: Sequence[np.ndarray],
+    prompt_tokens: int,
+) -> Iterator[int | list[Followed]]:
+    """Feeds texts through a decode under a policy, as rows of one batch.
+
+    Args:
+      params: the model.
+      policy: which pages to keep.
+      texts: token ids, each longer than `prompt_tokens + 1`.
+      outputs: of `dense_outputs` for each of them.
+      prompt_tokens: how many of the first tokens are the prompt.
+
+    Yields:
+      After every few pages how many tokens of each row were fed; in the end what was found of each
+      text.
+    """
+    began = time.perf_counter()
+    longest, rows = max(map(len, texts)), len(texts)
+    prompts = [ids[:prompt_tokens] for ids in texts]
+    session = Session.create(params, policy, [prompt_tokens] * rows, longest - prompt_tokens)
+    pages = max(1, TOKENS_PER_SYNC // session.plan.page_size)
+    steps = pages * session.plan.page_size
+    # Token t is fed at step t - prompt, and what follows it is looked at.
+    fed = longest - 1 - prompt_tokens
+    padded = -(-fed // steps) * steps
+    tokens = np.zeros((padded + 2, rows), np.int32)
+    reference = np.zeros((padded, rows, outputs[0].shape[-1]), outputs[0].dtype)
+    for row, (ids, dense) in enumerate(zip(texts, outputs, strict=True)):
+        tokens[: len(ids) - prompt_tokens, row] = ids[prompt_tokens:]
+        reference[: len(ids) - prompt_tokens - 1, row] = dense[prompt_tokens:-1]
+    # No row may end on its way, whatever it is fed.
+    request = RowRequest.create([padded + 2] * rows)
+    state, _ = session.start(prompts, request, force=tokens[0])
+    found = []
+    for first in range(0, padded, steps):
+        following = tokens[first + 1 : first + 1 + steps]
+        state, progress = session.advance(state, pages, force=following, probe=_OUTPUTS)
+        assert progress.probed is not None
+        kept = progress.probed.hidden.reshape(steps, rows, -1)
+        seen = compare(params, reference[first : first + steps], kept, following)
+        found.append(jax.device_get(seen))
+        yield min(first + steps, fed)
+    joined = Differences(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    seconds = (time.perf_counter() - began) / rows
+    yield [
+        Followed(
+            Differences(*(each[: len(ids) - 1 - prompt_tokens, row] for each in joined)),
+            seconds,
+            session.row_bytes,
+        )
+        for row, ids in enumerate(texts)
+    ]
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
+_OUTPUTS = Probe(hidden=_as_it_is)
+
+
+@jax.jit
+def compare(
+    params: Params, dense: jax.Array, kept: jax.Array, following: jax.Array
+) -> Differences:
+    """Compares two models' next tokens, by their last layers' outputs `[T, B, D]`.
+
+    `following` are the tokens that come next, int32 `[T, B]`; the results have that shape.
+    """
+    model = ends(params.config, params.weights)
+    T, B = following.shape
+    at_once = next(n for n in range(max(1, min(T, LOGITS_AT_ONCE // B)), 0, -1) if T % n == 0)
+
+    def of_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> Differences:
+        *outputs, wanted = block
+        p, q = (model.logits(each) for each in outputs)
+        log_p, log_q = (jax.nn.log_softmax(each, axis=-1) for each in (p, q))
+
+        def nll(logs: jax.Array) -> jax.Array:
+            return -jnp.take_along_axis(logs, wanted[..., None], axis=-1)[..., 0]
+
+        kl = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+        agree = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
+        return Differences(nll(log_q), nll(log_p), kl, agree)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        return x.reshape(T // at_once, at_once, *x.shape[1:])
+
+    found = jax.lax.map(of_block, tuple(map(in_blocks, (dense, kept, following))))
+    return jax.tree.map(lambda x: x.reshape(T, B), found)
