@@ -32,7 +32,7 @@ BENCHMARK_ONLY = ("data", "limit", "no_chat")
 
 @dataclasses.dataclass
 class Eval:
-    """Measure policies on a task; a stopped run goes on."""
+    """Measure policies on a task; a stopped run goes on. `eval fidelity --help`: on plain text."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Task: lemma, gsm8k, math500, aime24, or your own: JSONL ("prompt", "answer") or Python."""
@@ -89,6 +89,8 @@ class Eval:
         """Runs what is missing, then prints the table and saves it beside the samples."""
         from raas_jax.lab import runs as evaluate
 
+        if self.task == "fidelity":
+            raise ValueError("fidelity stands first: raas-jax eval fidelity MODEL --out DIR.")
         evaluate.check_task(self.task)
         if self.check_grader:
             return self._check_grader()
@@ -100,7 +102,7 @@ class Eval:
         for name, flag in self._given().items():
             if name in of_others:
                 raise ValueError(f"{flag} is not an option of the task {self.task}; leave it out.")
-        with _resumable(self.out):
+        with resumable(self.out):
             if self.task == "lemma":
                 self._run_lemma(self.out)
             else:
@@ -197,7 +199,7 @@ class Eval:
                 raise ValueError(f"{flag} is given beside --config; write it into {file}.")
         study = Study.from_file(file)
         params = load(self.model, dtype=self.dtype)
-        with _resumable(out):
+        with resumable(out):
             run_study(params, study, out, model=self.model)
         return print_report(out)
 
@@ -215,7 +217,8 @@ class Report:
 
 
 @contextlib.contextmanager
-def _resumable(folder: str) -> Iterator[None]:
+def resumable(folder: str) -> Iterator[None]:
+    """Says, where the user stops it, that the run can go on."""
     try:
         yield
     except KeyboardInterrupt:
@@ -225,9 +228,10 @@ def _resumable(folder: str) -> Iterator[None]:
 
 def print_report(folder: str) -> int:
     """Tables on stdout, remarks on stderr."""
+    from raas_jax.lab import fidelity
     from raas_jax.lab import runs as evaluate
 
-    text, remarks = evaluate.report(folder)
+    text, remarks = (fidelity if fidelity.is_folder(folder) else evaluate).report(folder)
     print(printable(text), end="")
     for remark in remarks:
         note(remark)

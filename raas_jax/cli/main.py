@@ -21,6 +21,7 @@ from raas_jax.cli.calibrate import Calibrate
 from raas_jax.cli.convert import Convert
 from raas_jax.cli.errors import explain
 from raas_jax.cli.eval import Eval, Report
+from raas_jax.cli.fidelity import Fidelity
 from raas_jax.cli.generate import Generate
 from raas_jax.cli.memory import Memory
 from raas_jax.cli.options import check_ranges
@@ -40,6 +41,8 @@ COMMANDS: dict[str, type[Command]] = {
     "report": Report,
     "trace": Trace,
 }
+WITHIN: dict[tuple[str, str], type[Command]] = {("eval", "fidelity"): Fidelity}
+"""Commands that are named by two words."""
 DESCRIPTION = """Decode long chains of thought in constant memory.
   raas-jax generate "a=4; b=9; c=a+b; ? c" --policy raas --budget 128
   raas-jax COMMAND --help   explains a command
@@ -112,16 +115,20 @@ def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
 
 def parse(args: Sequence[str]) -> Command:
     """The command with its options. Wrong ones are explained on stderr, and end the process."""
-    choices: Any = Union[  # noqa: UP007 - made of a list
-        tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
-    ]
+    two = WITHIN.get((args[0], args[1])) if len(args) > 1 else None
+    choices: Any = (
+        two
+        or Union[  # noqa: UP007 - made of a list
+            tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
+        ]
+    )
 
     def parsed() -> Command:
         command: Command = tyro.cli(
             choices,
-            prog="raas-jax",
-            description=DESCRIPTION,
-            args=args,
+            prog=" ".join(["raas-jax", *(args[:2] if two else [])]),
+            description=None if two else DESCRIPTION,
+            args=args[2:] if two else args,
             config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
         )
         return command

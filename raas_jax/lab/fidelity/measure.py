@@ -11,8 +11,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +29,7 @@ LOGITS_AT_ONCE = 128
 
 
 class Differences(NamedTuple):
-    """What is seen at each position; arrays of one shape.
+    """What is seen at each position; arrays of one shape, of NumPy or of JAX.
 
     Attributes:
       nll: float32, negative log-likelihood of the token that follows, in nats.
@@ -39,10 +38,10 @@ class Differences(NamedTuple):
       agree: bool, whether both hold the same token for the likeliest.
     """
 
-    nll: np.ndarray
-    dense_nll: np.ndarray
-    kl: np.ndarray
-    agree: np.ndarray
+    nll: Any
+    dense_nll: Any
+    kl: Any
+    agree: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,9 +140,7 @@ _OUTPUTS = Probe(hidden=_as_it_is)
 
 
 @jax.jit
-def compare(
-    params: Params, dense: jax.Array, kept: jax.Array, following: jax.Array
-) -> Differences:
+def compare(params: Params, dense: jax.Array, kept: jax.Array, following: jax.Array) -> Differences:
     """Compares two models' next tokens, by their last layers' outputs `[T, B, D]`.
 
     `following` are the tokens that come next, int32 `[T, B]`; the results have that shape.
@@ -168,4 +165,4 @@ def compare(
         return x.reshape(T // at_once, at_once, *x.shape[1:])
 
     found = jax.lax.map(of_block, tuple(map(in_blocks, (dense, kept, following))))
-    return jax.tree.map(lambda x: x.reshape(T, B), found)
+    return Differences(*(each.reshape(T, B) for each in found))

@@ -72,7 +72,7 @@ def _curves(
     tasks = [x for x in findings.tasks if across or any(at(p) for p in findings.of_task(x))]
     if not tasks:
         return None
-    figure, axes = _panels(len(tasks), height=4.6)
+    figure, axes = panels(len(tasks), height=4.6)
     for axis, task in zip(axes, tasks, strict=True):
         points = sorted(findings.of_task(task), key=lambda point: point.budget or 0)
         for policy in findings.policies:
@@ -98,7 +98,7 @@ def _curves(
         axis.set_title(task)
         axis.set_xlabel(x_label)
     axes[0].set_ylabel(y_label)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -120,12 +120,12 @@ def _over_lengths(
     *,
     scattered: bool = False,
 ) -> Figure:
-    figure, axes = _panels(len(findings.tasks), height=4.6)
+    figure, axes = panels(len(findings.tasks), height=4.6)
     for axis, task in zip(axes, findings.tasks, strict=True):
         for number, point in enumerate(findings.of_task(task)):
             if point.answered:
                 pairs = sorted((sample["tokens"], value(sample)) for sample in point.answered)
-                style = _numbered(number)
+                style = numbered(number)
                 if scattered:
                     axis.scatter(*zip(*pairs, strict=True), s=6, alpha=0.25, linewidths=0, **style)
                 axis.plot(*_medians(pairs), markersize=4, label=point.label, **style)
@@ -133,7 +133,7 @@ def _over_lengths(
         axis.set_xlabel("decode length, tokens")
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel(y_label)
-    _legend(figure, axes)
+    legend(figure, axes)
     return figure
 
 
@@ -150,7 +150,7 @@ def _medians(pairs: Sequence[tuple[int, float]]) -> tuple[list[float], list[floa
 
 def lengths(findings: Findings) -> Figure:
     """How long answers are, and how many ran to the cap; of a study, at the smallest budget."""
-    figure, axes = _panels(len(findings.tasks), height=6.0)
+    figure, axes = panels(len(findings.tasks), height=6.0)
     for axis, task in zip(axes, findings.tasks, strict=True):
         shown = [point for point in findings.of_task(task) if point.answered][::-1]
         names = [point.label for point in shown]
@@ -170,18 +170,18 @@ def lengths(findings: Findings) -> Figure:
 
 def distance_to_ceiling(findings: Findings) -> Figure | None:
     """Percentage points of right answers that a policy lies below Belady's."""
-    panels, ceiling = {}, findings.ceiling
+    shown, ceiling = {}, findings.ceiling
     for task in findings.tasks if ceiling else ():
         points = [point for point in findings.of_task(task) if point.policy != ceiling]
         budgets = sorted({point.budget for point in points if point.budget})
         middle = budgets[len(budgets) // 2] if budgets else None
         if ceiling and (other := findings.find(task, ceiling, middle)):
             bars = [(p.policy, p.against(other)) for p in points if p.budget == middle]
-            panels[f"{task}, budget {middle}"] = sorted(bars, key=lambda bar: bar[1].value)
-    if not panels:
+            shown[f"{task}, budget {middle}"] = sorted(bars, key=lambda bar: bar[1].value)
+    if not shown:
         return None
-    figure, axes = _panels(len(panels), height=6.0)
-    for axis, (title, bars) in zip(axes, panels.items(), strict=True):
+    figure, axes = panels(len(shown), height=6.0)
+    for axis, (title, bars) in zip(axes, shown.items(), strict=True):
         names, found = [name for name, _ in bars], [each for _, each in bars]
         style = {"color": [_colour(findings, name) for name in names], "ecolor": "#555555"}
         values = [100 * each.value for each in found]
@@ -196,13 +196,13 @@ def ablations(findings: Findings) -> Figure | None:
     """Right answers under each option, a panel for every ablation."""
     if not findings.ablations:
         return None
-    figure, axes = _panels(len(findings.ablations), height=3.2, columns=3)
+    figure, axes = panels(len(findings.ablations), height=3.2, columns=3)
     for axis, group in zip(axes, findings.ablations, strict=True):
         by_task = {task: findings.of_task(task, group) for task in findings.tasks}
         for number, (task, points) in enumerate((t, ps) for t, ps in by_task.items() if ps):
             found = [point.figures["correct"] for point in points]
             values = [100 * each.value for each in found]
-            style = _numbered(number) | {"markersize": 5, "linewidth": 1, "capsize": 2}
+            style = numbered(number) | {"markersize": 5, "linewidth": 1, "capsize": 2}
             label = f"{task}, {points[0].budget}"
             axis.errorbar(range(len(points)), values, yerr=_reach(found), label=label, **style)
             names = [point.policy for point in points]
@@ -218,10 +218,10 @@ def against_length(findings: Findings) -> Figure | None:
     """Memory, time of a token, and time of the whole answer, over its length."""
     if not findings.speed:
         return None
-    figure, axes = _panels(3, height=3.8)
+    figure, axes = panels(3, height=3.8)
     for number, (policy, timings) in enumerate(findings.speed.items()):
         tokens = [timing["tokens"] for timing in timings]
-        style = _numbered(number) | {"color": _colour(findings, policy, number), "markersize": 4}
+        style = numbered(number) | {"color": _colour(findings, policy, number), "markersize": 4}
         pairs = zip([0, *tokens], timings, strict=False)
         spent = ((each["tokens"] - before) * each["ms_per_token"] for before, each in pairs)
         axes[0].plot(tokens, [each["kv_bytes"] / 1024 for each in timings], label=policy, **style)
@@ -263,7 +263,8 @@ def _reach(found: Sequence[Estimate]) -> list[list[float]]:
     ]
 
 
-def _panels(count: int, *, height: float, columns: int = 4) -> tuple[Figure, Sequence[Any]]:
+def panels(count: int, *, height: float, columns: int = 4) -> tuple[Figure, Sequence[Any]]:
+    """A figure of so many panels, each `height` inches high, and their axes."""
     columns = min(count, columns)
     rows = -(-count // columns)
     # Not through pyplot, whose backend and open figures belong to the caller.
@@ -285,7 +286,8 @@ def _colour(findings: Findings, policy: str, number: int = 0) -> str:
     return _CONTROL if policy in findings.controls else _COLOURS[number % len(_COLOURS)]
 
 
-def _numbered(number: int) -> dict[str, Any]:
+def numbered(number: int) -> dict[str, Any]:
+    """Colour and marker of the curve with this number."""
     return {"color": _COLOURS[number % len(_COLOURS)], "marker": _MARKERS[number % len(_MARKERS)]}
 
 
@@ -293,7 +295,7 @@ def _look(findings: Findings, policy: str) -> dict[str, Any]:
     """Solid for policies, strong for the reference, broken for controls, dotted for the ceiling."""
     number, strong = findings.policies.index(policy), policy == findings.reference
     line_style = "--" if policy in findings.controls else "-"
-    return _numbered(number) | {
+    return numbered(number) | {
         "color": _colour(findings, policy, number),
         "linestyle": ":" if policy == findings.ceiling else line_style,
         "markersize": 6 if strong else 4,
@@ -303,7 +305,8 @@ def _look(findings: Findings, policy: str) -> dict[str, Any]:
     }
 
 
-def _legend(figure: Figure, axes: Sequence[Any]) -> None:
+def legend(figure: Figure, axes: Sequence[Any]) -> None:
+    """One legend beside all panels."""
     named: dict[str, Any] = {}
     for handles, labels in (axis.get_legend_handles_labels() for axis in axes):
         named |= zip(labels, handles, strict=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,22 @@ def text(sample: Fields, name: str) -> Any:
     return sample.text(name)
 
 
-ALWAYS: dict[str, Take] = dict(zip(KEY, (text, text, text, count), strict=True)) | {"correct": flag}
+def numbers(sample: Fields, name: str) -> Any:
+    return sample.reals(name, "finite numbers", -math.inf)
+
+
+def span(sample: Fields, name: str) -> Any:
+    return sample.integers(name, 0)
+
+
+NAMED: dict[str, Take] = dict(zip(KEY, (text, text, text, count), strict=True))
+ANSWER: dict[str, Take] = {"correct": flag}
+FIDELITY: dict[str, Take] = {
+    "span": span,
+    **dict.fromkeys(("nll", "kl", "agree"), numbers),
+    "seconds": seconds,
+    "kv_bytes": count,
+}
 BENCHMARK: dict[str, Take] = {
     "tokens": count,
     "capped": flag,
@@ -56,7 +72,7 @@ class Layout:
 
     Attributes:
       config: named fields of the configuration.
-      kind: "study", "benchmark", or "" for a task with its cache recorded.
+      kind: "study", "benchmark", "fidelity", or "" for a task with its cache recorded.
       columns: of the tables, where the configuration says them.
     """
 
@@ -64,7 +80,7 @@ class Layout:
         """Raises `FileError` for a kind or columns that there are not."""
         remedy = "Restore the file, or give another folder for a new run."
         self.config = Fields(config, file, "config", remedy)
-        self.kind: str = self.config.choice("kind", ("", "study", "benchmark"), "")
+        self.kind: str = self.config.choice("kind", ("", "study", "benchmark", "fidelity"), "")
         shown = self.kind != "benchmark" and "columns" in self.config.values
         listed = self.config.each("columns") if shown else []
         for column in listed:
@@ -73,7 +89,7 @@ class Layout:
                 column.text(name)
             column.text("per", "")
         self.columns = [column.build(Column) for column in listed]
-        self._needed = dict(ALWAYS)
+        self._needed = NAMED | (FIDELITY if self.kind == "fidelity" else ANSWER)
         if self.kind == "benchmark":
             self._needed |= BENCHMARK
         for each in self.columns:
@@ -98,6 +114,10 @@ class Layout:
         """What the configuration says of each point, under the names of `points.Point`."""
         if self.kind == "study":
             return [_of_study(cell) for cell in self.config.each("cells")]
+        if self.kind == "fidelity":
+            kinds = dict.fromkeys(text.text("kind") for text in self.config.each("texts"))
+            labels = [point.text("label") for point in self.config.each("points")]
+            return [{"task": kind, "label": label} for kind in kinds for label in labels]
         task = self.config.inner("task").text("name")
         return [
             {

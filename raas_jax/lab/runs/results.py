@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +132,11 @@ class Results:
 
     @classmethod
     def open(
-        cls, out: str | Path, config: Mapping[str, Any], environment: Mapping[str, Any]
+        cls,
+        out: str | Path,
+        config: Mapping[str, Any],
+        environment: Mapping[str, Any],
+        grows: Mapping[str, Sequence[str]] | None = None,
     ) -> Results:
         """Starts a run, or goes on with one; lines that cannot be read are kept aside.
 
@@ -140,6 +144,8 @@ class Results:
           out: folder; made if it is not there.
           config: JSON values; must equal that of the run in the folder, if there is one.
           environment: versions and device of this start, added to `run.json`.
+          grows: lists in the configuration to which a later start may add, with the fields that
+            name their entries.
 
         Raises:
           ValueError: the folder belongs to another run, with what differs, or to something else, or
@@ -165,11 +171,17 @@ class Results:
             if found.version < VERSION and "fingerprint" in wanted:
                 # What it knows of its weights is in `wanted` too, and is compared.
                 found.config["fingerprint"] = wanted["fingerprint"]
+            for name, keys in (grows or {}).items():
+                here, there_now = (_by_name(each[name], keys) for each in (wanted, found.config))
+                both = [*there_now, *(key for key in here if key not in there_now)]
+                found.config[name] = [there_now.get(key, here.get(key)) for key in both]
+                wanted[name] = [here.get(key, there_now.get(key)) for key in both]
             if different := differences(found.config, wanted):
                 raise ValueError(
                     f"{given} holds another run; give a new folder, or the same options. "
                     "There → here:\n  " + "\n  ".join(different)
                 )
+            found.layout = Layout(found.config, path / RUN)
             found._start(environment)
         except BaseException:
             lock.release()
@@ -250,6 +262,10 @@ class Results:
 
 def _key(sample: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(sample[name]) for name in KEY)
+
+
+def _by_name(entries: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[Any, Any]:
+    return {tuple(entry.get(key) for key in keys): entry for entry in entries}
 
 
 def _is_nothing(name: str) -> bool:
