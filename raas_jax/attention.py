@@ -114,6 +114,52 @@ class Reader:
             mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
         return out, mass, jnp.exp(of_current.page_lse[..., 0] - lse)
 
+    def attend_page(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Attention of all tokens of the current page, q `[B, P, N, H]`, over what each can see.
+
+        Returns:
+          The attended values, float32 `[B, P, N, H]`, and the exact shares of the softmax, as
+          `attend` gives them, of each token: `[P, B, K, G, S]` and `[P, B, K, G]`.
+        """
+        B, P, N, H = q.shape
+        K = self.fill.shape[1]
+        # The tokens become more query heads of each group, as the rows of one prompt do.
+        by_head = jnp.moveaxis(q.reshape(B, P, K, N // K, H), 1, 3)
+        many = by_head.reshape(B, K * (N // K) * P, H)
+        parts = [
+            self._attend_prompt(many, None),
+            self._over(self.cache.kept[self.group], many, self.fill, self.layer_in_group),
+            self._within_page(by_head),
+        ]
+        out, lse = merge_segments([part for part in parts if part is not None])
+        of_kept, of_current = (
+            jnp.exp(part.page_lse - lse[..., None]) for part in parts[1:] if part is not None
+        )
+
+        def by_token(x: jax.Array, *axes: int) -> jax.Array:
+            return jnp.moveaxis(x.reshape(B, K, N // K, P, *axes), 3, 0)
+
+        attended = jnp.moveaxis(by_token(out, H), 0, 1).reshape(B, P, N, H)
+        return attended, by_token(of_kept, of_kept.shape[-1]), by_token(of_current)
+
+    def _within_page(self, q: jax.Array) -> DecodeAttention:
+        """Causal attention within the current page of q `[B, K, G, P, H]`, as `K * G * P` heads."""
+        k, v = (
+            jax.lax.dynamic_index_in_dim(each, self.layer, 0, keepdims=False)
+            for each in (self.cache.current.k, self.cache.current.v)
+        )
+        B, K, G, P, H = q.shape
+        scores = jnp.einsum("bkgph,bksh->bkgps", q, k, preferred_element_type=jnp.float32)
+        causal = jnp.arange(P) <= jnp.arange(P)[:, None]
+        scores = jnp.where(causal, scores * H**-0.5, -jnp.inf).reshape(B, K * G * P, P)
+        peak = jnp.max(scores, axis=-1)
+        shares = jnp.exp(scores - peak[..., None])
+        total = jnp.sum(shares, axis=-1)
+        grouped = shares.reshape(B, K, G * P, P).astype(v.dtype)
+        out = jnp.einsum("bkts,bksh->bkth", grouped, v, preferred_element_type=jnp.float32)
+        lse = (peak + jnp.log(total))[..., None]
+        return DecodeAttention(out.reshape(B, K * G * P, H), peak, total, lse)
+
     def _attend_prompt(self, q: jax.Array, slots: jax.Array | None) -> DecodeAttention | None:
         prompt = self.cache.prompt
         heads = prompt.k.shape[2]

@@ -114,6 +114,17 @@ def write_token(
     return CurrentPage(write(current.k, k), write(current.v, v))
 
 
+def write_page(current: CurrentPage, k: jax.Array, v: jax.Array, layer: jax.Array) -> CurrentPage:
+    """Puts k, v `[B, P, K, H]` of a whole page into the current page of one layer, in place."""
+
+    def write(page: jax.Array, tokens: jax.Array) -> jax.Array:
+        by_head = jnp.swapaxes(tokens, 1, 2).astype(page.dtype)
+        written: jax.Array = jax.lax.dynamic_update_index_in_dim(page, by_head, layer, 0)
+        return written
+
+    return CurrentPage(write(current.k, k), write(current.v, v))
+
+
 def commit(
     kept: Kept,
     page_k: jax.Array,

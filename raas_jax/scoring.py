@@ -8,7 +8,7 @@ cache. A dense cache hides nothing: there one forward pass gives all tokens at o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypedDict, Unpack, overload
 
@@ -30,7 +30,7 @@ from raas_jax.sharding import check_mesh, place_weights, target_of
 from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 SHORTEST = 64  # Tokens; shorter texts are padded to it, and longer ones to a power of two.
-POSITIONS_AT_ONCE = 64  # The logits of all positions of a long text would not fit into memory.
+POSITIONS_AT_ONCE = 128  # Of all rows: a few hundred MB of logits with a large vocabulary.
 
 Ids = Sequence[int]
 
@@ -180,17 +180,17 @@ def _forced(
     force = np.zeros((1 + -(-max(longest - 1, 0) // steps) * steps, len(prompts)), np.int32)
     for row, ids in enumerate(continuations):
         force[: len(ids), row] = ids
-    request = RowRequest.create([len(force)] * len(prompts))
+    # No row may end on its way, whatever it is fed.
+    request = RowRequest.create([len(force) + 1] * len(prompts))
     state, progress = session.start(prompts, request, force=force[0])
-    seen = [session.read(progress)]
+    seen: list[Any] = [(progress.logprobs, progress.greedy)]
     for first in range(1, len(force), steps):
-        state, progress = session.advance(state, pages, force=force[first : first + steps])
-        seen.append(session.read(progress))
-    logprobs, greedy = (
-        np.concatenate([getattr(each, name) for each in seen]) for name in ("logprobs", "greedy")
-    )
-    # A row ends where its logits were not finite, and what it is given later says nothing.
-    logprobs = np.where(np.logical_or.accumulate(np.isnan(logprobs)), np.nan, logprobs)
+        following = jnp.asarray(force[first : first + steps])
+        state, outputs = session.feed(state, following)
+        seen.append(of_outputs(params, outputs, following))
+    logprobs, greedy = map(np.concatenate, zip(*session.read(seen), strict=True))
+    # What comes after logits that were not finite says nothing.
+    logprobs = np.where(np.logical_or.accumulate(~np.isfinite(logprobs)), np.nan, logprobs)
     return [
         Score(list(ids), logprobs[: len(ids), row], greedy[: len(ids), row])
         for row, ids in enumerate(continuations)
@@ -217,28 +217,43 @@ def _in_one_pass(
     ]
 
 
-@partial(jax.jit, static_argnames="at_once")
+@jax.jit
 def next_logprobs(
-    params: Params, tokens: jax.Array, following: jax.Array, at_once: int = POSITIONS_AT_ONCE
+    params: Params, tokens: jax.Array, following: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of the token that follows each, and whether it is the likeliest, `[B, T]`.
 
-    Tokens and those that follow are int32 `[B, T]`; logits are made for `at_once` positions
-    together, which must divide T.
+    Of one dense pass over tokens int32 `[B, T]`; those that follow have the same shape.
     """
+    outputs = hidden_states(params.config, params.weights, tokens)
+    found = of_outputs(params, jnp.swapaxes(outputs, 0, 1), following.T)
+    return found[0].T, found[1].T
+
+
+@jax.jit
+def of_outputs(
+    params: Params, outputs: jax.Array, following: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same from the last layer's outputs `[T, B, D]` and int32 `[T, B]`; results `[T, B]`."""
     model = ends(params.config, params.weights)
-    B, T = tokens.shape
-    x = hidden_states(params.config, params.weights, tokens)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         hidden, wanted = block
         logits = model.logits(hidden)
         return log_probability(logits, wanted), jnp.argmax(logits, axis=-1) == wanted
 
-    def in_blocks(x: jax.Array) -> jax.Array:
-        blocks = x.reshape(B, T // at_once, at_once, *x.shape[2:])
-        return jnp.moveaxis(blocks, 1, 0)
+    found: tuple[jax.Array, jax.Array] = in_blocks(of_block, (outputs, following))
+    return found
 
-    found = jax.lax.map(of_block, (in_blocks(x), in_blocks(following)))
-    logprob, greedy = (jnp.moveaxis(each, 0, 1).reshape(B, T) for each in found)
-    return logprob, greedy
+
+def in_blocks(function: Callable[[Any], Any], arrays: Any) -> Any:
+    """Maps over the first two axes `[T, B]` of arrays, about `POSITIONS_AT_ONCE` of them together.
+
+    The logits of all positions of a long text would not fit into memory.
+    """
+    T, B = jax.tree.leaves(arrays)[0].shape[:2]
+    most = max(1, min(T, POSITIONS_AT_ONCE // B))
+    size = next(size for size in range(most, 0, -1) if T % size == 0)
+    blocks = jax.tree.map(lambda x: x.reshape(T // size, size, *x.shape[1:]), arrays)
+    found = jax.lax.map(function, blocks)
+    return jax.tree.map(lambda x: x.reshape(T, *x.shape[2:]), found)

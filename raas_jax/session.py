@@ -37,6 +37,7 @@ from raas_jax.decode import (
     pad_prompts,
     prefill,
 )
+from raas_jax.feeding import feed_pages, feeds_pages
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import Policy
@@ -174,6 +175,30 @@ class Session:
         name = ("advance", *options.values())
         return self._call(name, decode_pages, self.params, state, force=force, **options)
 
+    def feed(self, state: DecodeState, tokens: Any) -> tuple[DecodeState, jax.Array]:
+        """Feeds given tokens, whole pages of them, and gives what the model made of each.
+
+        As `advance` with `force`, several times sooner: a page is read at once, unless the policy
+        chooses pages by token. Every row must have room for all tokens.
+
+        Args:
+          state: at a page boundary; its memory is given away.
+          tokens: int32 `[pages * P, B]`, what follows each token that is fed; the last stays unfed.
+
+        Returns:
+          The state at the next boundary, and the last layer's outputs `[pages * P, B, D]`, of which
+          `scoring.of_outputs` makes log-probabilities.
+        """
+        tokens = jnp.asarray(tokens, jnp.int32)
+        if feeds_pages(self.plan):
+            self.called.add(("feed", *tokens.shape))
+            found = self._program(feed_pages)(self.params, state, tokens, plan=self.plan)
+            return found[0], found[1]
+        pages = len(tokens) // self.plan.page_size
+        state, progress = self.advance(state, pages, force=tokens, probe=_OUTPUTS)
+        assert progress.probed is not None
+        return state, progress.probed.hidden.reshape(*tokens.shape, -1)
+
     def read(self, progress: Any) -> Any:
         """Brings a `Progress`, or several in a list, to the host: one transfer, NumPy arrays."""
         return jax.device_get(progress)
@@ -261,6 +286,13 @@ class Session:
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
         return jax.tree.map(shape, tree)
+
+
+def _as_it_is(x: jax.Array) -> jax.Array:
+    return x
+
+
+_OUTPUTS = Probe(hidden=_as_it_is)
 
 
 def device_memory() -> int:

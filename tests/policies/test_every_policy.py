@@ -15,11 +15,12 @@ from tiny_lemma import save_tiny
 
 import raas_jax
 from raas_jax import Dense, policies
-from raas_jax.decode import cache_bytes, decode_pages
+from raas_jax.decode import Probe, RowRequest, cache_bytes, decode_pages
 from raas_jax.lab import runs as evaluate
 from raas_jax.lab.inspect.recording import record
 from raas_jax.plan import Plan
 from raas_jax.policies import Boundary, Budgeted, Evidence, Page, lowest, set_slot
+from raas_jax.session import Session
 
 P, PAGES, LENGTHS = 2, 14, [9, 3, 1]
 NEW = PAGES * P + 1
@@ -234,3 +235,33 @@ def test_names_are_known_and_near_ones_are_suggested():
     with pytest.raises(ValueError, match="Did you mean snapkv"):
         policies.by_name("snap_kv")
     assert policies.create("tova", budget=32) == policies.TOVA(32)
+
+
+@pytest.mark.parametrize(("name", "options"), EVERY)
+def test_feeding_pages_is_feeding_tokens(name, options):
+    """A page at once, or token by token: the same outputs, and the same state."""
+    policy = tight(name, options)
+    prompts, T = prompts_of(LENGTHS, seed=2), 6 * P
+    session = Session.create(params(), policy, LENGTHS, T + 2)
+    given = jnp.asarray(np.reshape(prompts_of([(T + 1) * 3], 5), (T + 1, 3)), jnp.int32)
+    found = []
+    for feed in (Session.feed, by_token):
+        state, _ = session.start(prompts, RowRequest.create([T + 2] * 3), force=given[0])
+        state, outputs = feed(session, state, given[1:])
+        # A row that only feeding by tokens counts as done has the same cache all the same.
+        found.append((outputs, [kept.fill for kept in state.cache.kept], state.meta, state.cache))
+    (one, one_fill, *one_state), (other, other_fill, *other_state) = found
+    np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5)
+    jax.tree.map(np.testing.assert_array_equal, one_fill, other_fill)
+    same = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+    jax.tree.map(same, one_state, other_state)
+
+
+def by_token(session, state, tokens):
+    probe = Probe(hidden=as_it_is)
+    state, progress = session.advance(state, len(tokens) // P, force=tokens, probe=probe)
+    return state, progress.probed.hidden.reshape(*tokens.shape, -1)
+
+
+def as_it_is(x):
+    return x

@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from raas_jax.lab.fidelity.run import BLOCK, DENSE, block_starts
+from raas_jax.lab.fidelity.run import BLOCK, block_starts
+from raas_jax.lab.runs.layout import DENSE
 from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.statistics import Estimate
 

@@ -17,15 +17,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.decode import Probe, RowRequest
+from raas_jax.decode import RowRequest
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.policies import Policy
+from raas_jax.scoring import in_blocks
 from raas_jax.session import Session
-
-LOGITS_AT_ONCE = 128
-"""Positions of all rows whose logits are made together: a few hundred MB of a large vocabulary."""
 
 
 class Differences(NamedTuple):
@@ -114,9 +112,7 @@ def follow(
     found = []
     for first in range(0, padded, steps):
         following = tokens[first + 1 : first + 1 + steps]
-        state, progress = session.advance(state, pages, force=following, probe=_OUTPUTS)
-        assert progress.probed is not None
-        kept = progress.probed.hidden.reshape(steps, rows, -1)
+        state, kept = session.feed(state, following)
         seen = compare(params, reference[first : first + steps], kept, following)
         found.append(jax.device_get(seen))
         yield min(first + steps, fed)
@@ -132,13 +128,6 @@ def follow(
     ]
 
 
-def _as_it_is(x: jax.Array) -> jax.Array:
-    return x
-
-
-_OUTPUTS = Probe(hidden=_as_it_is)
-
-
 @jax.jit
 def compare(params: Params, dense: jax.Array, kept: jax.Array, following: jax.Array) -> Differences:
     """Compares two models' next tokens, by their last layers' outputs `[T, B, D]`.
@@ -146,8 +135,6 @@ def compare(params: Params, dense: jax.Array, kept: jax.Array, following: jax.Ar
     `following` are the tokens that come next, int32 `[T, B]`; the results have that shape.
     """
     model = ends(params.config, params.weights)
-    T, B = following.shape
-    at_once = next(n for n in range(max(1, min(T, LOGITS_AT_ONCE // B)), 0, -1) if T % n == 0)
 
     def of_block(block: tuple[jax.Array, jax.Array, jax.Array]) -> Differences:
         *outputs, wanted = block
@@ -161,8 +148,5 @@ def compare(params: Params, dense: jax.Array, kept: jax.Array, following: jax.Ar
         agree = jnp.argmax(p, axis=-1) == jnp.argmax(q, axis=-1)
         return Differences(nll(log_q), nll(log_p), kl, agree)
 
-    def in_blocks(x: jax.Array) -> jax.Array:
-        return x.reshape(T // at_once, at_once, *x.shape[1:])
-
-    found = jax.lax.map(of_block, tuple(map(in_blocks, (dense, kept, following))))
-    return Differences(*(each.reshape(T, B) for each in found))
+    found: Differences = in_blocks(of_block, (dense, kept, following))
+    return found

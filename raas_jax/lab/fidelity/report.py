@@ -103,7 +103,8 @@ def _by_kind(findings: Findings, half: int) -> str:
 
 def ranges(findings: Findings) -> Sequence[tuple[int, int]]:
     """Quarters of the text, in positions of whole blocks."""
-    edges = [findings.length * part // QUARTERS // BLOCK * BLOCK for part in range(QUARTERS)]
+    inner = {findings.length * part // QUARTERS // BLOCK * BLOCK for part in range(1, QUARTERS)}
+    edges = [0, *sorted(edge for edge in inner if edge > findings.prompt_tokens)]
     return list(zip(edges, [*edges[1:], findings.length], strict=True))
 
 

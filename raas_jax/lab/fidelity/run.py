@@ -15,6 +15,7 @@ from raas_jax.lab.fidelity.texts import Text
 from raas_jax.lab.inspect.recording import row_bytes
 from raas_jax.lab.runs.equal_bytes import fitted
 from raas_jax.lab.runs.experiment import model_identity, policy_identity
+from raas_jax.lab.runs.layout import DENSE
 from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.runner import environment
 from raas_jax.params import Params
@@ -22,7 +23,6 @@ from raas_jax.policies import Dense, Policy
 
 BLOCK = 64
 """Tokens whose sums are written as one: the unit of positions that intervals are drawn from."""
-DENSE = "dense"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +145,10 @@ def run(
         hidden = None if progress is None else not progress
         with tqdm(total=len(wanted), initial=ready, unit="text", disable=hidden) as bar:
             for first in range(0, len(texts), rows):
-                _run_batch(params, texts[first : first + rows], points, results, bar, config)
+                batch = list(texts[first : first + rows])
+                # Missing rows repeat the last one, so that every batch has one shape.
+                batch += [batch[-1]] * (min(rows, len(texts)) - len(batch))
+                _run_batch(params, batch, points, results, bar, config)
     return results
 
 

@@ -13,6 +13,7 @@ from raas_jax.lab.tasks.base import KINDS, Column
 
 RUN, SAMPLES, BAD, LOCK = "run.json", "samples.jsonl", "samples.bad.jsonl", ".lock"
 SPEED, STEPS = "speed.json", "steps.json"
+DENSE = "dense"  # What the points of a comparison on text are compared with.
 KEY = ("task", "policy", "item", "sample")  # What names a sample within a run.
 MOST = 2**63 - 1
 Sample = dict[str, Any]
@@ -116,7 +117,7 @@ class Layout:
             return [_of_study(cell) for cell in self.config.each("cells")]
         if self.kind == "fidelity":
             kinds = dict.fromkeys(text.text("kind") for text in self.config.each("texts"))
-            labels = [point.text("label") for point in self.config.each("points")]
+            labels = [DENSE, *(point.text("label") for point in self.config.each("points"))]
             return [{"task": kind, "label": label} for kind in kinds for label in labels]
         task = self.config.inner("task").text("name")
         return [

@@ -8,7 +8,7 @@ import oracle
 import pytest
 from tiny import prompts_of, random_params
 
-from raas_jax import RaaS
+from raas_jax import RaaS, scoring
 from raas_jax.lab.fidelity import measure
 from raas_jax.policies import Recent
 
@@ -81,7 +81,7 @@ def test_a_text_does_not_depend_on_its_neighbours(params):
 
 def test_many_positions_at_once(params, monkeypatch):
     """Logits are made for a few positions at a time, however many there are."""
-    monkeypatch.setattr(measure, "LOGITS_AT_ONCE", 3)
+    monkeypatch.setattr(scoring, "POSITIONS_AT_ONCE", 3)
     jax.clear_caches()
     few = followed(params, POLICY, [ids := prompts_of([40], 5)[0]])[0].differences
     monkeypatch.undo()
