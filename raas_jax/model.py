@@ -24,6 +24,9 @@ FEW_ROWS = 8
 """On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
 rows, sums of products that read it in place are one fusion; more rows would read it twice."""
 
+SUMMED_ROWS = 64
+"""Up to so many rows, float32 products on CPUs are written as sums."""
+
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
 Weights = dict[str, Any]
@@ -367,18 +370,43 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
     """
     flat = weight.reshape(-1, weight.shape[-1])
     dtype = dtype or x.dtype
-    product = functools.partial(_matmul, dtype=dtype)
-    if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        sums = functools.partial(_row_by_row, dtype=dtype)
-        out: jax.Array = jax.lax.platform_dependent(x, flat, cuda=sums, default=product)
-    else:
-        out = product(x, flat)
+    rows = math.prod(x.shape[:-1])
+    ways = {"default": _matmul, "cpu": _way_of_cpu(rows, weight.dtype)}
+    if rows <= FEW_ROWS:
+        ways["cuda"] = _row_by_row
+    chosen = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
+    out: jax.Array = jax.lax.platform_dependent(x, flat, **chosen)
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _way_of_cpu(rows: int, dtype: Any) -> Callable[..., jax.Array]:
+    """The product that XLA runs fastest on CPUs (`docs/cpu.md` has the times).
+
+    It multiplies half-precision matrices as float32 that it makes of them beforehand, unless the
+    result is float32 too; and it lays a weight out anew for a product with few rows, but not for a
+    sum of products that says the same.
+    """
+    half = dtype.itemsize < 4
+    if rows == 1:
+        return _row_by_row if half else _matmul
+    if half:
+        return _wide_matmul
+    return _sum_of_products if rows <= SUMMED_ROWS else _matmul
 
 
 def _matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     dims = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
+
+
+def _wide_matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    return _matmul(x, weight, jnp.float32).astype(dtype)
+
+
+def _sum_of_products(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    rows = x.reshape(-1, 1, x.shape[-1])
+    sums = jnp.sum(weight[None] * rows, axis=-1)
+    return sums.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:

@@ -113,7 +113,7 @@ class Comparison:
 
     def step(self, offset):
         fed = np.asarray(self.state.rows.token)
-        self.state, (tokens, logprobs, _) = step_jit(
+        self.state, (tokens, logprobs, _), _ = step_jit(
             self.params, self.state, jnp.int32(offset), plan=self.plan
         )
         meta = self.meta()
@@ -306,7 +306,7 @@ def test_the_scanned_pages_are_these_steps():
     tokens, logprobs = [], []
     for _ in range(6):
         for offset in range(5):
-            state, (token, logprob, _) = step_jit(params, state, jnp.int32(offset), plan=plan)
+            state, (token, logprob, _), _ = step_jit(params, state, jnp.int32(offset), plan=plan)
             tokens.append(token)
             logprobs.append(logprob)
         state = commit_jit(state, plan=plan)

@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 
 HERE = Path(__file__).parent
+KILLS = int(os.environ.get("KILLS", "5"))
 
 
 def serve(live: Callable[[str], None], cache: Path) -> None:

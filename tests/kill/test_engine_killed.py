@@ -9,16 +9,14 @@ import time
 
 import engine_run
 import pytest
-from forks import Lives
+from forks import KILLS, Lives
 from tiny import random_params
 
 from raas_jax import Engine
 
-KILLS = 20
-
 
 @pytest.mark.once
-def test_killed_twenty_times(tmp_path):
+def test_killed_again_and_again(tmp_path):
     draws = random.Random(7)
     lives = Lives("engine_run.py", tmp_path)
     told, hear = lives.told, lives.hear

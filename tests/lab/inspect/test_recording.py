@@ -47,7 +47,7 @@ def pages_by_content(params, prompts, policy):
         held += [np.zeros(keys.shape[:3], bool)] * (count - page - 1)
         seen.append(np.stack(held, axis=-1))
         for offset in range(plan.page_size):
-            state, _ = step(params, state, jnp.int32(offset))
+            state, *_ = step(params, state, jnp.int32(offset))
         written_pages.append(np.asarray(state.cache.current.k))
         state = commit(state)
     return np.stack(seen)
