@@ -380,7 +380,7 @@ def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
 
 
 def _way_of_cpu(rows: int, dtype: Any) -> Callable[..., jax.Array]:
-    """The product that XLA runs fastest on CPUs (`docs/cpu.md` has the times).
+    """The product that XLA runs fastest on CPUs; `raas_jax.lab.bench.products` has the times.
 
     It multiplies half-precision matrices as float32 that it makes of them beforehand, unless the
     result is float32 too; and it lays a weight out anew for a product with few rows, but not for a

@@ -28,18 +28,36 @@ def test_few_rows_on_a_gpu_are_the_product_of_all(shape, dtype):
     assert model._row_by_row(x, weight, x.dtype).dtype == x.dtype
 
 
-def test_only_few_rows_on_a_gpu_are_not_a_product_of_matrices():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("rows", [1, 2, 7, model.SUMMED_ROWS, model.SUMMED_ROWS + 1])
+def test_every_form_for_cpus_is_the_product(rows, dtype):
+    keys = jax.random.split(jax.random.key(rows))
+    x = jax.random.normal(keys[0], (rows, 1, 48), dtype)
+    weight = jax.random.normal(keys[1], (5, 6, 48), dtype)
+    wanted = np.einsum("btd,nhd->btnh", *(np.asarray(each, np.float64) for each in (x, weight)))
+    wide = model.project(x, weight, jnp.float32)
+    np.testing.assert_allclose(wide, wanted, atol=1e-4)
+    got = model.project(x, weight)
+    # Summed in float32, and rounded once.
+    assert got.dtype == x.dtype and got.shape == wanted.shape
+    np.testing.assert_array_equal(got, wide.astype(x.dtype))
+
+
+def test_only_some_platforms_have_other_forms_than_a_product_of_matrices():
     weight = jnp.ones((8, 4))
     texts = {
         (rows, platform): jax.jit(model.project)
         .trace(jnp.ones((rows, 1, 4)), weight)
         .lower(lowering_platforms=(platform,))
         .as_text()
-        for rows in (1, model.FEW_ROWS, model.FEW_ROWS + 1)
+        for rows in (1, model.FEW_ROWS, model.FEW_ROWS + 1, model.SUMMED_ROWS + 1)
         for platform in ("cuda", "cpu", "tpu")
     }
     without = [key for key, text in texts.items() if "dot_general" not in text]
-    assert without == [(1, "cuda"), (model.FEW_ROWS, "cuda")]
+    assert without == [
+        *((1, "cuda"), (model.FEW_ROWS, "cuda")),
+        *((model.FEW_ROWS, "cpu"), (model.FEW_ROWS + 1, "cpu")),
+    ]
 
 
 def tiny_layers(layers, pattern, first=0, count=None, xs=None):

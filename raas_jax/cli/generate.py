@@ -197,7 +197,11 @@ def as_json(output: raas_jax.Output) -> dict[str, Any]:
 
 
 def summary(output: raas_jax.Output, speed: float | None = None) -> str:
-    """Two lines on what an answer took, beside what a dense cache would have taken."""
+    """Two lines on what an answer took, beside what a dense cache would have taken.
+
+    Of an answer of which nothing was forgotten, whole pages and padding take more than its tokens
+    would: there is nothing to compare.
+    """
     stats = output.stats
     assert stats is not None
     ends = {
@@ -208,9 +212,10 @@ def summary(output: raas_jax.Output, speed: float | None = None) -> str:
     }
     rate = "" if speed is None else f", {speed:.0f} tokens/s"
     memory, dense = map(options.readable_bytes, (stats.kv_bytes, stats.dense_kv_bytes))
+    beside = f", a dense cache: {dense}" if stats.evicted_pages else ""
     return (
         f"[{stats.generated_tokens} tokens after a prompt of {stats.prompt_tokens}{rate}; "
         f"{ends.get(str(output.finish_reason), output.finish_reason)}]\n"
-        f"[{stats.kept_pages} pages kept, {stats.evicted_pages} forgotten; "
-        f"keys and values: {memory}, a dense cache: {dense}]"
+        f"[{stats.kept_pages} pages kept, {stats.evicted_pages or 'none'} forgotten; "
+        f"keys and values: {memory}{beside}]"
     )

@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Protocol, Union
 
 import tyro
@@ -51,6 +52,8 @@ DESCRIPTION = """Decode long chains of thought in constant memory.
 
 With --debug, anywhere, an error shows where it came from."""
 INTERRUPTED, BROKEN_PIPE = 130, 141
+MOST_KEPT = 2**30
+"""Bytes of compiled programs on disk; the oldest go first."""
 
 
 class Command(Protocol):
@@ -74,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = [arg for arg in args if arg != "--debug"]
     # Where no framework of its own is installed, transformers says so at length.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _keep_programs()
     command: Command | None = None
     with warnings.catch_warnings():
         warnings.showwarning = _show_warning
@@ -107,6 +111,21 @@ def main(argv: Sequence[str] | None = None) -> int:
                 # The work is over: Ctrl-C ends what is left of the process, without a traceback.
                 with contextlib.suppress(ValueError):  # No signals in another thread.
                     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _keep_programs() -> None:
+    """Lets JAX keep what took over a second to compile, so that a second start need not."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    try:
+        home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        folder = Path(home) / "raas_jax" / "programs"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return  # Nowhere to keep them.
+    if os.access(folder, os.W_OK):
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(MOST_KEPT))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
