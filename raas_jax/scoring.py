@@ -42,8 +42,8 @@ class Score:
     Attributes:
       tokens: its ids.
       logprobs: float32 `[T]`, of each token given the prompt and the tokens before it, as far as
-        the policy kept them; at temperature 1. NaN from where the logits were not finite, or
-        of the whole continuation under `Dense`, which reads it in one pass.
+        the policy kept them; at temperature 1. NaN from the page on in which the logits were
+        not finite, or of the whole continuation under `Dense`, which reads it in one pass.
       greedy: bool `[T]`, whether each is the likeliest token.
     """
 

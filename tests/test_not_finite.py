@@ -99,13 +99,15 @@ def test_inside_a_jit(case):
 
 @pytest.mark.parametrize("policy", [POLICY, Dense(page_size=4)], ids=["raas", "dense"])
 def test_scores(case, sound, policy):
-    """Numbers up to the token that breaks the model, and none from there."""
+    """Numbers up to the page with the token that breaks the model, and none from there."""
     broken, prompts, answers, bad, length = case
     found = raas_jax.score(broken, prompts, answers, policy=policy)
     whole = raas_jax.score(sound, prompts, answers, policy=policy)
     for row, (score, sound_score) in enumerate(zip(found, whole, strict=True)):
-        # One pass attends to all of a text at once, with weights of zero to what comes later.
-        end = N if row != bad else 0 if isinstance(policy, Dense) else length
+        # A pass over a text, or a page, attends to what comes later with weights of zero. The first
+        # page comes after the first token, which the prompt gives.
+        whole_pages = 1 + (length - 1) // policy.page_size * policy.page_size if length else 0
+        end = N if row != bad else 0 if isinstance(policy, Dense) else whole_pages
         np.testing.assert_allclose(score.logprobs[:end], sound_score.logprobs[:end], atol=1e-5)
         assert np.all(np.isnan(score.logprobs[end:])) and np.isnan(score.total) == (row == bad)
 
