@@ -47,11 +47,22 @@ FAST = {
 }
 
 
+# Long files in which another Python or jax would hardly change anything; CI runs them on one.
+ONCE = {
+    *("engine/test_policies", "lab/fidelity/test_findings", "lab/fidelity/test_run"),
+    *("lab/inspect/test_ceiling", "lab/runs/test_benchmark", "lab/runs/test_migration"),
+    *("lab/runs/test_run", "lab/runs/test_study", "lab/tasks/test_harness", "test_notebooks"),
+}
+
+
 def pytest_collection_modifyitems(items):
     here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).with_suffix("").as_posix() in FAST:
+        name = item.path.relative_to(here).with_suffix("").as_posix()
+        if name in FAST:
             item.add_marker(pytest.mark.fast)
+        if name in ONCE:
+            item.add_marker(pytest.mark.once)
 
 
 @pytest.fixture(autouse=True, scope="module")

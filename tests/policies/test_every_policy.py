@@ -237,6 +237,7 @@ def test_names_are_known_and_near_ones_are_suggested():
     assert policies.create("tova", budget=32) == policies.TOVA(32)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(("name", "options"), EVERY)
 def test_feeding_pages_is_feeding_tokens(name, options):
     """A page at once, or token by token: the same outputs, and the same state."""
