@@ -49,7 +49,7 @@ FAST = {
 
 # Long files in which another Python or jax would hardly change anything; CI runs them on one.
 ONCE = {
-    *("engine/test_policies", "lab/fidelity/test_findings", "lab/fidelity/test_run"),
+    *("engine/test_policies", "lab/fidelity/test_findings", "lab/fidelity/test_comparison"),
     *("lab/inspect/test_ceiling", "lab/runs/test_benchmark", "lab/runs/test_migration"),
     *("lab/runs/test_run", "lab/runs/test_study", "lab/tasks/test_harness", "test_notebooks"),
 }
