@@ -11,9 +11,6 @@ from jax.typing import DTypeLike
 from raas_jax.config import ModelConfig
 from raas_jax.model import Weights, init_weights, separate, stacked
 
-FITS_CACHE = 64 * 2**20
-"""Bytes of layers of which copies cost little."""
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +47,6 @@ class Params:
     def separate(self) -> Params:
         """The same with arrays of each layer's own, over which decoding is unrolled."""
         return dataclasses.replace(self, weights=separate(self.weights))
-
-    @property
-    def reads_apart(self) -> bool:
-        """Whether the default device reads these layers faster as arrays of their own.
-
-        XLA copies each layer's weights out of a stack on CPUs, which their cache makes up for where
-        the layers are small.
-        """
-        layers = sum(leaf.nbytes for leaf in jax.tree.leaves(self.weights["layers"]))
-        return jax.default_backend() == "cpu" and layers > FITS_CACHE
 
     @property
     def size(self) -> int:

@@ -19,7 +19,6 @@ from raas_jax.config import ModelConfig
 if TYPE_CHECKING:
     from raas_jax.lab.bench.policies import Comparison
     from raas_jax.lab.bench.steps import StepReport
-    from raas_jax.params import Params
 
 
 @dataclasses.dataclass
@@ -70,7 +69,7 @@ class Bench:
         from raas_jax.params import Params
 
         report = bench(
-            _as_loaded(Params.random(config, dtype=self.dtype)),
+            Params.random(config, dtype=self.dtype),
             policy,
             lengths=lengths,
             against=options.split_names(self.against or ""),
@@ -83,7 +82,7 @@ class Bench:
         from raas_jax.lab.bench.policies import compare, every_policy
         from raas_jax.params import Params
 
-        names, params = self.policies or "", _as_loaded(Params.random(config, dtype=self.dtype))
+        names, params = self.policies or "", Params.random(config, dtype=self.dtype)
         budget, page_size = self.policy.budget or 1024, self.policy.page_size or 16
         with contextlib.ExitStack() as stack:
             if names == "all":
@@ -135,11 +134,6 @@ COMPARED: list[Column] = [
     ("of RaaS", "over_raas", TIMES),
     ("KV memory", "kv_bytes", options.readable_bytes),
 ]
-
-
-def _as_loaded(params: Params) -> Params:
-    """The layers as `raas_jax.load` would keep them on this device."""
-    return params.separate() if params.reads_apart else params
 
 
 def _in_columns(entries: Sequence[Any], columns: Sequence[Column]) -> str:
