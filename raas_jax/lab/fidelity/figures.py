@@ -13,6 +13,8 @@ from raas_jax.lab.runs.figures import legend, numbered, panels
 
 SHOWN = 9
 """Policies with a curve along the text; more could not be told apart."""
+LEAST = 1e-3
+"""Nats; below it, before anything is forgotten, there is no curve."""
 SMOOTHED = 4
 """Blocks of a point of a curve along the text."""
 
@@ -29,9 +31,9 @@ def draw(findings: Findings, folder: Path) -> list[Path]:
 
 
 def against_bytes(findings: Findings) -> Figure | None:
-    """KL from dense over the bytes of a row, a panel for each kind of text."""
-    if not findings.points:
-        return None
+    """KL from dense over the bytes of a row, a panel for each kind of text; of several budgets."""
+    if len({point.budget for point in findings.points if point.budget}) < 2:
+        return None  # All bytes are equal.
     kinds = findings.kinds if len(findings.kinds) > 1 else []
     figure, axes = panels(1 + len(kinds), height=3.6, columns=3)
     half = findings.half
@@ -74,6 +76,7 @@ def along(findings: Findings) -> Figure | None:
             tokens = findings.tokens * len(point.texts)
             edges = np.arange(0, len(sums), SMOOTHED)
             curve = np.add.reduceat(sums, edges) / np.add.reduceat(tokens, edges)
+            curve = np.where(curve < LEAST, np.nan, curve)
             number = _policies(findings).index(point.policy)
             look = _look(findings, point.policy, number) | {"marker": ""}
             axis.plot(findings.starts[edges], curve, **look)

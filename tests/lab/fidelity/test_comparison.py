@@ -51,7 +51,7 @@ def test_the_command(source, tmp_path, capsys):
     assert command(source, out) == 0
     shown = capsys.readouterr()
     assert "3 texts of 150 tokens" in shown.out and "raas (page_size=4)" in shown.out
-    assert {file.name for file in out.glob("*.png")} == {"kl_bytes.png", "kl_along.png"}
+    assert {file.name for file in out.glob("*.png")} == {"kl_along.png"}  # Of one budget.
     first = (out / "samples.jsonl").read_text()
     assert len(first.splitlines()) == 3 * 3  # Dense and two policies.
     half = [row for row in table(out) if row["part"] == "second half"]
@@ -67,6 +67,8 @@ def test_the_command(source, tmp_path, capsys):
         *(("quest", f"sums {n}") for n in range(4)),
         ("raas", "sums 3"),
     ]
+    assert command(source, out, "--texts", "1", "--budgets", "48") == 0
+    assert {file.name for file in out.glob("*.png")} == {"kl_bytes.png", "kl_along.png"}
     assert main(["report", str(out)]) == 0
     assert "recent (page_size=4)" in capsys.readouterr().out
 
