@@ -462,13 +462,8 @@ def token_step(
     model = ends(config, params.weights)
     position = prompt_lengths(state, plan) + rows.generated - 1
     rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
-    x, current, meta = model.embed(rows.token)[:, None], state.cache.current, []
-    for number, group in enumerate(plan.groups):
-        body = _step_body(state, plan, number, rotation, offset)
-        xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
-        layers = partial(run_layers, first=group.first, count=group.layers, by_number=True)
-        (x, current), of_group = layers(config, params.weights, body, (x, current), xs)
-        meta.append(of_group)
+    body_of = partial(_step_body, state, plan, rotation=rotation, offset=offset)
+    x, current, meta = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
     token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
     sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
     over = rows.done | (token < 0)
@@ -478,10 +473,43 @@ def token_step(
     stepped = dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, current=current),
-        meta=tuple(meta),
+        meta=meta,
         rows=dataclasses.replace(rows, token=token, generated=generated, done=done),
     )
     return stepped, sampled, x[:, 0]
+
+
+def run_groups(
+    params: Params, state: DecodeState, plan: Plan, body_of: Callable[[int], Body], x: jax.Array
+) -> tuple[jax.Array, CurrentPage, tuple[Metadata, ...]]:
+    """Runs x `[B, any, D]` through all layers: of each group those of the body for its number.
+
+    Returns:
+      The last layer's output, the current page of every layer, and the metadata of every group.
+    """
+    current, meta = state.cache.current, []
+    for number, group in enumerate(plan.groups):
+        xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
+        layers = partial(run_layers, first=group.first, count=group.layers, by_number=True)
+        carry = x, current
+        (x, current), of_group = layers(params.config, params.weights, body_of(number), carry, xs)
+        meta.append(of_group)
+    return x, current, tuple(meta)
+
+
+def reader_of(
+    cache: Cache, plan: Plan, number: int, layer: Layer, layer_in_group: Any, **seen: Any
+) -> Reader:
+    """A layer's view of the cache, in the group with this number; `seen` are its other fields."""
+    return Reader(
+        cache=cache,
+        group=number,
+        layer=layer.number,
+        layer_in_group=layer_in_group,
+        samples=plan.samples,
+        target=plan.target,
+        **seen,
+    )
 
 
 def _step_body(
@@ -503,17 +531,9 @@ def _step_body(
         (x, current), (layer_in_group, fill, meta) = carry, own
         q, k, v = layer.block.qkv(x, rotation)
         current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
-        reader = Reader(
-            cache=dataclasses.replace(cache, current=current),
-            group=number,
-            layer=layer.number,
-            layer_in_group=layer_in_group,
-            fill=fill,
-            prompt_fill=prompt_fill,
-            offset=offset,
-            samples=plan.samples,
-            target=plan.target,
-        )
+        now = dataclasses.replace(cache, current=current)
+        seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": offset}
+        reader = reader_of(now, plan, number, layer, layer_in_group, **seen)
         by_head = partial(_by_head, heads=k.shape[2])
         selection = Selection()
         if policy.selects:

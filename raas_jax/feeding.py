@@ -15,10 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax.attention import Reader
 from raas_jax.cache import CurrentPage, write_page
-from raas_jax.decode import DecodeState, commit_page, prompt_lengths
-from raas_jax.model import Body, Layer, ends, rope_rotation, run_layers
+from raas_jax.decode import DecodeState, commit_page, prompt_lengths, reader_of, run_groups
+from raas_jax.model import Body, Layer, ends, rope_rotation
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies.base import Evidence, Metadata
@@ -63,17 +62,12 @@ def _feed_page(
     first = prompt_lengths(state, plan) + rows.generated - 1
     positions = first[:, None] + jnp.arange(P, dtype=jnp.int32)
     rotation = rope_rotation(config.rope, config.head_dim, positions)
-    x, current, meta = model.embed(fed.T), state.cache.current, []
-    for number, group in enumerate(plan.groups):
-        body = _page_body(state, plan, number, rotation)
-        xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
-        layers = partial(run_layers, first=group.first, count=group.layers, by_number=True)
-        (x, current), of_group = layers(config, params.weights, body, (x, current), xs)
-        meta.append(of_group)
+    body_of = partial(_page_body, state, plan, rotation=rotation)
+    x, current, meta = run_groups(params, state, plan, body_of, model.embed(fed.T))
     fed_state = dataclasses.replace(
         state,
         cache=dataclasses.replace(state.cache, current=current),
-        meta=tuple(meta),
+        meta=meta,
         rows=dataclasses.replace(rows, token=following[-1], generated=rows.generated + P),
     )
     return commit_page(fed_state, plan), jnp.swapaxes(x, 0, 1)
@@ -85,6 +79,7 @@ def _page_body(
     """What a layer of group `number` does with x `[B, P, D]`, the current page and its metadata."""
     cache, policy = state.cache, plan.groups[number].policy
     prompt_fill, now = cache.prompt.fill(), state.rows.generated
+    last = jnp.int32(plan.page_size - 1)
 
     def body(
         layer: Layer,
@@ -94,22 +89,13 @@ def _page_body(
         (x, current), (layer_in_group, fill, meta) = carry, own
         q, k, v = layer.block.qkv(x, rotation)
         current = write_page(current, k, v, layer.number)
-        reader = Reader(
-            cache=dataclasses.replace(cache, current=current),
-            group=number,
-            layer=layer.number,
-            layer_in_group=layer_in_group,
-            fill=fill,
-            prompt_fill=prompt_fill,
-            offset=jnp.int32(plan.page_size - 1),
-            samples=plan.samples,
-            target=plan.target,
-        )
+        written = dataclasses.replace(cache, current=current)
+        seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": last}
+        reader = reader_of(written, plan, number, layer, layer_in_group, **seen)
         out, mass, current_mass = reader.attend_page(q)
 
-        def observe(meta: Metadata, seen: tuple[Any, ...]) -> tuple[Metadata, None]:
-            step, *masses = seen
-            of_kept, of_current = masses
+        def observe(meta: Metadata, of_token: tuple[Any, ...]) -> tuple[Metadata, None]:
+            step, of_kept, of_current = of_token
             return policy.observe(meta, Evidence(of_kept, None, fill, of_current), now + step), None
 
         if jax.tree.leaves(meta):

@@ -10,8 +10,8 @@ import tyro
 
 from raas_jax.cli.streams import say
 
-WRONG, FAILED = 2, 1
-"""Exit codes: what the user can mend, and what nobody foresaw."""
+WRONG, FAILED, INTERRUPTED = 2, 1, 130
+"""Exit codes: what the user can mend, what nobody foresaw, and Ctrl-C."""
 EXTRAS = {
     "matplotlib": "plots",
     **dict.fromkeys(("filelock", "optax"), "lab"),

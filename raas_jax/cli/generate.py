@@ -15,13 +15,11 @@ import tyro
 import raas_jax
 from raas_jax import checks
 from raas_jax.cli import options, streams
-from raas_jax.cli.errors import WRONG, note
+from raas_jax.cli.errors import INTERRUPTED, WRONG, note
 from raas_jax.cli.prompts import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from tqdm import tqdm
-
-INTERRUPTED = 130
 
 
 @dataclasses.dataclass

@@ -20,7 +20,7 @@ from raas_jax.cli import lm_eval, streams
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
 from raas_jax.cli.convert import Convert
-from raas_jax.cli.errors import explain
+from raas_jax.cli.errors import INTERRUPTED, explain
 from raas_jax.cli.eval import Eval, Report
 from raas_jax.cli.fidelity import Fidelity
 from raas_jax.cli.generate import Generate
@@ -51,7 +51,7 @@ DESCRIPTION = """Decode long chains of thought in constant memory.
   raas-jax --version        says which one this is
 
 With --debug, anywhere, an error shows where it came from."""
-INTERRUPTED, BROKEN_PIPE = 130, 141
+BROKEN_PIPE = 141
 MOST_KEPT = 2**30
 """Bytes of compiled programs on disk; the oldest go first."""
 

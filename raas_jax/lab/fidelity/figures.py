@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from raas_jax.lab.fidelity.findings import Findings
-from raas_jax.lab.runs.figures import legend, numbered, panels
+from raas_jax.lab.runs.figures import legend, numbered, panels, save
 
 SHOWN = 9
 """Policies with a curve along the text; more could not be told apart."""
@@ -22,12 +22,7 @@ SMOOTHED = 4
 def draw(findings: Findings, folder: Path) -> list[Path]:
     """Draws every picture that there is data for, and gives the files."""
     drawn = {"kl_bytes.png": against_bytes(findings), "kl_along.png": along(findings)}
-    files = []
-    for name, figure in drawn.items():
-        if figure is not None:
-            figure.savefig(folder / name, dpi=110, bbox_inches="tight")
-            files.append(folder / name)
-    return files
+    return save(drawn, folder)
 
 
 def against_bytes(findings: Findings) -> Figure | None:

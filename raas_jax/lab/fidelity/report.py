@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -87,18 +87,20 @@ def _main(findings: Findings, half: int) -> str:
 
 
 def _by_kind(findings: Findings, half: int) -> str:
+    return _by_part(findings, {kind: {"kind": kind, "since": half} for kind in findings.kinds})
+
+
+def _by_part(findings: Findings, parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """KL from dense of every point, with a column for each part of the texts."""
     rows = [
         [
             point.policy,
             str(point.budget or "–"),
-            *(
-                NATS.text(findings.estimate(point, "kl", kind=kind, since=half))
-                for kind in findings.kinds
-            ),
+            *(NATS.text(findings.estimate(point, "kl", **part)) for part in parts.values()),
         ]
         for point in findings.ordered()
     ]
-    return markdown_table(["Policy", "Budget", *findings.kinds], rows, labels=1)
+    return markdown_table(["Policy", "Budget", *parts], rows, labels=1)
 
 
 def ranges(findings: Findings) -> Sequence[tuple[int, int]]:
@@ -109,21 +111,12 @@ def ranges(findings: Findings) -> Sequence[tuple[int, int]]:
 
 
 def _along(findings: Findings) -> str:
-    parts = ranges(findings)
     first = findings.prompt_tokens + 1
-    heads = [f"{max(first, since)}-{until - 1}" for since, until in parts]
-    rows = [
-        [
-            point.policy,
-            str(point.budget or "–"),
-            *(
-                NATS.text(findings.estimate(point, "kl", since=since, until=until))
-                for since, until in parts
-            ),
-        ]
-        for point in findings.ordered()
-    ]
-    return markdown_table(["Policy", "Budget", *heads], rows, labels=1)
+    parts = {
+        f"{max(first, since)}-{until - 1}": {"since": since, "until": until}
+        for since, until in ranges(findings)
+    }
+    return _by_part(findings, parts)
 
 
 def csv(findings: Findings) -> str:

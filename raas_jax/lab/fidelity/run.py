@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,24 +175,14 @@ def _run_batch(
             if text.name not in outputs:
                 outputs[text.name] = dense_outputs(params, text.tokens)
         # A smaller batch would be compiled anew; it is computed again and left out.
-        for step in _of_batch(params, point.policy, batch, outputs, prompt_tokens):
+        tokens, dense = [text.tokens for text in batch], [outputs[text.name] for text in batch]
+        for step in follow(params, point.policy, tokens, dense, prompt_tokens):
             if isinstance(step, int):
                 bar.set_postfix_str(f"token {step + prompt_tokens} of {config['length']}")
                 continue
             for text, found in zip(batch, step, strict=True):
                 _add(results, bar, text, DENSE, _of_dense(found), prompt_tokens)
                 _add(results, bar, text, point.label, found, prompt_tokens)
-
-
-def _of_batch(
-    params: Params,
-    policy: Policy,
-    batch: Sequence[Text],
-    outputs: Mapping[str, np.ndarray],
-    prompt_tokens: int,
-) -> Iterator[int | list[Followed]]:
-    tokens = [text.tokens for text in batch]
-    return follow(params, policy, tokens, [outputs[text.name] for text in batch], prompt_tokens)
 
 
 def _of_dense(found: Followed) -> Followed:

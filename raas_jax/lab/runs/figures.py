@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from statistics import median
@@ -25,12 +25,19 @@ BINS = 8
 
 def draw(findings: Findings, folder: Path) -> list[Path]:
     """Draws every picture that the run has data for, and gives the files."""
+    if not any(point.answered for point in findings.points):
+        return []
+    pictures = PICTURES[findings.kind]
+    return save({name: picture(findings) for name, picture in pictures.items()}, folder)
+
+
+def save(figures: Mapping[str, Figure | None], folder: Path) -> list[Path]:
+    """Writes those figures that there are, by the names of their files, and gives the files."""
     files = []
-    if any(point.answered for point in findings.points):
-        for name, picture in PICTURES[findings.kind].items():
-            if (figure := picture(findings)) is not None:
-                figure.savefig(folder / name, dpi=110, bbox_inches="tight")
-                files.append(folder / name)
+    for name, figure in figures.items():
+        if figure is not None:
+            figure.savefig(folder / name, dpi=110, bbox_inches="tight")
+            files.append(folder / name)
     return files
 
 
