@@ -47,8 +47,8 @@ def load(
         their logical axes; one `Sharding` for every array; a tree of them in the structure of
         `Params.weights`; or a function from the config to any of these.
       layers: how the layers are stored. "stacked" layers are scanned, so that compile time does not
-        grow with depth; "separate" ones are unrolled: on a CPU some 1.5 times faster
-        in a decode of large layers, and several times slower to compile. None is "stacked".
+        grow with depth; "separate" ones are unrolled: on a CPU faster in a
+        decode of large layers, and slower to compile. None is "stacked".
 
     Returns:
       `Params`, with `source` the folder in which its tokenizer is found.
