@@ -1,4 +1,4 @@
-"""Killed at random moments, again and again, everything ends as if nothing had happened."""
+"""Killed again and again, at random moments and while it writes, everything ends as if undisturbed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,28 @@ import os
 import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from forks import KILLS, Lives
 from works import WORKS, prepare
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of the files that lie in it at this moment."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(place, name)).st_size
+    return total
+
+
+def wait_for_a_write(folder: Path, before: int, at_most: float) -> None:
+    """Returns as soon as the folder holds something else than `before` bytes."""
+    end = time.monotonic() + at_most
+    while bytes_in(folder) == before and time.monotonic() < end:
+        time.sleep(0.005)
 
 
 @pytest.mark.once
@@ -26,12 +44,19 @@ def test_killed_again_and_again(name, tmp_path):
     undisturbed = result(tmp_path / "undisturbed")
     assert result(tmp_path / "compiling") == undisturbed
 
-    number, kills, begun = 0, 0, 0
+    number, kills, begun, tries = 0, 0, 0, 0
     while kills < KILLS:
         out = tmp_path / f"killed{number}"
         begun += out.exists()
+        before = bytes_in(out)
         child = lives.start(out)
-        time.sleep(draws.uniform(0.0, whole))
+        if tries % 2:
+            time.sleep(draws.uniform(0.0, whole))
+        else:
+            # Starting takes most of a short life, so that a random moment seldom finds it at work.
+            wait_for_a_write(out, before, at_most=whole)
+            time.sleep(draws.uniform(0.0, 0.1))
+        tries += 1
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         if "finished" not in lives.rest():
