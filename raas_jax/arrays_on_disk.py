@@ -63,7 +63,8 @@ def _quiet() -> Iterator[None]:
 def _ignore_closed_loops() -> None:
     """Threads of the storage that end after an error find Orbax's loop closed, at any time.
 
-    Python tells one of its two hooks of it, which one depends on who called.
+    Python tells one of its two hooks of it, which one depends on who called; and where the loop was
+    still open, asyncio logs the storage's error as one that nobody asked for.
     """
     unraised, raised = sys.unraisablehook, sys.excepthook
 
@@ -78,4 +79,10 @@ def _ignore_closed_loops() -> None:
         if not is_late(kind, error):
             raised(kind, error, trace)
 
+    def is_asked_for(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        of_storage = isinstance(error, ValueError) and " driver: " in str(error)
+        return not (of_storage and "never retrieved" in record.getMessage())
+
     sys.unraisablehook, sys.excepthook = quieter_unraised, quieter_raised
+    logging.getLogger("asyncio").addFilter(is_asked_for)

@@ -19,18 +19,14 @@ from flax import nnx
 
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig, Rope
-
-FEW_ROWS = 8
-"""On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
-rows, sums of products that read it in place are one fusion; more rows would read it twice."""
-
-SUMMED_ROWS = 64
-"""Up to so many rows, float32 products on CPUs are written as sums."""
+from raas_jax.products import OfLayer, project, project_all
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
 Weights = dict[str, Any]
 """Arrays of a model: `embedding`, `norm`, `head` and, stacked or separate, `layers`."""
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""A layer's weights that are multiplied by; the others are small."""
 
 
 class Block(nnx.Module):
@@ -83,7 +79,7 @@ class Block(nnx.Module):
         """`[B, T, D]` → rotated q `[B, T, N, H]`, rotated k and plain v `[B, T, K, H]`."""
         c = self.config
         h = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
-        q, k, v = (project(h, w[...]) for w in (self.q, self.k, self.v))
+        q, k, v = self._products(h, self.q, self.k, self.v)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
         if c.qk_norm:
@@ -95,14 +91,17 @@ class Block(nnx.Module):
         """Output projection of `attended [B, T, N, H]`, the residuals and the MLP → `[B, T, D]`."""
         c = self.config
         flat = attended.reshape(*x.shape[:-1], -1)
-        out = project(flat, self.o[...])
+        (out,) = self._products(flat, self.o)
         x = x + (out + self.o_bias[...] if c.output_bias else out)
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        gate, up = project(h, self.gate[...]), project(h, self.up[...])
+        gate, up = self._products(h, self.gate, self.up)
         if c.mlp_bias:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
-        out = project(jax.nn.silu(gate) * up, self.down[...])
+        (out,) = self._products(jax.nn.silu(gate) * up, self.down)
         return x + (out + self.down_bias[...] if c.mlp_bias else out)
+
+    def _products(self, x: jax.Array, *weights: nnx.Param[Any]) -> list[jax.Array]:
+        return project_all(x, [weight.get_value() for weight in weights])
 
 
 class Ends(nnx.Module):
@@ -189,7 +188,7 @@ def ends(config: ModelConfig, weights: Weights) -> Ends:
 
 
 def separate(weights: Weights, *, consume: bool = False) -> Weights:
-    """The weights with a dictionary of arrays for each layer, which `run_layers` unrolls.
+    """The weights with a dictionary of arrays for each layer, which no product has to copy.
 
     With `consume`, each stack is taken out of `weights` as it is cut, so that no more than one of
     them is in memory twice.
@@ -211,7 +210,7 @@ def stacked(weights: Weights) -> Weights:
     return {**weights, "layers": _stack(layers)} if isinstance(layers, tuple) else weights
 
 
-def _slice(tree: Any, index: Any) -> Any:
+def _slice(tree: Any, index: int) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
@@ -224,12 +223,12 @@ class Layer(NamedTuple):
 
     Attributes:
       block: its weights, ready to run.
-      number: its place in the model: int32 in a scan, an int where layers are unrolled.
+      number: int32 scalar, its place in the model.
       kind: one of `ModelConfig.layer_pattern`.
     """
 
     block: Block
-    number: Any
+    number: jax.Array
     kind: str
 
 
@@ -251,8 +250,7 @@ def run_layers(
 ) -> tuple[Any, Any]:
     """Runs a body through layers in their order: the only loop over them.
 
-    Stacked layers are scanned, so that compile time does not grow with depth; separate ones are
-    unrolled, which some targets run faster.
+    It is a scan, so that compile time hardly grows with depth.
 
     Args:
       config: shape of the model.
@@ -260,66 +258,60 @@ def run_layers(
       body: what each layer does.
       carry: what goes from layer to layer.
       xs: arrays whose leading axis counts the layers that are run; None for nothing.
-      first: number of the first layer to run; may be traced where layers are stacked.
+      first: number of the first layer to run; may be traced.
       count: how many to run; by default all that follow.
       pattern: kinds of layers in turn; the config's by default.
-      by_number: read each layer out of the stack, as decoding does, where a pattern has one kind; a
-        part is always read so.
+      by_number: read each layer out of the stack, as decoding does; a part, and layers that are
+        separate, are always read so.
 
     Returns:
       The last carry, and what the layers gave, stacked.
 
     Raises:
-      ValueError: a part of the layers, or of a pattern, that a scan cannot run.
+      ValueError: a part of the layers, where their pattern has several kinds; or a pattern that
+        does not divide them.
     """
     layers, total = weights["layers"], config.num_hidden_layers
     graph, _ = _abstract(Block, config, weights["embedding"].dtype.name)
     kinds = config.layer_pattern if pattern is None else pattern
     count = total - first if count is None else count
-
-    def run(arrays: Any, number: Any, kind: str, carry: Any, x: Any) -> tuple[Any, Any]:
-        return body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
-
-    if isinstance(layers, tuple):
-        ys = []
-        for index, number in enumerate(range(first, first + count)):
-            kind = kinds[number % len(kinds)]
-            carry, y = run(layers[number], number, kind, carry, _slice(xs, index))
-            ys.append(y)
-        return carry, _stack(ys)
-    numbers = first + jnp.arange(count, dtype=jnp.int32)
-    if count < total or (by_number and len(kinds) == 1):
-        if len(kinds) > 1:
-            raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
-
-        # A slice of the stack would be a copy of it, so layers are read by their numbers.
-        def numbered(carry: Any, scanned: Any) -> tuple[Any, Any]:
-            at = functools.partial(jax.lax.dynamic_index_in_dim, index=scanned[0], keepdims=False)
-            return run(jax.tree.map(at, layers), scanned[0], kinds[0], carry, scanned[1])
-
-        return jax.lax.scan(numbered, carry, (numbers, xs))
-    if len(kinds) == 1:
-        return jax.lax.scan(
-            lambda carry, own: run(own[0], own[1], kinds[0], carry, own[2]),
-            carry,
-            (layers, numbers, xs),
-        )
+    if len(kinds) > 1 and count < total:
+        raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
     if total % len(kinds):
         raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
+    # A slice of the stack would be a copy of it, so a part of it is read by number.
+    by_number = by_number or isinstance(layers, tuple) or count < total
+
+    def fold(leaf: jax.Array) -> jax.Array:
+        return leaf.reshape(-1, len(kinds), *leaf.shape[1:]) if len(kinds) > 1 else leaf
 
     def repeat(carry: Any, scanned: Any) -> tuple[Any, Any]:
         ys = []
         for place, kind in enumerate(kinds):
-            arrays, number, x = _slice(scanned, place)
-            carry, y = run(arrays, number, kind, carry, x)
+            arrays, number, x = _slice(scanned, place) if len(kinds) > 1 else scanned
+            if by_number:
+                arrays = _layer_by_number(layers, number)
+            carry, y = body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
             ys.append(y)
-        return carry, _stack(ys)
+        return carry, _stack(ys) if len(kinds) > 1 else ys[0]
 
-    def folded(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(-1, len(kinds), *leaf.shape[1:])
+    numbers = first + jnp.arange(count, dtype=jnp.int32)
+    scanned = jax.tree.map(fold, (None if by_number else layers, numbers, xs))
+    carry, ys = jax.lax.scan(repeat, carry, scanned)
+    if len(kinds) > 1:
+        ys = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
+    return carry, ys
 
-    carry, ys = jax.lax.scan(repeat, carry, jax.tree.map(folded, (layers, numbers, xs)))
-    return carry, jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
+
+def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:
+    """The weights of one layer, of a stack or of separate ones."""
+    if not isinstance(layers, tuple):
+        at = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        arrays: dict[str, Any] = jax.tree.map(at, layers)
+        return arrays
+    small = [{name: leaf for name, leaf in own.items() if name not in MATRICES} for own in layers]
+    arrays = jax.lax.switch(number, [functools.partial(dict, own) for own in small])
+    return arrays | {name: OfLayer(tuple(own[name] for own in layers), number) for name in MATRICES}
 
 
 def hidden_states(
@@ -361,60 +353,6 @@ def forward(
     """float32 logits `[B, T, V]` of the causal forward pass; arguments as in `hidden_states`."""
     x = hidden_states(config, weights, tokens, positions, segments, attend=attend)
     return ends(config, weights).logits(x)
-
-
-def project(x: jax.Array, weight: jax.Array, dtype: Any = None) -> jax.Array:
-    """`x [..., in]` times `weight [*out, in]` → `[..., *out]`, accumulated in float32.
-
-    The result has `dtype`, by default that of `x`.
-    """
-    flat = weight.reshape(-1, weight.shape[-1])
-    dtype = dtype or x.dtype
-    rows = math.prod(x.shape[:-1])
-    ways = {"default": _matmul, "cpu": _way_of_cpu(rows, weight.dtype)}
-    if rows <= FEW_ROWS:
-        ways["cuda"] = _row_by_row
-    chosen = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
-    out: jax.Array = jax.lax.platform_dependent(x, flat, **chosen)
-    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
-
-
-def _way_of_cpu(rows: int, dtype: Any) -> Callable[..., jax.Array]:
-    """The product that XLA runs fastest on CPUs; `raas_jax.lab.bench.products` has the times.
-
-    It multiplies half-precision matrices as float32 that it makes of them beforehand, unless the
-    result is float32 too; and it lays a weight out anew for a product with few rows, but not for a
-    sum of products that says the same.
-    """
-    half = dtype.itemsize < 4
-    if rows == 1:
-        return _row_by_row if half else _matmul
-    if half:
-        return _wide_matmul
-    return _sum_of_products if rows <= SUMMED_ROWS else _matmul
-
-
-def _matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
-
-
-def _wide_matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    return _matmul(x, weight, jnp.float32).astype(dtype)
-
-
-def _sum_of_products(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    rows = x.reshape(-1, 1, x.shape[-1])
-    sums = jnp.sum(weight[None] * rows, axis=-1)
-    return sums.astype(dtype).reshape(*x.shape[:-1], -1)
-
-
-def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    """The same for few rows, as sums that XLA fuses into one pass over the weight where it lies."""
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    wide = weight.astype(jnp.float32)
-    sums = [jnp.sum(wide * rows[index], axis=-1) for index in range(rows.shape[0])]
-    return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

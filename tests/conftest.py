@@ -39,6 +39,7 @@ FAST = {
         "test_config",
         "test_import",
         "test_model",
+        "test_products",
         "test_recompilation",
         "test_sampling",
         "test_tokenizer",

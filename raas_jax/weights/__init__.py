@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Literal
 
+import jax
 from jax.typing import DTypeLike
 
 from raas_jax import checks
@@ -46,9 +47,9 @@ def load(
       sharding: None for the default device; a `jax.sharding.Mesh`, on which the weights lie by
         their logical axes; one `Sharding` for every array; a tree of them in the structure of
         `Params.weights`; or a function from the config to any of these.
-      layers: how the layers are stored. "stacked" layers are scanned, so that compile time does not
-        grow with depth; "separate" ones are unrolled: on a CPU faster in a
-        decode of large layers, and slower to compile. None is "stacked".
+      layers: how the layers are stored: "stacked" in one array of each kind, or "separate", which a
+        CPU decodes faster, since XLA copies there what it takes out of a stack. None is "separate"
+        on a CPU, where no sharding is given, and "stacked" elsewhere.
 
     Returns:
       `Params`, with `source` the folder in which its tokenizer is found.
@@ -61,12 +62,18 @@ def load(
     if layers not in (None, "stacked", "separate"):
         raise ValueError(f"layers is {layers!r}; expected 'stacked', 'separate' or None.")
     folder = locate(source)
-    reader = load_orbax if is_orbax(folder) else load_hf
-    params = reader(folder, dtype=dtype, sharding=sharding)
+    if layers is None:
+        on_cpu = sharding is None and jax.default_backend() == "cpu"
+        layers = "separate" if on_cpu else "stacked"
+    if is_orbax(folder):
+        params = load_orbax(folder, dtype=dtype, sharding=sharding)
+        if layers == "separate":
+            weights = separate(params.weights, consume=True)
+            params = dataclasses.replace(params, weights=weights)
+    else:
+        params = load_hf(folder, dtype=dtype, sharding=sharding, layers=layers)
     check_finite(params)
-    if layers != "separate":
-        return params
-    return dataclasses.replace(params, weights=separate(params.weights, consume=True))
+    return params
 
 
 def convert(
@@ -95,7 +102,7 @@ def convert(
     check_vacant(target, "dst")
     folder = locate(src)
     to = to or ("hf" if is_orbax(folder) else "orbax")
-    writers[to](load(folder, dtype=dtype), target)
+    writers[to](load(folder, dtype=dtype, layers="stacked"), target)
 
 
 def locate(source: str | os.PathLike[str]) -> Path:

@@ -16,16 +16,19 @@ _NAMED = 5
 
 
 def check_finite(params: Params) -> None:
-    """Reads every array of stacked weights once, where it lies.
+    """Reads every array once, where it lies.
 
     Raises:
       ValueError: some are infinite or not a number; it names the first tensors, as Hugging Face
         calls them.
     """
     # By the devices they lie on, since one program runs on one set of them.
-    groups: dict[Any, dict[str, jax.Array]] = {}
-    for path, leaf in flatten(params.weights).items():
-        groups.setdefault(frozenset(leaf.sharding.device_set), {})[path] = leaf
+    groups: dict[Any, dict[str, Any]] = {}
+    layers = params.weights["layers"]
+    if isinstance(layers, tuple):
+        layers = {name: tuple(layer[name] for layer in layers) for name in layers[0]}
+    for path, leaf in flatten({**params.weights, "layers": layers}).items():
+        groups.setdefault(frozenset(_first(leaf).sharding.device_set), {})[path] = leaf
     flags = {path: flag for group in groups.values() for path, flag in _flags(group).items()}
     places = destinations(params.config).items()
     bad = [name for name, place in places if not flags[place.path][place.layer or 0]]
@@ -39,19 +42,34 @@ def check_finite(params: Params) -> None:
         )
 
 
-def _flags(weights: dict[str, jax.Array]) -> dict[str, np.ndarray]:
-    meshes = [x.sharding.mesh for x in weights.values() if isinstance(x.sharding, NamedSharding)]
+def _first(leaf: Any) -> jax.Array:
+    """The array, or that of the first layer."""
+    array: jax.Array = leaf[0] if isinstance(leaf, tuple) else leaf
+    return array
+
+
+def _flags(weights: dict[str, Any]) -> dict[str, np.ndarray]:
+    shardings = [_first(leaf).sharding for leaf in weights.values()]
+    meshes = [each.mesh for each in shardings if isinstance(each, NamedSharding)]
     # Whole on every device, so that each process can read it.
     where = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
     found: dict[str, np.ndarray] = jax.device_get(jax.jit(_finite, out_shardings=where)(weights))
     return found
 
 
-def _finite(weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """A truth value for each layer of a stack, or one for another array."""
+def _finite(weights: dict[str, Any]) -> dict[str, jax.Array]:
+    """A truth value for each layer, or one for another array."""
     found = {}
     for path, leaf in weights.items():
-        rows = leaf if path.startswith("layers.") else leaf[None]
-        # Several times faster on CPUs than `isfinite` of every number, and without a copy.
-        found[path] = jnp.isfinite(jnp.max(jnp.abs(rows), axis=tuple(range(1, rows.ndim))))
+        if isinstance(leaf, tuple):
+            found[path] = jnp.stack([_all_finite(each, 0) for each in leaf])
+        else:
+            found[path] = (
+                _all_finite(leaf, 1) if path.startswith("layers.") else _all_finite(leaf, 0)[None]
+            )
     return found
+
+
+def _all_finite(x: jax.Array, first: int) -> jax.Array:
+    # Several times faster on CPUs than `isfinite` of every number, and without a copy.
+    return jnp.isfinite(jnp.max(jnp.abs(x), axis=tuple(range(first, x.ndim))))

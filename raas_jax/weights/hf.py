@@ -15,12 +15,12 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, Sharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 from jax.typing import DTypeLike
 
 from raas_jax.checks import short
@@ -149,11 +149,16 @@ def wanted_dtype(dtype: DTypeLike | None, source: str) -> np.dtype:
 
 
 def load_hf(
-    folder: str | Path, *, dtype: DTypeLike | None = None, sharding: Shardings = None
+    folder: str | Path,
+    *,
+    dtype: DTypeLike | None = None,
+    sharding: Shardings = None,
+    layers: Literal["stacked", "separate"] = "stacked",
 ) -> Params:
     """Loads a local Hugging Face folder: config.json with model.safetensors, whole or in shards.
 
-    `dtype` and `sharding` are those of `raas_jax.load`. The config has the dtype that was loaded.
+    `dtype`, `sharding` and `layers` are those of `raas_jax.load`. The config has the dtype that was
+    loaded.
 
     Raises:
       FileNotFoundError: no config.json, no safetensors (also where there is only a pickle), or a
@@ -181,19 +186,35 @@ def load_hf(
         where = shardings[path]
         if isinstance(where, NamedSharding) and (over := next(iter(where.spec), None)):
             raise ValueError(f"sharding splits the layers axis over {over!r}; keep it whole.")
-    arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in stacks}
+    apart: list[dict[str, jax.Array]] = []
+    if layers == "separate":
+        apart = [{} for _ in range(config.num_hidden_layers)]
+    arrays: dict[str, Any] = {}
+    if not apart:
+        arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in stacks}
     for name, entry in entries.items():
         path, layer, _ = places[name]
         shape = shapes[path]
         if layer is None:
-            arrays[path] = _to_device(entry, shape, to, shardings[path])
+            array = arrays[path] = _to_device(entry, shape, to, shardings[path])
+        elif apart:
+            array = _to_device(entry, shape[1:], to, _of_one_layer(shardings[path]))
+            apart[layer][path.removeprefix("layers.")] = array
         else:
             tensor = _to_device(entry, (1, *shape[1:]), to, shardings[path])
-            arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
+            array = arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
         # Waiting here keeps the host at one tensor; JAX would queue the next ones.
-        arrays[path].block_until_ready()
+        array.block_until_ready()
+    if apart:
+        arrays["layers"] = tuple(apart)
     config = dataclasses.replace(config, dtype=to.name)
     return Params(unflatten(arrays), config, str(folder.absolute()))
+
+
+def _of_one_layer(sharding: Sharding | None) -> Sharding | None:
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
 def _to_device(

@@ -1,4 +1,4 @@
-"""Killed again and again, at random moments and while it writes, everything ends as if undisturbed."""
+"""Killed again and again, everything ends as if nothing had happened."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from raas_jax.weights.safetensors import read_header
 
 
 def test_tensors_go_where_the_table_says(checkpoint):
-    params = load(checkpoint.write())
+    params = load(checkpoint.write(), layers="stacked")
     t, w = checkpoint.tensors, params.weights
     layer = "model.layers.1."
     np.testing.assert_array_equal(w["embedding"], t["model.embed_tokens.weight"])
@@ -122,7 +122,7 @@ def test_onto_a_mesh(checkpoint):
         paths = hf.flat_shapes(config, "float32")
         return hf.unflatten({p: heads if p == "layers.q" else whole for p in paths})
 
-    expected = load(checkpoint.write())
+    expected = load(checkpoint.write()).stacked()
     for sharding in (tree, tree(CONFIG)):
         params = load(checkpoint.folder, sharding=sharding)
         assert params.weights["layers"]["q"].sharding.is_equivalent_to(heads, 4)

@@ -102,13 +102,13 @@ def test_the_demo_loads():
 @pytest.mark.parametrize("layers", ["separate", "stacked", None])
 def test_layers_are_stored_as_asked(layers):
     params = weights.load("demo", dtype="float32", layers=layers)
-    apart = layers == "separate"
+    apart = layers != "stacked"  # On a CPU, where these tests run, it is the default.
     assert isinstance(params.weights["layers"], tuple) == apart
     assert params.size == weights.load("demo").size
     jax.tree.map(
         np.testing.assert_array_equal,
         params.stacked().weights,
-        weights.load("demo", dtype="float32").weights,
+        weights.load("demo", dtype="float32", layers="stacked").weights,
     )
 
 

@@ -20,6 +20,7 @@ from raas_jax.weights import convert, load, orbax, save_orbax
 
 def same(a: Params, b: Params) -> None:
     assert a.config == b.config
+    a, b = a.stacked(), b.stacked()
     jax.tree.map(np.testing.assert_array_equal, a.weights, b.weights)
     jax.tree.map(lambda x, y: x.dtype == y.dtype or pytest.fail(str(x.dtype)), a.weights, b.weights)
 
@@ -67,7 +68,7 @@ from raas_jax.sharding import make_mesh
 from raas_jax.weights import load, save_hf, save_orbax
 
 mesh = make_mesh(model=2)
-plain = load(sys.argv[1])
+plain = load(sys.argv[1], layers="stacked")
 for source in sys.argv[1:3]:
     params = load(source, sharding=mesh)
     k = params.weights["layers"]["k"]
@@ -77,7 +78,7 @@ for source in sys.argv[1:3]:
 save_orbax(params, sys.argv[3])
 save_hf(params, sys.argv[4])
 for saved in sys.argv[3:]:
-    jax.tree.map(np.testing.assert_array_equal, load(saved).weights, plain.weights)
+    jax.tree.map(np.testing.assert_array_equal, load(saved).stacked().weights, plain.weights)
 """
 
 

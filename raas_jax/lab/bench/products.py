@@ -3,7 +3,7 @@
     python -m raas_jax.lab.bench.products --rows 1,8 --dtype bfloat16
 
 Of a model's layers, one weight each, one after the other, as a decode reads them: out of a stack by
-number, in a loop, or as arrays of their own. `raas_jax.model.project` chooses by these times.
+number, or as arrays of their own. `raas_jax.products.project` chooses by these times.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from raas_jax import model
+from raas_jax import products
 
 FORMS: dict[str, Callable[..., jax.Array]] = {
-    "product": model._matmul,
-    "product in float32": model._wide_matmul,
-    "sum of products": model._sum_of_products,
-    "sums row by row": model._row_by_row,
+    "product": products._matmul,
+    "product on a CPU": products._matmul_on_cpu,
+    "sums row by row": products._row_by_row,
 }
 
 
@@ -32,7 +31,7 @@ FORMS: dict[str, Callable[..., jax.Array]] = {
 def _stacked(x: jax.Array, weights: jax.Array, form: str) -> jax.Array:
     def layer(number: jax.Array, x: jax.Array) -> jax.Array:
         weight = jax.lax.dynamic_index_in_dim(weights, number, keepdims=False)
-        return _next(x, FORMS[form](x, weight, dtype=x.dtype))
+        return _next(x, _product(weight, form, x))
 
     found: jax.Array = jax.lax.fori_loop(0, weights.shape[0], layer, x)
     return found
@@ -40,9 +39,17 @@ def _stacked(x: jax.Array, weights: jax.Array, form: str) -> jax.Array:
 
 @partial(jax.jit, static_argnames="form")
 def _separate(x: jax.Array, weights: Sequence[jax.Array], form: str) -> jax.Array:
-    for weight in weights:
-        x = _next(x, FORMS[form](x, weight, dtype=x.dtype))
-    return x
+    branches = [partial(_product, weight, form) for weight in weights]
+
+    def layer(number: jax.Array, x: jax.Array) -> jax.Array:
+        return _next(x, jax.lax.switch(number, branches, x))
+
+    found: jax.Array = jax.lax.fori_loop(0, len(weights), layer, x)
+    return found
+
+
+def _product(weight: jax.Array, form: str, x: jax.Array) -> jax.Array:
+    return FORMS[form](x, weight, dtype=x.dtype)
 
 
 def _next(x: jax.Array, out: jax.Array) -> jax.Array:

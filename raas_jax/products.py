@@ -1,0 +1,108 @@
+"""Products with weights, each in the form that the platform runs fastest."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+FEW_ROWS = 8
+"""On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
+rows, sums of products that read it in place are one fusion; more rows would read it twice."""
+
+TRANSPOSED_ROWS = 8
+"""From so many rows on, a half-precision product on a CPU is faster with the weight on the left."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfLayer:
+    """A weight of the layer with this number, of all layers' weights, none of which is copied.
+
+    XLA on CPUs copies what it takes out of a stack by a number before it multiplies by it. Here
+    each layer's product stands in a branch of its own and reads its own array where it lies, while
+    all that is around the products is compiled once.
+
+    Attributes:
+      weights: `[*out, in]`, one for each layer.
+      number: int32 scalar, traced.
+    """
+
+    weights: tuple[jax.Array, ...]
+    number: jax.Array
+
+
+Weight = jax.Array | OfLayer
+
+
+def project(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
+    """`x [..., in]` times `weight [*out, in]` → `[..., *out]`, accumulated in float32.
+
+    The result has `dtype`, by default that of `x`.
+    """
+    return project_all(x, [weight], dtype)[0]
+
+
+def project_all(x: jax.Array, weights: Sequence[Weight], dtype: Any = None) -> list[jax.Array]:
+    """`project` by each of several weights, which are all arrays, or all of one layer."""
+    arrays = [weight for weight in weights if not isinstance(weight, OfLayer)]
+    if arrays:
+        return [_project(x, weight, dtype) for weight in arrays]
+    chosen = [weight for weight in weights if isinstance(weight, OfLayer)]
+    branches = [
+        functools.partial(_branch, of_layer, dtype)
+        for of_layer in zip(*(weight.weights for weight in chosen), strict=True)
+    ]
+    found: list[jax.Array] = jax.lax.switch(chosen[0].number, branches, x)
+    return found
+
+
+def _branch(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> list[jax.Array]:
+    return [_project(x, weight, dtype) for weight in weights]
+
+
+def _project(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    flat = weight.reshape(-1, weight.shape[-1])
+    dtype = dtype or x.dtype
+    ways = {"default": _matmul, "cpu": _matmul_on_cpu}
+    if math.prod(x.shape[:-1]) <= FEW_ROWS:
+        ways["cuda"] = _row_by_row
+    chosen = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
+    out: jax.Array = jax.lax.platform_dependent(x, flat, **chosen)
+    return out.reshape(*x.shape[:-1], *weight.shape[:-1])
+
+
+def _matmul(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, preferred_element_type=dtype)
+
+
+def _matmul_on_cpu(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """The same, as XLA runs it fastest on CPUs; `raas_jax.lab.bench.products` has the times.
+
+    It multiplies half-precision numbers as they are where there are two rows and the result is
+    float32; otherwise it first makes float32 copies of them.
+    """
+    if weight.dtype.itemsize == 4:
+        return _matmul(x, weight, dtype)
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    rows = jnp.concatenate([rows, rows]) if count == 1 else rows
+    if count >= TRANSPOSED_ROWS:
+        out = _matmul(weight, rows, jnp.float32).T
+    else:
+        out = _matmul(rows, weight, jnp.float32)[:count]
+    return out.astype(dtype).reshape(*x.shape[:-1], -1)
+
+
+def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
+    """The same for few rows, as sums that XLA fuses into one pass over the weight where it lies."""
+    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    wide = weight.astype(jnp.float32)
+    sums = [jnp.sum(wide * rows[index], axis=-1) for index in range(rows.shape[0])]
+    return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)
