@@ -28,3 +28,17 @@ def merge_splits(peak: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
 def finite(peak: jax.Array) -> jax.Array:
     """0 in place of -inf, so that `exp(x - peak)` of an empty segment is 0 and not NaN."""
     return jnp.where(jnp.isneginf(peak), 0.0, peak)
+
+
+def as_bits(x: jax.Array) -> jax.Array:
+    """Half-precision numbers as integers of their bits, others as they are.
+
+    XLA on CPUs has no half-precision operations: even what only moves numbers is done on a float32
+    copy of the whole array, which integers are spared.
+    """
+    return jax.lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
+
+
+def from_bits(x: jax.Array, dtype: Any) -> jax.Array:
+    """The inverse of `as_bits`."""
+    return x if x.dtype == dtype else jax.lax.bitcast_convert_type(x, dtype)

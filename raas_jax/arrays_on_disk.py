@@ -79,10 +79,10 @@ def _ignore_closed_loops() -> None:
         if not is_late(kind, error):
             raised(kind, error, trace)
 
-    def is_asked_for(record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        of_storage = isinstance(error, ValueError) and " driver: " in str(error)
-        return not (of_storage and "never retrieved" in record.getMessage())
+    def is_of_others(record: logging.LogRecord) -> bool:
+        said = record.getMessage().lower()
+        of_storage = any(name in said for name in ("orbax", "tensorstore", "zarr"))
+        return not (of_storage and "never retrieved" in said)
 
     sys.unraisablehook, sys.excepthook = quieter_unraised, quieter_raised
-    logging.getLogger("asyncio").addFilter(is_asked_for)
+    logging.getLogger("asyncio").addFilter(is_of_others)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.arrays import as_bits, from_bits
 from pallas_kernels.decode_attention.reference import DecodeAttention, page_weights
 
 BLOCK_BYTES = 4 * 2**20
@@ -37,7 +38,8 @@ def decode_attention_cpu(
     L, _, K, S, P, _ = k_pages.shape
     pairs, G = B * K, N // K
     grouped, fill = q.reshape(pairs, G, H), fill.reshape(pairs, S)
-    k_pages, v_pages = (x.reshape(L, pairs, S * P, H) for x in (k_pages, v_pages))
+    dtype = k_pages.dtype
+    k_pages, v_pages = (as_bits(x).reshape(L, pairs, S * P, H) for x in (k_pages, v_pages))
     pair_bytes = S * P * H * k_pages.dtype.itemsize
     size = block_size(pairs, pair_bytes)
 
@@ -48,14 +50,14 @@ def decode_attention_cpu(
         own = jax.lax.dynamic_slice_in_dim(grouped, first, size)
         filled = jax.lax.dynamic_slice_in_dim(fill, first, size)
         valid = jnp.arange(P) < filled[..., None]
-        scores = _scores(own, part(k_pages, layer)).reshape(size, G, S, P)
+        scores = _scores(own, from_bits(part(k_pages, layer), dtype)).reshape(size, G, S, P)
         softmax = page_weights(scores * scale, valid[:, None])
         # Never true, but it makes the copy of the values wait until they are wanted. XLA drops an
         # `optimization_barrier` before it schedules: with one a call took 1.1 to 1.3 times as long.
         late = (softmax.sum[0, 0] < 0) & (size * pair_bytes >= LATE_BYTES)
         values = part(v_pages, layer + late.astype(layer.dtype))
         # A dead slot may hold anything, NaN included, and 0 * NaN is NaN.
-        values = jnp.where(valid.reshape(size, S * P, 1), values, 0)
+        values = from_bits(jnp.where(valid.reshape(size, S * P, 1), values, 0), dtype)
         out = jnp.einsum(
             "ngt,nth->ngh",
             softmax.weights.reshape(size, G, S * P).astype(values.dtype),

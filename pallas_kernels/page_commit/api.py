@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from pallas_kernels.checks import check_integers
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
+from pallas_kernels.page_commit.cpu import page_commit_cpu
 from pallas_kernels.page_commit.reference import page_commit_reference
 
 # On GPUs the reference is one scatter in place already, and nothing else.
 _BACKENDS = {
     "xla": page_commit_reference,
+    "cpu": page_commit_cpu,
     "tpu": load("pallas_kernels.page_commit.tpu", "page_commit_tpu"),
 }
 _AXES = ("LBKSPH", "LBKPH", "LBK"), "LBKSPH"
@@ -34,7 +36,7 @@ def page_commit(
       pages: `[L, B, K, S, P, H]`; donate it, and the write happens in place.
       page: `[L, B, K, P, H]`, same dtype.
       slot: int32 `[L, B, K]`, each in 0..S-1 (not checked: it is data).
-      implementation: None picks by target and arguments; "xla" or "tpu" forces one.
+      implementation: None picks by target and arguments; "xla", "cpu" or "tpu" forces one.
       target: what is compiled for; the default backend where not given.
 
     Returns:
