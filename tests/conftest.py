@@ -5,6 +5,8 @@ from pathlib import Path
 
 # Before jax is imported. Where an accelerator is wanted, the environment says so.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Most of a suite's time is compiling; `OPTIMISED` says which tests are about the programs.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # Two workers run at once; a thread pool of torch in each would only get in the other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -48,18 +50,32 @@ FAST = {
 }
 
 
+# Files whose tests look at compiled programs, or at their memory or time.
+OPTIMISED = {
+    *("engine/test_engine", "lab/test_limits", "policies/test_compiled"),
+    *("policies/test_every_policy", "test_constant_memory", "test_model", "test_products"),
+    *("test_real_models", "test_recompilation", "test_session"),
+}
+
+
 # Long files in which another Python or jax would hardly change anything; CI runs them on one.
 ONCE = {
     *("engine/test_policies", "lab/fidelity/test_findings", "lab/fidelity/test_comparison"),
     *("lab/inspect/test_ceiling", "lab/runs/test_benchmark", "lab/runs/test_migration"),
     *("lab/runs/test_run", "lab/runs/test_study", "lab/tasks/test_harness", "test_notebooks"),
+    *("cli/test_shell", "lab/bench/test_throughput", "lab/inspect/test_recording"),
+    *("lab/trace/test_trace", "lab/train/test_train", "policies/test_by_the_book"),
+    *("policies/test_every_policy", "test_invariance"),
 }
 
 
+def name_of(path):
+    return path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+
+
 def pytest_collection_modifyitems(items):
-    here = Path(__file__).parent
     for item in items:
-        name = item.path.relative_to(here).with_suffix("").as_posix()
+        name = name_of(item.path)
         if name in FAST:
             item.add_marker(pytest.mark.fast)
         if name in ONCE:
@@ -67,8 +83,11 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def few_programs():
+def few_programs(request):
     """Compiled programs take memory mappings, of which a process has only so many."""
+    name = name_of(request.path)
+    optimised = name in OPTIMISED or name.startswith("aot/")
+    jax.config.update("jax_disable_most_optimizations", not optimised)
     yield
     jax.clear_caches()
 
