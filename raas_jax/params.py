@@ -41,11 +41,11 @@ class Params:
         return self.weights["embedding"].dtype
 
     def stacked(self) -> Params:
-        """The same with the layers in stacks, `[L, ...]`, over which decoding scans."""
+        """The same with the layers in stacks, `[L, ...]`."""
         return dataclasses.replace(self, weights=stacked(self.weights))
 
     def separate(self) -> Params:
-        """The same with arrays of each layer's own, over which decoding is unrolled."""
+        """The same with arrays of each layer's own, as `raas_jax.load` stores them on a CPU."""
         return dataclasses.replace(self, weights=separate(self.weights))
 
     @property

@@ -19,6 +19,7 @@ from raas_jax.config import ModelConfig
 if TYPE_CHECKING:
     from raas_jax.lab.bench.policies import Comparison
     from raas_jax.lab.bench.steps import StepReport
+    from raas_jax.params import Params
 
 
 @dataclasses.dataclass
@@ -62,14 +63,21 @@ class Bench:
             )
         return 0
 
+    def _params(self, config: ModelConfig) -> Params:
+        """Random weights, stored as `raas_jax.load` would."""
+        from raas_jax import weights
+        from raas_jax.params import Params
+
+        params = Params.random(config, dtype=self.dtype)
+        return params.separate() if weights.separates() else params
+
     def _steps(self, config: ModelConfig) -> tuple[StepReport | Comparison, str]:
         policy = self.policy.create()
         lengths = options.whole_numbers("--lengths", self.lengths, "256,1024,4096")
         from raas_jax.lab.bench.steps import bench
-        from raas_jax.params import Params
 
         report = bench(
-            Params.random(config, dtype=self.dtype),
+            self._params(config),
             policy,
             lengths=lengths,
             against=options.split_names(self.against or ""),
@@ -80,9 +88,8 @@ class Bench:
 
     def _compare(self, config: ModelConfig) -> tuple[StepReport | Comparison, str]:
         from raas_jax.lab.bench.policies import compare, every_policy
-        from raas_jax.params import Params
 
-        names, params = self.policies or "", Params.random(config, dtype=self.dtype)
+        names, params = self.policies or "", self._params(config)
         budget, page_size = self.policy.budget or 1024, self.policy.page_size or 16
         with contextlib.ExitStack() as stack:
             if names == "all":

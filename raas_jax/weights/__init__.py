@@ -63,8 +63,7 @@ def load(
         raise ValueError(f"layers is {layers!r}; expected 'stacked', 'separate' or None.")
     folder = locate(source)
     if layers is None:
-        on_cpu = sharding is None and jax.default_backend() == "cpu"
-        layers = "separate" if on_cpu else "stacked"
+        layers = "separate" if sharding is None and separates() else "stacked"
     if is_orbax(folder):
         params = load_orbax(folder, dtype=dtype, sharding=sharding)
         if layers == "separate":
@@ -74,6 +73,11 @@ def load(
         params = load_hf(folder, dtype=dtype, sharding=sharding, layers=layers)
     check_finite(params)
     return params
+
+
+def separates() -> bool:
+    """Whether `load` stores layers separately where nothing is said."""
+    return jax.default_backend() == "cpu"
 
 
 def convert(

@@ -111,7 +111,7 @@ def arrays_of(params: raas_jax.Params) -> dict[str, np.ndarray]:
     """The weights by their paths."""
     from raas_jax.weights.hf import flatten
 
-    return {name: np.asarray(leaf) for name, leaf in flatten(params.weights).items()}
+    return {name: np.asarray(leaf) for name, leaf in flatten(params.stacked().weights).items()}
 
 
 WORKS = {

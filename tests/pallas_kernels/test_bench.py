@@ -27,11 +27,11 @@ def test_every_operation_is_timed(capsys):
 
 
 def test_the_table_says_why_there_is_no_kernel(capsys):
-    operations = "decode_attention,page_commit"
+    operations = "decode_attention,page_bound"
     assert bench.main(["--shapes", "small", "--op", operations, "--repetitions", "1"]) == 0
     out = capsys.readouterr().out
     assert "| decode_attention | small |" in out and "A copy reads and writes" in out
-    assert "No kernel for page_commit: implementation is 'cpu'" in out
+    assert "No kernel for page_bound: implementation is 'cpu'" in out
 
 
 def test_an_unknown_name_is_refused(capsys):

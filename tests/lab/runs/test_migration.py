@@ -76,7 +76,7 @@ def test_an_old_folder_goes_on_under_the_new_names(params, old):
 def test_one_weight_that_differs_is_another_run(params, tmp_path):
     """Which a digest of some of the weights may pass over."""
     ask(params, tmp_path)
-    layers = params.weights["layers"]
+    layers = params.stacked().weights["layers"]
     touched = {**layers, "down": layers["down"].at[1, 3, 5].add(1e-6)}
     other = dataclasses.replace(params, weights={**params.weights, "layers": touched})
     with pytest.raises(ValueError, match=r"another run(.*\n)*.*fingerprint: "):
