@@ -26,6 +26,9 @@ from raas_jax.policies import Policy
 from raas_jax.session import Session
 from raas_jax.sharding import make_mesh, weight_shardings
 
+CPU_NUMBERS = 2**35
+"""The compiler of jax 0.11 and 0.12 for CPUs dies of larger arrays, and takes the process along."""
+
 
 @dataclasses.dataclass
 class Compiled:
@@ -139,8 +142,11 @@ def memory(
     # How much of the whole cache a device holds, the same share of its every token.
     share = _bytes(cache.current.k) / (cache.current.k.size * dtype.itemsize)
     dense = partial(dense_bytes, config, dtype=dtype)
-    decode, refused = _account(session.lower_advance(max(1, TOKENS_PER_SYNC // plan.page_size)))
-    first, refused_first = _account(session.lower_start())
+    decode = first = refused = refused_first = None
+    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
+    if largest <= CPU_NUMBERS or mesh is not None or jax.default_backend() != "cpu":
+        decode, refused = _account(session.lower_advance(max(1, TOKENS_PER_SYNC // plan.page_size)))
+        first, refused_first = _account(session.lower_start())
     kind = None if mesh is None else mesh.devices.flat[0].device_kind
     axes = {"data": 1, "model": 1} if mesh is None else mesh.shape
     return Memory(
