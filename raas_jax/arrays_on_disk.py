@@ -22,7 +22,7 @@ def read(arrays: Path, reader: Callable[[], Any], remedy: str = "Copy it again."
     Raises FileError, and nothing else is said: of damage Orbax would print thousands of lines.
     """
     _check_regular(arrays)
-    _ignore_closed_loops()
+    _ignore_late_complaints()
     with _quiet():
         try:
             return reader()
@@ -60,7 +60,7 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _ignore_closed_loops() -> None:
+def _ignore_late_complaints() -> None:
     """Threads of the storage that end after an error find Orbax's loop closed, at any time.
 
     Python tells one of its two hooks of it, which one depends on who called; and where the loop was
@@ -79,10 +79,10 @@ def _ignore_closed_loops() -> None:
         if not is_late(kind, error):
             raised(kind, error, trace)
 
-    def is_of_others(record: logging.LogRecord) -> bool:
+    def is_no_late_one(record: logging.LogRecord) -> bool:
         said = record.getMessage().lower()
         of_storage = any(name in said for name in ("orbax", "tensorstore", "zarr"))
         return not (of_storage and "never retrieved" in said)
 
     sys.unraisablehook, sys.excepthook = quieter_unraised, quieter_raised
-    logging.getLogger("asyncio").addFilter(is_of_others)
+    logging.getLogger("asyncio").addFilter(is_no_late_one)

@@ -274,8 +274,9 @@ def run_layers(
     layers, total = weights["layers"], config.num_hidden_layers
     graph, _ = _abstract(Block, config, weights["embedding"].dtype.name)
     kinds = config.layer_pattern if pattern is None else pattern
+    several = len(kinds) > 1
     count = total - first if count is None else count
-    if len(kinds) > 1 and count < total:
+    if several and count < total:
         raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
     if total % len(kinds):
         raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
@@ -283,22 +284,22 @@ def run_layers(
     by_number = by_number or isinstance(layers, tuple) or count < total
 
     def fold(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(-1, len(kinds), *leaf.shape[1:]) if len(kinds) > 1 else leaf
+        return leaf.reshape(-1, len(kinds), *leaf.shape[1:]) if several else leaf
 
     def repeat(carry: Any, scanned: Any) -> tuple[Any, Any]:
         ys = []
         for place, kind in enumerate(kinds):
-            arrays, number, x = _slice(scanned, place) if len(kinds) > 1 else scanned
+            arrays, number, x = _slice(scanned, place) if several else scanned
             if by_number:
                 arrays = _layer_by_number(layers, number)
             carry, y = body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
             ys.append(y)
-        return carry, _stack(ys) if len(kinds) > 1 else ys[0]
+        return carry, _stack(ys) if several else ys[0]
 
     numbers = first + jnp.arange(count, dtype=jnp.int32)
     scanned = jax.tree.map(fold, (None if by_number else layers, numbers, xs))
     carry, ys = jax.lax.scan(repeat, carry, scanned)
-    if len(kinds) > 1:
+    if several:
         ys = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
     return carry, ys
 

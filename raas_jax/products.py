@@ -52,17 +52,17 @@ def project_all(x: jax.Array, weights: Sequence[Weight], dtype: Any = None) -> l
     """`project` by each of several weights, which are all arrays, or all of one layer."""
     arrays = [weight for weight in weights if not isinstance(weight, OfLayer)]
     if arrays:
-        return [_project(x, weight, dtype) for weight in arrays]
+        return _project_each(arrays, dtype, x)
     chosen = [weight for weight in weights if isinstance(weight, OfLayer)]
     branches = [
-        functools.partial(_branch, of_layer, dtype)
+        functools.partial(_project_each, of_layer, dtype)
         for of_layer in zip(*(weight.weights for weight in chosen), strict=True)
     ]
     found: list[jax.Array] = jax.lax.switch(chosen[0].number, branches, x)
     return found
 
 
-def _branch(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> list[jax.Array]:
+def _project_each(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> list[jax.Array]:
     return [_project(x, weight, dtype) for weight in weights]
 
 

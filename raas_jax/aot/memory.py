@@ -66,7 +66,7 @@ class Memory:
       data, model: into how many parts the rows, and the heads and mlp width, are split.
       available: what one device has; None where that is not known.
       fits: whether the compiler finds room for decode and prefill; None where it cannot know.
-      refusal: what it said if not.
+      refusal: what it said if not, or why it was not asked.
     """
 
     weights: int
@@ -143,8 +143,10 @@ def memory(
     share = _bytes(cache.current.k) / (cache.current.k.size * dtype.itemsize)
     dense = partial(dense_bytes, config, dtype=dtype)
     decode = first = refused = refused_first = None
-    largest = max(math.prod(leaf.shape) for leaf in jax.tree.leaves(cache))
-    if largest <= CPU_NUMBERS or mesh is not None or jax.default_backend() != "cpu":
+    on_cpu = mesh is None and jax.default_backend() == "cpu"
+    if on_cpu and max(leaf.size for leaf in jax.tree.leaves(cache)) > CPU_NUMBERS:
+        refused = f"an array has more than {CPU_NUMBERS:,} numbers"
+    else:
         decode, refused = _account(session.lower_advance(max(1, TOKENS_PER_SYNC // plan.page_size)))
         first, refused_first = _account(session.lower_start())
     kind = None if mesh is None else mesh.devices.flat[0].device_kind

@@ -110,6 +110,8 @@ def table(account: Account) -> str:
         lines.insert(0, f"on each of {account.devices} devices of {account.platform} ({shape})")
     if account.fits is not None:
         lines.append(_verdict(account))
+    elif account.refusal:
+        lines.append(f"not compiled: {account.refusal}")
     return "\n".join(lines)
 
 

@@ -62,14 +62,13 @@ def _finite(weights: dict[str, Any]) -> dict[str, jax.Array]:
     found = {}
     for path, leaf in weights.items():
         if isinstance(leaf, tuple):
-            found[path] = jnp.stack([_all_finite(each, 0) for each in leaf])
+            rows = [layer[None] for layer in leaf]
         else:
-            found[path] = (
-                _all_finite(leaf, 1) if path.startswith("layers.") else _all_finite(leaf, 0)[None]
-            )
+            rows = [leaf if path.startswith("layers.") else leaf[None]]
+        found[path] = jnp.concatenate([_finite_rows(each) for each in rows])
     return found
 
 
-def _all_finite(x: jax.Array, first: int) -> jax.Array:
+def _finite_rows(rows: jax.Array) -> jax.Array:
     # Several times faster on CPUs than `isfinite` of every number, and without a copy.
-    return jnp.isfinite(jnp.max(jnp.abs(x), axis=tuple(range(first, x.ndim))))
+    return jnp.isfinite(jnp.max(jnp.abs(rows), axis=tuple(range(1, rows.ndim))))

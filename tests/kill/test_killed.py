@@ -44,19 +44,18 @@ def test_killed_again_and_again(name, tmp_path):
     undisturbed = result(tmp_path / "undisturbed")
     assert result(tmp_path / "compiling") == undisturbed
 
-    number, kills, begun, tries = 0, 0, 0, 0
+    number, kills, begun = 0, 0, 0
     while kills < KILLS:
         out = tmp_path / f"killed{number}"
         begun += out.exists()
         before = bytes_in(out)
         child = lives.start(out)
-        if tries % 2:
+        if (kills + number) % 2:
             time.sleep(draws.uniform(0.0, whole))
         else:
             # Starting takes most of a short life, so that a random moment seldom finds it at work.
             wait_for_a_write(out, before, at_most=whole)
             time.sleep(draws.uniform(0.0, 0.1))
-        tries += 1
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         if "finished" not in lives.rest():

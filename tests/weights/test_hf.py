@@ -128,6 +128,9 @@ def test_onto_a_mesh(checkpoint):
         assert params.weights["layers"]["q"].sharding.is_equivalent_to(heads, 4)
         assert params.weights["norm"].sharding == whole
         _same_weights(params, expected)
+    apart = load(checkpoint.folder, sharding=tree, layers="separate")
+    assert all(own["q"].sharding.spec == PartitionSpec("model") for own in apart.weights["layers"])
+    _same_weights(apart.stacked(), expected)
     device = SingleDeviceSharding(jax.devices()[0])
     _same_weights(load(checkpoint.folder, sharding=device), expected)
     with pytest.raises(ValueError, match="sharding.*differs in norm"):
