@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from queue import SimpleQueue
 from raas_jax.lab.tasks.grading.mathematics import Verdict
 
 START_SECONDS = 120.0  # Importing sympy on a busy machine.
+WAIT = 6  # Times the limit of computing: the wait for a process that computes little or nothing.
 # The package may lie where only this process looks for it.
 _MAIN = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
@@ -36,7 +38,8 @@ class GraderPool:
 
         Args:
           workers: processes at most.
-          time_limit: seconds for each answer.
+          time_limit: seconds of computing for each answer; six times that by the clock, and a
+            second try then, since a stopped or starved machine says nothing of the answer.
           file: a task of one's own, whose `grade(gold, text)` is used if it has one.
 
         Raises:
@@ -78,6 +81,15 @@ class GraderPool:
         self.close()
 
     def _grade(self, gold: str, text: str) -> Verdict:
+        try:
+            return self._ask(gold, text)
+        except _LateError:
+            with suppress(_LateError):
+                return self._ask(gold, text)
+            return Verdict(False, None, f"no mark within {WAIT * self.time_limit:g} s, twice")
+
+    def _ask(self, gold: str, text: str) -> Verdict:
+        """The mark from a process that waits for work. Raises _LateError."""
         process = self._idle.get()
         try:
             process = process or _Process(self._command)
@@ -86,6 +98,8 @@ class GraderPool:
             if process is not None:
                 process.kill()
                 process = None
+            if isinstance(lost, _LateError):
+                raise
             return Verdict(False, None, str(lost))
         finally:
             self._idle.put(process)
@@ -93,6 +107,10 @@ class GraderPool:
 
 class _LostError(Exception):
     """The process is gone, with the reason."""
+
+
+class _LateError(_LostError):
+    """It was ended since the clock ran out, whatever it had computed."""
 
 
 class _Process:
@@ -124,7 +142,14 @@ class _Process:
             self._process.stdin.flush()
         except OSError:
             raise self._lost() from None
-        return Verdict(**json.loads(self._read(seconds)))
+        try:
+            return Verdict(**json.loads(self._read(WAIT * seconds)))
+        except _LateError:
+            raise
+        except _LostError:
+            if self._process.wait() == -getattr(signal, "SIGPROF", 0):
+                raise _LostError(f"no mark within {seconds:g} s of computing") from None
+            raise
 
     def kill(self) -> None:
         """Ends the process; more than once does no harm."""
@@ -151,7 +176,7 @@ class _Process:
         finally:
             timer.cancel()
         if not line.endswith(b"\n"):
-            raise _LostError(f"no mark within {seconds:g} s") if late.is_set() else self._lost()
+            raise _LateError(f"not ready within {seconds:g} s") if late.is_set() else self._lost()
         return line
 
     def _lost(self) -> _LostError:
