@@ -19,7 +19,7 @@ from flax import nnx
 
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig, Rope
-from raas_jax.products import OfLayer, project, project_all
+from raas_jax.products import OfLayer, look_up, project, project_all
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
@@ -123,7 +123,7 @@ class Ends(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 `[...]` → `[..., D]` in the weights' dtype."""
-        return jnp.take(self.embedding[...], tokens, axis=0)
+        return look_up(self.embedding[...], tokens)
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Hidden states `[..., D]` → float32 logits `[..., V]`."""

@@ -1,4 +1,4 @@
-"""Products with weights, each in the form that the platform runs fastest."""
+"""Products with weights and look-ups in them, in the form that the platform runs fastest."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ import jax.numpy as jnp
 FEW_ROWS = 8
 """On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
 rows, sums of products that read it in place are one fusion; more rows would read it twice."""
-
-TRANSPOSED_ROWS = 8
-"""From so many rows on, a half-precision product on a CPU is faster with the weight on the left."""
 
 
 @jax.tree_util.register_dataclass
@@ -62,6 +59,21 @@ def project_all(x: jax.Array, weights: Sequence[Weight], dtype: Any = None) -> l
     return found
 
 
+def look_up(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """Rows `[...]`, int32, of a table `[V, D]` → `[..., D]`."""
+    found: jax.Array = jax.lax.platform_dependent(table, rows, default=_take, cpu=_take_in_place)
+    return found
+
+
+def _take(table: jax.Array, rows: jax.Array) -> jax.Array:
+    return jnp.take(table, rows, axis=0)
+
+
+def _take_in_place(table: jax.Array, rows: jax.Array) -> jax.Array:
+    """The same, where XLA would make a float32 copy of a half-precision table before a loop."""
+    return _take(*jax.lax.optimization_barrier((table, rows)))
+
+
 def _project_each(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> list[jax.Array]:
     return [_project(x, weight, dtype) for weight in weights]
 
@@ -86,18 +98,17 @@ def _matmul_on_cpu(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     """The same, as XLA runs it fastest on CPUs; `raas_jax.lab.bench.products` has the times.
 
     It multiplies half-precision numbers as they are where there are two rows and the result is
-    float32; otherwise it first makes float32 copies of them.
+    float32; otherwise it first makes float32 copies of them. Two rows and more are up to twice as
+    fast with the weight on the left, if XLA is kept from turning that round again.
     """
-    if weight.dtype.itemsize == 4:
-        return _matmul(x, weight, dtype)
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    rows = jnp.concatenate([rows, rows]) if count == 1 else rows
-    if count >= TRANSPOSED_ROWS:
-        out = _matmul(weight, rows, jnp.float32).T
-    else:
-        out = _matmul(rows, weight, jnp.float32)[:count]
-    return out.astype(dtype).reshape(*x.shape[:-1], -1)
+    if count == 1:
+        if weight.dtype.itemsize == 4:
+            return _matmul(x, weight, dtype)
+        rows = jnp.concatenate([rows, rows])
+    out = jax.lax.optimization_barrier(_matmul(weight, rows, jnp.float32))[:, :count]
+    return out.astype(dtype).T.reshape(*x.shape[:-1], -1)
 
 
 def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
