@@ -41,6 +41,7 @@ def run(
 ) -> Results:
     """Answers every item of a task under every policy; what `out` has already is skipped.
 
+    A folder may be given more policies and budgets later, and then reports all that it has.
     A sample is written as soon as it is graded, so a run that is killed goes on where it was. A row
     does not depend on its neighbours, so it gives the same samples.
 
@@ -70,7 +71,8 @@ def run(
         **decoding.config(params, task),
         "policies": [cell.described for cell in cells],
     }
-    return run_cells(params, cells, out, config, workers=workers, progress=progress)
+    grows = {"policies": ["label"]}
+    return run_cells(params, cells, out, config, grows, workers=workers, progress=progress)
 
 
 def run_cells(
@@ -78,6 +80,7 @@ def run_cells(
     cells: Sequence[Cell],
     out: str | Path,
     config: Mapping[str, Any],
+    grows: Mapping[str, Sequence[str]] | None = None,
     *,
     workers: int = 2,
     progress: bool | None = None,
@@ -88,6 +91,7 @@ def run_cells(
       params, out, workers, progress: as there.
       cells: what is run.
       config: all that decides the samples, as JSON values; must be that of the folder.
+      grows: lists in it to which a later start may add, as `Results.open` takes them.
     """
     names = [f"{cell.label} on {cell.task_label}" for cell in cells]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -108,8 +112,9 @@ def run_cells(
             if cell.task not in pools:
                 pool = cell.task.graders(workers, cell.decoding.asking.grading_seconds)
                 pools[cell.task] = pool and stack.enter_context(pool)
-        results = stack.enter_context(Results.open(out, config, here))
-        bar = stack.enter_context(Bar(total, len(results.samples), progress))
+        results = stack.enter_context(Results.open(out, config, here, grows))
+        done = sum(len(results.of(cell.task_label, cell.label)) for cell in cells)
+        bar = stack.enter_context(Bar(total, done, progress))
         for number, cell in enumerate(cells, start=1):
             _run_cell(params, cell, items[cell.task], pools[cell.task], results, bar)
             if number % CELLS_AT_ONCE == 0:

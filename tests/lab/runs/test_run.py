@@ -64,6 +64,21 @@ def test_a_killed_run_goes_on_where_it_was(params, whole, tmp_path, killed, kill
     assert len(json.loads((folder / "run.json").read_text())["starts"]) == 2
 
 
+def test_a_folder_may_be_given_more_policies_later(params, whole, tmp_path):
+    options = {"model": "tiny", "decoding": RecordedDecoding(3), "progress": False}
+    for tried in (TRIED[1:], TRIED[:1], TRIED[1:]):
+        run(params, TASK, tried, tmp_path / "run", **options)
+    grown = Results.read(tmp_path / "run")
+    assert without_time(grown) == without_time(whole) and len(grown.starts) == 3
+    assert [point.label for point in Findings(grown).points] == [
+        "raas (page_size=4) 8",
+        "dense (page_size=4)",
+    ]
+    changed = RaaS(8, page_size=4, recent=4)
+    run(params, TASK, [changed], tmp_path / "run", **options)
+    assert len(Results.read(tmp_path / "run").samples) == 15
+
+
 def test_another_run_is_refused_with_what_differs(params, whole, tmp_path):
     with pytest.raises(ValueError, match=r"task\.problems: 5 → 6") as error:
         other = LemmaTask(problems=6, smallest=4, largest=4, max_new_tokens=24)
