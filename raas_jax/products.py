@@ -15,6 +15,9 @@ FEW_ROWS = 8
 """On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
 rows, sums of products that read it in place are one fusion; more rows would read it twice."""
 
+MANY_ROWS = 8
+"""From so many rows on, a half-precision product on a CPU is faster with the weight on the left."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -98,17 +101,22 @@ def _matmul_on_cpu(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     """The same, as XLA runs it fastest on CPUs; `raas_jax.lab.bench.products` has the times.
 
     It multiplies half-precision numbers as they are where there are two rows and the result is
-    float32; otherwise it first makes float32 copies of them. Two rows and more are up to twice as
-    fast with the weight on the left, if XLA is kept from turning that round again.
+    float32; otherwise it first makes float32 copies of them. With the weight on the left float32
+    products of two rows and more take half of the time, half-precision ones of many two thirds, if
+    XLA is kept from turning them round again.
     """
     rows = x.reshape(-1, x.shape[-1])
     count = rows.shape[0]
-    if count == 1:
-        if weight.dtype.itemsize == 4:
-            return _matmul(x, weight, dtype)
-        rows = jnp.concatenate([rows, rows])
-    out = jax.lax.optimization_barrier(_matmul(weight, rows, jnp.float32))[:, :count]
-    return out.astype(dtype).T.reshape(*x.shape[:-1], -1)
+    if weight.dtype.itemsize == 4:
+        turn = count > 1
+    else:
+        turn = count >= MANY_ROWS
+        rows = jnp.concatenate([rows, rows]) if count == 1 else rows
+    if turn:
+        out = jax.lax.optimization_barrier(_matmul(weight, rows, jnp.float32)).T
+    else:
+        out = _matmul(rows, weight, jnp.float32)[:count]
+    return out.astype(dtype).reshape(*x.shape[:-1], -1)
 
 
 def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:

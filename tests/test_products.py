@@ -26,7 +26,7 @@ def test_few_rows_on_a_gpu_are_the_product_of_all(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("rows", [1, 2, 7, 65])
+@pytest.mark.parametrize("rows", [1, 2, products.MANY_ROWS - 1, products.MANY_ROWS, 65])
 def test_every_form_for_cpus_is_the_product(rows, dtype):
     keys = jax.random.split(jax.random.key(rows))
     x = jax.random.normal(keys[0], (rows, 1, 48), dtype)
@@ -69,7 +69,7 @@ def test_a_weight_of_the_layer_with_this_number(rows):
             np.testing.assert_allclose(got, products.project(x, weight[number]), atol=1e-4)
 
 
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 2, products.MANY_ROWS])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_separate_weights_are_not_copied(dtype, rows):
     """A product in a loop over layers needs no memory of the size of a weight."""
