@@ -116,7 +116,8 @@ def _matmul_on_cpu(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
         out = jax.lax.optimization_barrier(_matmul(weight, rows, jnp.float32)).T
     else:
         out = _matmul(rows, weight, jnp.float32)[:count]
-    return out.astype(dtype).reshape(*x.shape[:-1], -1)
+    found: jax.Array = out.astype(dtype).reshape(*x.shape[:-1], -1)
+    return found
 
 
 def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:

@@ -40,8 +40,8 @@ class Bench:
     """Number of layers, in place of the one in the file."""
     repetitions: options.Turns = 15
     """Timed turns at every length; the median counts."""
-    against: Annotated[str | None, options.unset("transformers,dense")] = None
-    """Baselines to time too: transformers (Hugging Face's dense decode), dense (this library's)."""
+    against: Annotated[str | None, options.unset("NAMES")] = None
+    """Time these too, all dense: transformers, llama.cpp (needs llama-cpp-python), dense (ours)."""
     largest_batch: bool = False
     """Say also how many sequences fit, by the compiler's account; nothing more is run."""
     policies: Annotated[str | None, options.unset("{all,NAMES}")] = None
@@ -84,6 +84,8 @@ class Bench:
             largest_batch=self.largest_batch,
             **self._common(),
         )
+        for remark in report.left_out:
+            note(remark)
         return report, table(report)
 
     def _compare(self, config: ModelConfig) -> tuple[StepReport | Comparison, str]:
@@ -118,20 +120,16 @@ ALWAYS: list[Column] = [
     ("compile s", "compile_seconds", "{:.1f}".format),
     ("KV memory", "kv_bytes", options.readable_bytes),
 ]
-# Shown where the first of each has been measured.
-OPTIONAL: list[list[Column]] = [
-    [
-        ("transformers ms", "transformers_ms_per_token", MS),
-        ("faster", "speedup", TIMES),
-        ("whole run", "whole_run_speedup", TIMES),
-    ],
-    [
-        ("dense ms", "dense_ms_per_token", MS),
-        ("faster", "over_dense", TIMES),
-        ("dense KV", "dense_kv_bytes", options.readable_bytes),
-    ],
-    [("rows fit", "largest_batch", "{:,}".format)],
-    [("dense rows fit", "dense_largest_batch", "{:,}".format)],
+# Shown where there is one.
+IF_MEASURED: list[Column] = [
+    ("rows fit", "largest_batch", "{:,}".format),
+    ("dense rows fit", "dense_largest_batch", "{:,}".format),
+]
+OF_OTHER: list[Column] = [
+    ("{} ms", "ms_per_token", MS),
+    ("faster", "ratio", TIMES),
+    ("whole run", "whole_run_ratio", TIMES),
+    ("{} KV", "kv_bytes", options.readable_bytes),
 ]
 COMPARED: list[Column] = [
     ("policy", "policy", str),
@@ -143,28 +141,39 @@ COMPARED: list[Column] = [
 ]
 
 
-def _in_columns(entries: Sequence[Any], columns: Sequence[Column]) -> str:
-    """A Markdown table of an entry per line; a dash where a value is missing."""
-    from raas_jax.lab.runs.tables import markdown_table
+def _in_columns(entries: Sequence[Any], columns: Sequence[Column]) -> list[list[str]]:
+    """The cells of an entry per line; a dash where a value is missing."""
 
     def cell(value: Any, written: Callable[[Any], str]) -> str:
         return "-" if value is None else written(value)
 
-    rows = [[cell(getattr(each, name), how) for _, name, how in columns] for each in entries]
-    return markdown_table([head for head, _, _ in columns], rows, labels=0).rstrip()
+    return [[cell(getattr(each, name), how) for _, name, how in columns] for each in entries]
+
+
+def _measured(entries: Sequence[Any], columns: Sequence[Column]) -> list[Column]:
+    return [each for each in columns if any(getattr(entry, each[1]) for entry in entries)]
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from raas_jax.lab.runs.tables import markdown_table
+
+    return markdown_table(head, rows, labels=0).rstrip()
 
 
 def table(report: StepReport) -> str:
     """The report as Markdown, which reads well on a terminal too."""
-    columns = list(ALWAYS)
-    for group in OPTIONAL:
-        if any(getattr(timing, group[0][1]) for timing in report.timings):
-            columns += group
+    columns = ALWAYS + _measured(report.timings, IF_MEASURED)
+    head, rows = [heading for heading, _, _ in columns], _in_columns(report.timings, columns)
+    for name in report.timings[0].others:
+        others = [timing.others[name] for timing in report.timings]
+        columns = _measured(others, OF_OTHER)
+        head += [heading.format(name) for heading, _, _ in columns]
+        rows = [row + more for row, more in zip(rows, _in_columns(others, columns), strict=True)]
     return (
         f"{report.policy}\n"
         f"{report.parameters / 1e6:.1f} M parameters, {report.dtype}, batch {report.batch}, "
         f"prompt of {report.prompt_tokens}, {report.device}, jax {report.jax}, "
-        f"reads {report.read_bandwidth / 1e9:.1f} GB/s\n\n{_in_columns(report.timings, columns)}"
+        f"reads {report.read_bandwidth / 1e9:.1f} GB/s\n\n{_markdown(head, rows)}"
     )
 
 
@@ -174,5 +183,5 @@ def comparison_table(comparison: Comparison) -> str:
     return (
         f"{c.parameters / 1e6:.1f} M parameters, {c.dtype}, batch {c.batch}, prompt of "
         f"{c.prompt_tokens}, {c.generated} generated, {c.device}, jax {c.jax}\n\n"
-        f"{_in_columns(c.lines, COMPARED)}"
+        f"{_markdown([head for head, _, _ in COMPARED], _in_columns(c.lines, COMPARED))}"
     )

@@ -1,4 +1,4 @@
-"""What `raas-jax bench` times beside a policy: transformers, and this library with a dense cache.
+"""What `raas-jax bench` times beside a policy: other decoders of the same weights.
 
 A baseline is brought to a generated length by reading prompt and generated tokens as one prompt;
 the steps that are timed are the same.
@@ -10,22 +10,54 @@ import copy
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
+from raas_jax.decode import cache_bytes
+from raas_jax.lab.bench.llama_cpp import LlamaCpp
 from raas_jax.lab.bench.turns import TimedDecode, timed
 from raas_jax.params import Params
 from raas_jax.policies import Dense, pages_for
 from raas_jax.session import Session
 
+NAMES = ("transformers", "llama.cpp", "dense")
 WHOLE_RUNS = 2048
 """Up to this length, transformers' generate is also timed from the first token to the last."""
 
 
+class Baseline(Protocol):
+    """A decoder at one length.
+
+    Attributes:
+      whole_seconds: of a run from the first token to the last, where one was timed.
+      kv_bytes: memory of its cache, where that is known.
+    """
+
+    @property
+    def whole_seconds(self) -> float | None: ...
+    @property
+    def kv_bytes(self) -> int | None: ...
+    def time_chunk(self) -> float:
+        """Seconds per step."""
+
+
+def of_name(name: str, params: Params, prompt_tokens: int) -> Callable[[np.ndarray, int], Baseline]:
+    """Takes tokens `[B, T]`, the first `prompt_tokens` the prompt, and the steps to time.
+
+    Raises ValueError for one that is not installed, or that cannot run the model.
+    """
+    if name == "transformers":
+        return partial(_Transformers(params).begin, prompt_tokens)
+    return LlamaCpp(params).begin if name == "llama.cpp" else partial(_Dense, params)
+
+
 class _Generate:
     """Hugging Face's dense generate, brought to a generated length by reading it as a prompt."""
+
+    kv_bytes: int | None = None
 
     def __init__(self, model: Any, tokens: np.ndarray, chunk: int, prompt_tokens: int) -> None:
         import torch
@@ -72,6 +104,7 @@ class _StaticCache:
     """Transformers with a static cache and a compiled forward pass: its quickest on a GPU."""
 
     whole_seconds: float | None = None
+    kv_bytes: int | None = None
 
     def __init__(self, model: Any, tokens: np.ndarray, chunk: int, *, compiled: bool) -> None:
         import torch
@@ -107,11 +140,7 @@ class _StaticCache:
         return (time.perf_counter() - start) / self.chunk
 
 
-Baseline = _Generate | _StaticCache
-"""A model of transformers at one length; `whole_seconds` where a whole run was timed."""
-
-
-class Transformers:
+class _Transformers:
     """The same weights in transformers."""
 
     def __init__(self, params: Params) -> None:
@@ -119,9 +148,7 @@ class Transformers:
         try:
             import torch
         except ImportError:
-            raise ValueError(
-                "against has 'transformers'; it needs torch: pip install 'raas-jax[dev]'."
-            ) from None
+            raise ValueError("it needs torch: pip install 'raas-jax[dev]'.") from None
         import transformers
 
         from raas_jax.weights.hf import save_hf
@@ -135,18 +162,25 @@ class Transformers:
         model.generation_config.eos_token_id = None
         self._model: Any = model.to("cuda") if torch.cuda.is_available() else model
 
-    def begin(self, prompt_tokens: int, tokens: np.ndarray, chunk: int) -> Baseline:
+    def begin(self, prompt_tokens: int, tokens: np.ndarray, chunk: int) -> _Generate | _StaticCache:
         """After these tokens `[B, T]`, of which the first `prompt_tokens` are the prompt."""
         if self._model.device.type == "cuda":
             return _StaticCache(self._model, tokens, chunk, compiled=True)
         return _Generate(self._model, tokens, chunk, prompt_tokens)
 
 
-def dense(params: Params, tokens: np.ndarray, chunk: int) -> TimedDecode:
-    """This library's own steps after tokens `[B, T]`, with a cache that forgets nothing.
+class _Dense:
+    """This library's own steps, with a cache that forgets nothing.
 
     Its slots are a bucket, up to half as many again as the tokens need.
     """
-    session = Session.create(params, Dense(), [tokens.shape[1]] * len(tokens), 2 * chunk)
-    pages = pages_for(chunk, session.plan.page_size)
-    return TimedDecode.start(session, tokens.tolist(), 0, pages)
+
+    whole_seconds: float | None = None
+
+    def __init__(self, params: Params, tokens: np.ndarray, chunk: int) -> None:
+        """After tokens `[B, T]`."""
+        session = Session.create(params, Dense(), [tokens.shape[1]] * len(tokens), 2 * chunk)
+        pages = pages_for(chunk, session.plan.page_size)
+        decode = TimedDecode.start(session, tokens.tolist(), 0, pages)
+        self.time_chunk = decode.time_chunk
+        self.kv_bytes = cache_bytes(decode.state)

@@ -44,6 +44,23 @@ CHUNK = 64
 
 
 @dataclasses.dataclass
+class Other:
+    """A baseline at one length.
+
+    Attributes:
+      ms_per_token: median milliseconds of the same steps.
+      ratio: its time over ours.
+      whole_run_ratio: the same of whole runs, prompt included; None where none was timed.
+      kv_bytes: memory of its cache; None where it is not known.
+    """
+
+    ms_per_token: float
+    ratio: float
+    whole_run_ratio: float | None
+    kv_bytes: int | None
+
+
+@dataclasses.dataclass
 class Timing:
     """One generated length.
 
@@ -53,10 +70,7 @@ class Timing:
       floor_ms, over_floor: bytes that a step must read over the measured bandwidth, and the ratio.
       compile_seconds: of prefill and decode together; lengths of one shape share it.
       kv_bytes: memory of the cache: all segments, metadata and padding.
-      transformers_ms_per_token, speedup: the same steps in Hugging Face's generate, where asked
-        for, and its time over ours.
-      whole_run_speedup: the same of whole runs, prompt included, up to `baselines.WHOLE_RUNS`.
-      dense_ms_per_token, over_dense, dense_kv_bytes: this library with a dense cache.
+      others: the baselines that were asked for, by name.
       largest_batch, dense_largest_batch: rows that fit up to this length, by the compiler.
     """
 
@@ -66,19 +80,17 @@ class Timing:
     over_floor: float
     compile_seconds: float
     kv_bytes: int
-    transformers_ms_per_token: float | None = None
-    speedup: float | None = None
-    whole_run_speedup: float | None = None
-    dense_ms_per_token: float | None = None
-    over_dense: float | None = None
-    dense_kv_bytes: int | None = None
+    others: dict[str, Other]
     largest_batch: int | None = None
     dense_largest_batch: int | None = None
 
 
 @dataclasses.dataclass
 class StepReport:
-    """All lengths of one run, and what they were measured on; bandwidth in bytes per second."""
+    """All lengths of one run, and what they were measured on; bandwidth in bytes per second.
+
+    `left_out` says why a baseline that was asked for is missing.
+    """
 
     device: str
     jax: str
@@ -90,6 +102,7 @@ class StepReport:
     prompt_tokens: int
     read_bandwidth: float
     timings: list[Timing]
+    left_out: list[str]
 
 
 def bench(
@@ -116,14 +129,13 @@ def bench(
       lengths: generated tokens at which to measure.
       batch: rows.
       repetitions: timed turns.
-      against: also run the same weights in "transformers" (needs torch): its dense generate, and on
-        a GPU a static cache and torch.compile; or in this library with a "dense" cache.
+      against: `baselines.NAMES` that run the same weights too: "transformers", "llama.cpp", or this
+        library with a "dense" cache. One that is not installed is left out.
       largest_batch: also say how many rows fit, for which programs are compiled but not run.
       progress: a bar on stderr.
 
     Raises:
-      ValueError: a number below 1, lengths beyond the model's context, an unknown baseline, or
-        transformers without torch.
+      ValueError: a number below 1, lengths beyond the model's context, or an unknown baseline.
     """
     check_positive(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions)
     for length in lengths:
@@ -136,17 +148,21 @@ def bench(
             f"prompt_tokens + the longest of lengths (+ {2 * CHUNK}) is {prompt_tokens + longest}, "
             f"beyond the model's max_position_embeddings = {context}."
         )
-    if set(against) - {"transformers", "dense"}:
-        raise ValueError(f"against is {','.join(against)!r}; there are 'transformers' and 'dense'.")
+    if set(against) - set(baselines.NAMES):
+        named = ", ".join(map(repr, baselines.NAMES))
+        raise ValueError(f"against is {','.join(against)!r}; there are {named}.")
     prompts = random_prompts(params, batch, prompt_tokens)
     reached = list(_reach(params, policy, prompts, sorted(set(lengths)), progress))
-    begin: dict[str, Callable[[np.ndarray, int], Any]] = {}
-    if "transformers" in against:
-        begin["transformers"] = partial(baselines.Transformers(params).begin, prompt_tokens)
-    if "dense" in against:
-        begin["dense"] = partial(baselines.dense, params)
-    for name, start in begin.items():
-        reached = [each._replace(**{name: start(each.tokens, each.own.chunk)}) for each in reached]
+    left_out = []
+    for name in dict.fromkeys(against):
+        try:
+            begin = baselines.of_name(name, params, prompt_tokens)
+            for each in reached:
+                each.others[name] = begin(each.tokens, each.own.chunk)
+        except ValueError as error:
+            left_out.append(f"{name} is left out: {error}")
+            for each in reached:
+                each.others.pop(name, None)
     contenders = [Contender("bandwidth", 0, _reader())]
     for each in reached:
         contenders += each.contenders()
@@ -171,6 +187,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         read_bandwidth=bandwidth,
         timings=[timings[length] for length in lengths],
+        left_out=left_out,
     )
 
 
@@ -182,41 +199,34 @@ class _AtLength(NamedTuple):
     tokens: np.ndarray  # int32 [B, T], prompts and what was generated before that chunk
     compile_seconds: float
     whole_seconds: float  # from the prompts to the end of the chunk, nothing compiled
-    transformers: baselines.Baseline | None = None
-    dense: TimedDecode | None = None
+    others: dict[str, baselines.Baseline]
 
     def contenders(self) -> list[Contender]:
-        """Named as the fields are."""
-        decodes = {"own": self.own, "transformers": self.transformers, "dense": self.dense}
-        return [
-            Contender(name, self.length, decode.time_chunk)
-            for name, decode in decodes.items()
-            if decode is not None
-        ]
+        """Ours, named "own", and the others."""
+        decodes: dict[str, TimedDecode | baselines.Baseline] = {"own": self.own, **self.others}
+        return [Contender(name, self.length, decode.time_chunk) for name, decode in decodes.items()]
 
     def timing(self, seconds: Mapping[tuple[str, int], float], bandwidth: float) -> Timing:
         """From the median seconds per step of every contender and length."""
         own = seconds["own", self.length]
         floor = step_bytes(self.own.session.params, self.own.state) / bandwidth
-        timing = Timing(
+        return Timing(
             generated=self.length,
             ms_per_token=1e3 * own,
             floor_ms=1e3 * floor,
             over_floor=own / floor,
             compile_seconds=self.compile_seconds,
             kv_bytes=cache_bytes(self.own.state),
+            others={
+                name: Other(
+                    1e3 * seconds[name, self.length],
+                    seconds[name, self.length] / own,
+                    whole / self.whole_seconds if (whole := other.whole_seconds) else None,
+                    other.kv_bytes,
+                )
+                for name, other in self.others.items()
+            },
         )
-        if self.transformers is not None:
-            theirs, whole = seconds["transformers", self.length], self.transformers.whole_seconds
-            timing.transformers_ms_per_token = 1e3 * theirs
-            timing.speedup = theirs / own
-            timing.whole_run_speedup = whole / self.whole_seconds if whole else None
-        if self.dense is not None:
-            dense = seconds["dense", self.length]
-            timing.dense_ms_per_token = 1e3 * dense
-            timing.over_dense = dense / own
-            timing.dense_kv_bytes = cache_bytes(self.dense.state)
-        return timing
 
 
 def step_bytes(params: Params, state: DecodeState) -> int:
@@ -301,7 +311,7 @@ def _generate(
             generated += before.chunk
             bar.update(before.chunk)
         so_far = np.concatenate(tokens[:-1], axis=1)
-        yield _AtLength(length, before, so_far, compile_seconds, spent)
+        yield _AtLength(length, before, so_far, compile_seconds, spent, {})
 
 
 def _largest_batch(params: Params, prompt_tokens: int, generated: int, policy: Policy) -> int:

@@ -36,5 +36,5 @@ def test_timing_leaves_the_decode_as_it_is():
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="lengths are"):
         bench(random_params(), RaaS(64), prompt_tokens=8, lengths=[8])
-    with pytest.raises(ValueError, match="'transformers' and 'dense'"):
+    with pytest.raises(ValueError, match="'transformers', 'llama.cpp', 'dense'"):
         bench(random_params(), RaaS(64), prompt_tokens=8, lengths=[64], against=["vllm"])
