@@ -16,7 +16,7 @@ VARIANTS = {
     "llama": LLAMA,
     "linear rope": dataclasses.replace(LLAMA, rope=Rope(kind="linear", factor=2.0)),
     "biases": dataclasses.replace(
-        LLAMA, model_type="qwen2", qkv_bias=True, tie_word_embeddings=False
+        LLAMA, model_type="qwen2", qkv_bias=True, head_dim=16, tie_word_embeddings=False
     ),
     "norms": dataclasses.replace(LLAMA, model_type="qwen3", qk_norm=True),
 }
@@ -31,10 +31,11 @@ def test_it_decodes_the_same_model(config, rows):
     decode = LlamaCpp(params).begin(tokens, 8)
     assert decode.time_chunk() > 0
     found = decode.greedy(8)
-    for _ in range(8):
-        logits = forward(params.config, params.weights, tokens)
-        tokens = np.concatenate([tokens, np.argmax(logits[:, -1:], axis=-1)], axis=1)
-    np.testing.assert_array_equal(found, tokens[:, -8:].T)
+    for token in found:
+        logits = forward(params.config, params.weights, tokens)[:, -1]
+        # Two may be equally likely, but for what its half-precision arithmetic rounds off.
+        assert np.all(np.max(logits, axis=-1) - logits[np.arange(rows), token] < 0.02)
+        tokens = np.concatenate([tokens, token[:, None]], axis=1)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
