@@ -5,15 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from raas_jax.cli import options
+from raas_jax.cli.prompts import read_prompts
 
 if TYPE_CHECKING:
-    from raas_jax.lab.bench.throughput import Age, Sharing
+    from raas_jax.lab.bench.throughput import Age, Sharing, Work
     from raas_jax.lab.bench.throughput import Throughput as Way
+    from raas_jax.params import Params
 
 
 @dataclasses.dataclass
@@ -21,7 +24,11 @@ class Throughput:
     """Measure the engine beside plain batches of rows."""
 
     model: Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE")] = "demo"
-    """Model that answers lemma problems: demo, or one that `raas-jax train` made."""
+    """Model: demo or one of `raas-jax train` for lemma problems, any for --prompt-file."""
+    prompt_file: options.File = None
+    """Prompts as `raas-jax generate` takes them, in place of problems; one table then."""
+    max_new_tokens: options.MaxNewTokens = None
+    """Most tokens of an answer to such a prompt (default: 256)."""
     problems: options.Problems = 200
     """Number of problems."""
     definitions: options.Definitions = "2-48"
@@ -50,65 +57,93 @@ class Throughput:
         from raas_jax import load
         from raas_jax.lab.bench import throughput as bench_engine
 
-        smallest, largest = options.parse_range(self.definitions)
         policy = self.policy.create()
-        problems = bench_engine.mixed_problems(self.problems, smallest, largest)
+        given = self._given()
         params = load(self.model, dtype=self.dtype)
+        work = given(params)
         ways = bench_engine.throughput(
             params,
-            problems,
+            work,
             policy,
             rows=self.rows,
             turns=self.turns,
             transformers=self.against == "transformers",
             progress=sys.stderr.isatty(),
         )
-        rows = 4 * self.samples
-        aged = bench_engine.age(params, policy, rows=rows, old=self.old)
-        shared = bench_engine.sharing(
-            params, policy, rows=rows, samples=self.samples, prompt_tokens=self.prompt_tokens
-        )
+        of_steps: list[Age | Sharing] = []
+        if self.prompt_file is None:
+            rows = 4 * self.samples
+            of_steps = [
+                bench_engine.age(params, policy, rows=rows, old=self.old),
+                bench_engine.sharing(
+                    params,
+                    policy,
+                    rows=rows,
+                    samples=self.samples,
+                    prompt_tokens=self.prompt_tokens,
+                ),
+            ]
         if self.json:
-            found: list[Way | Age | Sharing] = [*ways, aged, shared]
-            for each in found:
+            for each in (*ways, *of_steps):
                 print(json.dumps({"kind": type(each).__name__, **dataclasses.asdict(each)}))
         else:
-            print(f"{self.problems} problems of {self.definitions} definitions, {policy}\n")
-            print(*tables(ways, aged, shared), sep="\n")
+            what = f"problems of {self.definitions} definitions"
+            if self.prompt_file is not None:
+                what = f"prompts of {self.prompt_file}, at most {work.limit} tokens each"
+            print(f"{len(work.ids)} {what}, {params.dtype.name}, {policy}\n")
+            print(_of_ways(ways), *map(_of_steps, of_steps), sep="\n")
         return 0
 
+    def _given(self) -> Callable[[Params], Work]:
+        """Reads what is asked before the model is loaded."""
+        from raas_jax import tokenizer
+        from raas_jax.lab.bench.throughput import Work, mixed_problems
 
-def tables(ways: list[Way], aged: Age, shared: Sharing) -> list[str]:
-    """The three measurements as Markdown."""
-    from raas_jax.lab.runs.tables import markdown_table
+        if self.prompt_file is None:
+            if self.max_new_tokens is not None:
+                raise ValueError("--max-new-tokens goes with --prompt-file.")
+            smallest, largest = options.parse_range(self.definitions)
+            problems = mixed_problems(self.problems, smallest, largest)
+            return lambda params: Work.lemma(params, problems)
+        prompts, limit = read_prompts(self.prompt_file), self.max_new_tokens or 256
+        return lambda params: Work(tokenizer.encode(params, prompts)[0], limit)
 
-    head = ["", "problems/min", "tokens/s", "row-steps", "useful", "right", "engine faster"]
-    compared = [
+
+def _of_ways(ways: Sequence[Way]) -> str:
+    head = ["", "answers/min", "tokens/s", "row-steps", "useful", "right", "engine faster"]
+    lines = [
         [
             way.how,
             f"{way.per_minute:.0f}",
             f"{way.tokens / way.seconds:.0f}",
             "-" if way.row_steps is None else str(way.row_steps),
             "-" if way.useful is None else f"{way.useful:.1%}",
-            f"{way.right / way.problems:.1%}",
+            "-" if way.right is None else f"{way.right / way.prompts:.1%}",
             f"{ways[0].per_minute / way.per_minute:.2f} x",
         ]
         for way in ways
     ]
-    ages = [
-        [f"{aged.young} tokens", f"{aged.young_ms:.2f}", ""],
-        [f"{aged.old} tokens", f"{aged.old_ms:.2f}", f"{aged.ratio:.3f}"],
-    ]
+    return _markdown(head, lines)
+
+
+def _of_steps(found: Age | Sharing) -> str:
+    from raas_jax.lab.bench.throughput import Age
+
+    if isinstance(found, Age):
+        lines = [
+            [f"{found.young} tokens", f"{found.young_ms:.2f}", ""],
+            [f"{found.old} tokens", f"{found.old_ms:.2f}", f"{found.ratio:.3f}"],
+        ]
+        return _markdown([f"{found.rows} rows after", "ms/step", "ratio"], lines)
     size = options.readable_bytes
-    one = [size(shared.shared_bytes), f"{shared.shared_ms:.2f}", f"{shared.ratio:.3f}"]
-    each = [size(shared.unshared_bytes), f"{shared.unshared_ms:.2f}", ""]
-    prompts = f"{shared.rows} rows, prompts of {shared.prompt_tokens}"
-    return [
-        markdown_table(head, compared, labels=0),
-        markdown_table([f"{aged.rows} rows after", "ms/step", "ratio"], ages, labels=0),
-        markdown_table(
-            [prompts, "prompt bytes", "ms/step", "ratio"],
-            [[f"{shared.samples} share one", *one], ["one each", *each]],
-            labels=0,
-        ),
-    ]
+    one = [size(found.shared_bytes), f"{found.shared_ms:.2f}", f"{found.ratio:.3f}"]
+    each = [size(found.unshared_bytes), f"{found.unshared_ms:.2f}", ""]
+    prompts = f"{found.rows} rows, prompts of {found.prompt_tokens}"
+    lines = [[f"{found.samples} share one", *one], ["one each", *each]]
+    return _markdown([prompts, "prompt bytes", "ms/step", "ratio"], lines)
+
+
+def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    from raas_jax.lab.runs.tables import markdown_table
+
+    return markdown_table(head, rows, labels=0)

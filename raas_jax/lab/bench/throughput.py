@@ -41,17 +41,17 @@ class Throughput:
     """One way to answer all problems."""
 
     how: str
-    problems: int
-    right: int  # problems that were answered rightly
+    prompts: int
+    right: int | None  # answers that are right; None where nobody knows
     tokens: int  # generated in all
-    seconds: float  # from the first problem to the last answer; the median over the turns
+    seconds: float  # from the first prompt to the last answer; the median over the turns
     row_steps: int | None  # token steps times rows; None where they were not counted
     useful: float | None  # share of the row-steps that gave a token of an answer
 
     @property
     def per_minute(self) -> float:
-        """Problems answered in a minute."""
-        return 60 * self.problems / self.seconds
+        """Prompts answered in a minute."""
+        return 60 * self.prompts / self.seconds
 
 
 @dataclasses.dataclass
@@ -86,9 +86,38 @@ def mixed_problems(count: int, smallest: int, largest: int, seed: int = 0) -> li
     return [draw("test", seed, index, Knobs(smallest, largest)) for index in range(count)]
 
 
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What is answered.
+
+    Attributes:
+      ids: token ids of every prompt.
+      limit: tokens of an answer at most.
+      right: how many of the answers, token ids in the order of the prompts, are right.
+    """
+
+    ids: list[list[int]]
+    limit: int
+    right: Callable[[list[list[int]]], int] | None = None
+
+    @classmethod
+    def lemma(cls, params: Params, problems: Sequence[Problem]) -> Work:
+        """Problems of which the model knows how to write the derivation."""
+        ids = tokenizer.encode(params, [problem.prompt for problem in problems])[0]
+
+        def right(answers: list[list[int]]) -> int:
+            texts = (tokenizer.decode(params, answer) for answer in answers)
+            return sum(
+                grade(problem, text).answer for problem, text in zip(problems, texts, strict=True)
+            )
+
+        longest = max(len(problem.derivation_words) for problem in problems)
+        return cls(ids, 2 * longest + SLACK, right)
+
+
 def throughput(
     params: Params,
-    problems: Sequence[Problem],
+    work: Work,
     policy: Policy,
     *,
     rows: int,
@@ -96,23 +125,21 @@ def throughput(
     transformers: bool = False,
     progress: bool = False,
 ) -> list[Throughput]:
-    """Answers the problems greedily, by the engine and by plain padded batches of as many rows.
+    """Answers the prompts greedily, by the engine and by plain padded batches of as many rows.
 
-    The plain batches are `raas_jax.generate` over the problems in the order in which they come: a
+    The plain batches are `raas_jax.generate` over the prompts in the order in which they come: a
     batch ends when its longest answer does. With `transformers`, also the batched generate of
     Hugging Face on the same weights, dense, in the same batches, padded at the left.
     """
     check_positive(rows=rows, turns=turns)
-    prompts = [problem.prompt for problem in problems]
-    limit = max(2 * len(problem.derivation_words) for problem in problems) + SLACK
-    ids = [tokenizer.encode(params, prompt)[0][0] for prompt in prompts]
+    ids, limit = work.ids, work.limit
     longest = max(map(len, ids))
     engine = Engine(
         params, policy=policy, rows=rows, max_new_tokens=limit, max_prompt_tokens=longest
     )
     engine.warm_up()
     # Batches whose longest prompts share a bucket share a program; one of each compiles it.
-    batches = [slice(first, first + rows) for first in range(0, len(prompts), rows)]
+    batches = [slice(first, first + rows) for first in range(0, len(ids), rows)]
     ways: dict[str, Callable[[], list[list[int]]]] = {
         "engine": partial(_by_engine, engine, ids, limit),
         "plain batches": partial(_by_batches, params, policy, ids, limit, batches),
@@ -138,14 +165,11 @@ def throughput(
     found = []
     for how, of_turns in zip(ways, times, strict=True):
         drawn, row_steps = sum(map(len, answers[how])), counted.get(how)
-        right = sum(
-            grade(problem, tokenizer.decode(params, answer)).answer
-            for problem, answer in zip(problems, answers[how], strict=True)
-        )
+        right = work.right(answers[how]) if work.right else None
         # The first token of each answer comes from the prompt.
-        useful = None if row_steps is None else (drawn - len(prompts)) / row_steps
+        useful = None if row_steps is None else (drawn - len(ids)) / row_steps
         seconds_taken = statistics.median(of_turns)
-        found.append(Throughput(how, len(prompts), right, drawn, seconds_taken, row_steps, useful))
+        found.append(Throughput(how, len(ids), right, drawn, seconds_taken, row_steps, useful))
     return found
 
 
@@ -177,7 +201,7 @@ def _batch_steps(answers: list[list[int]], batches: list[slice], page_size: int)
 
 
 class _Transformers:
-    """Hugging Face's generate on the same weights, in float32 on the CPU."""
+    """Hugging Face's generate on the same weights, on the CPU."""
 
     def __init__(self, params: Params):
         import torch
@@ -185,7 +209,9 @@ class _Transformers:
 
         assert params.source is not None
         self._torch = torch
-        self._model = AutoModelForCausalLM.from_pretrained(params.source, dtype=torch.float32)
+        self._model = AutoModelForCausalLM.from_pretrained(
+            params.source, dtype=getattr(torch, params.dtype.name)
+        )
         self._model.eval()
         self._stops = list(tokenizer.stop_token_ids(params))
 

@@ -21,7 +21,7 @@ def test_the_tables_add_up(tmp_path, capsys):
     assert [line["kind"] for line in found] == ["Throughput", "Throughput", "Age", "Sharing"]
     engine, plain, age, sharing = found
     assert (engine["how"], plain["how"]) == ("engine", "plain batches")
-    assert engine["problems"] == plain["problems"] == 6
+    assert engine["prompts"] == plain["prompts"] == 6
     # The same answers, since a row does not depend on its batch.
     assert engine["tokens"] == plain["tokens"] and engine["right"] == plain["right"]
     for way in (engine, plain):
@@ -29,6 +29,19 @@ def test_the_tables_add_up(tmp_path, capsys):
         assert 0 < way["useful"] <= 1
     assert (age["young"], age["old"]) == (48, 48) and age["ratio"] > 0
     assert sharing["unshared_bytes"] == 2 * sharing["shared_bytes"]
+
+
+def test_prompts_of_ones_own(tmp_path, capsys):
+    model = save_tiny(tmp_path / "model")
+    file = tmp_path / "prompts.txt"
+    file.write_text('a=1; b=a+2; ? b\n{"prompt": [4, 5, 6]}\na=3; ? a\n')
+    options = ["--prompt-file", str(file), "-n", "20", "--rows", "2", "--budget", "32"]
+    assert main(["throughput", "--model", model, *options]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"3 prompts of {file}, at most 20 tokens each, float32, RaaS")
+    assert text.count("| engine ") == text.count("| plain batches ") == 1 and "ms/step" not in text
+    assert main(["throughput", "--model", model, "-n", "20"]) == 2
+    assert "--max-new-tokens goes with --prompt-file" in capsys.readouterr().err
 
 
 def test_sizes_are_mixed():
