@@ -1,6 +1,8 @@
 """GraderPool: right answers right, near misses wrong, and what becomes of one that hangs or
 dies."""
 
+import time
+
 import pytest
 
 pytest.importorskip("math_verify", reason="needs math-verify (the extra eval)")
@@ -137,6 +139,15 @@ def test_a_grader_that_hangs_or_dies_costs_one_answer(tmp_path):
         None,
         None,
     ]
+
+
+def test_a_grader_may_wait_long_for_the_next_answer(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text(OWN)
+    with GraderPool(1, time_limit=0.1, file=file) as graders:
+        assert graders.submit("a", "a").result().correct
+        time.sleep(2.5)  # Longer than any limit on one.
+        assert graders.submit("a", "a").result() == Verdict(True)
 
 
 def test_math_that_never_ends_is_cut_off():

@@ -32,18 +32,25 @@ def serve(requests: TextIO, answers: TextIO, grader: Grader, seconds: float) -> 
     """Answers every request, until there are no more."""
     for line in requests:
         asked = json.loads(line)
-        if hasattr(signal, "setitimer"):
-            # Its own computing counts: on a busy machine an answer must not cost its mark.
-            signal.setitimer(signal.ITIMER_PROF, seconds)
-            # Whoever asked kills a process that is late; if they are gone, it ends by itself.
-            signal.setitimer(signal.ITIMER_REAL, 15 * seconds + 5)
+        # Its own computing counts: on a busy machine an answer must not cost its mark. Whoever
+        # asked kills a process that is late; if they are gone, it ends by itself.
+        _limit(computing=seconds, clock=15 * seconds)
         try:
             found = grader(asked["gold"], asked["text"])
             verdict = found if isinstance(found, tuple) else Verdict(bool(found))
         except Exception as error:  # Whatever it is, it is this answer's alone.
             verdict = Verdict(False, None, f"{type(error).__name__}: {error}"[:300])
+        # The next request may be long in coming.
+        _limit(computing=0, clock=0)
         answers.write(json.dumps(verdict._asdict()) + "\n")
         answers.flush()
+
+
+def _limit(computing: float, clock: float) -> None:
+    """Ends this process after so many seconds; 0 is never."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_PROF, computing)
+        signal.setitimer(signal.ITIMER_REAL, clock)
 
 
 def main() -> None:
