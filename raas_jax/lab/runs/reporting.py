@@ -6,10 +6,18 @@ from collections import Counter
 from pathlib import Path
 
 from raas_jax import files
-from raas_jax.lab.runs.points import Findings
+from raas_jax.lab.runs.points import Findings, Point
 from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.study_tables import study_csv, study_markdown
-from raas_jax.lab.runs.tables import PERCENT, Heading, heading, points_csv, points_markdown
+from raas_jax.lab.runs.tables import (
+    PERCENT,
+    Heading,
+    heading,
+    in_points,
+    markdown_table,
+    points_csv,
+    points_markdown,
+)
 
 SAMPLED = {
     "correct": Heading("Right", *PERCENT),
@@ -41,7 +49,8 @@ def report(folder: str | Path) -> tuple[str, list[str]]:
         text, csv = study_markdown(findings), study_csv(findings)
         text += f"\n{pictures}\n" if pictures else ""
     else:
-        text = _title(findings) + _table(findings) + _errors(findings)
+        text = _title(findings) + _table(findings) + _differences(findings)
+        text += _unfinished(findings) + _errors(findings)
         exact = [column.name for column in findings.columns if column.kind == "bytes"]
         csv = points_csv(findings.points, exact, "" if findings.kind else "–")
         remarks += [pictures] if pictures else []
@@ -76,6 +85,37 @@ def _title(findings: Findings) -> str:
         f"{task.text('name')}, {how}. In brackets: 95 % intervals, with problems as the units "
         "that vary.\n\n"
     )
+
+
+def _differences(findings: Findings) -> str:
+    """Every policy against the first one of its budget, and against dense."""
+    if findings.kind != "benchmark":
+        return ""
+    dense = next((point for point in findings.points if point.budget is None), None)
+    first: dict[int | None, Point] = {}
+    lines = []
+    for point in findings.points:
+        if point.budget is not None:
+            other = first.setdefault(point.budget, point)
+            pairs = [None if dense is None else point.against(dense), point.against(other)]
+            cells = [in_points(each) if each else "–" for each in pairs]
+            cells[1] = "–" if other is point else f"{cells[1]} ({other.policy})"
+            lines.append([point.policy, str(point.budget), *cells])
+    head = ["Policy", "Budget", "minus dense", "minus the first of the budget"]
+    what = "\nRight answers on the problems that both answered, differences in points:\n\n"
+    return what + markdown_table(head, lines, labels=2) if lines else ""
+
+
+def _unfinished(findings: Findings) -> str:
+    """Which policies have not answered all that others have."""
+    most = max((len(point.samples) for point in findings.points), default=0)
+    lines = [
+        f"- {point.label}: {len(point.samples)} of {most}\n"
+        for point in findings.points
+        if len(point.samples) < most
+    ]
+    what = "\nNot finished; short answers come first, so these are not like the others:\n\n"
+    return what + "".join(lines) if lines and findings.kind == "benchmark" else ""
 
 
 def _errors(findings: Findings) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raas_jax.lab.runs.points import Findings, Point
-from raas_jax.lab.runs.tables import csv_cells, csv_text, heading, markdown_table
+from raas_jax.lab.runs.tables import csv_cells, csv_text, heading, in_points, markdown_table
 
 
 def study_markdown(findings: Findings) -> str:
@@ -54,10 +54,7 @@ def differences(findings: Findings, task: str, baseline: str) -> str:
         other = findings.find(task, baseline, budget)
         if other is None or other is point:
             return "–"
-        found = point.against(other)
-        low, high = (found.value if x is None else x for x in (found.low, found.high))
-        sign = " *" if low > 0 or high < 0 else ""
-        return f"{100 * found.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{sign}"
+        return in_points(point.against(other))
 
     return _across(findings, task, text) + "\n\\* the interval leaves out zero.\n"
 

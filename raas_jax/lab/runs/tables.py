@@ -78,6 +78,13 @@ def points_csv(points: Sequence[Point], exact: Collection[str] = (), no_budget: 
     return csv_text(rows)
 
 
+def in_points(found: Estimate) -> str:
+    """A difference of shares in percentage points; a star where the interval leaves out zero."""
+    low, high = (found.value if x is None else x for x in (found.low, found.high))
+    sign = " *" if low > 0 or high < 0 else ""
+    return f"{100 * found.value:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]{sign}"
+
+
 def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]], *, labels: int) -> str:
     """A padded table that reads well on a terminal too; the first `labels` columns are text."""
     widths = [max(3, *map(len, column)) for column in zip(headings, *rows, strict=True)]

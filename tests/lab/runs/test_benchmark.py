@@ -206,6 +206,28 @@ def test_a_report_names_what_has_no_mark(whole, tmp_path):
     assert float(row["tokens"]) == sum(lengths) / 6 and row["samples"] == "9"
 
 
+def test_a_report_compares_on_the_same_problems_and_names_what_is_unfinished(whole, tmp_path):
+    (raas,) = whole.config["policies"]
+    more = [raas | {"label": "dense", "Budget": "–"}, raas, raas | {"label": "recent 8"}]
+    more[2] |= {"Policy": "recent"}
+    del more[0]["budget"]
+    config = whole.config | {"policies": more}
+    with Results.open(tmp_path / "run", config, {}) as results:
+        for sample in whole.samples.values():
+            first = sample["sample"] == 0
+            results.add(sample | {"correct": first})
+            results.add(sample | {"policy": "dense", "correct": True})
+            if sample["item"] != "2":
+                results.add(sample | {"policy": "recent 8", "correct": not first})
+    text, _ = report(tmp_path / "run")
+    lines = [line.split("|") for line in text.split("differences in")[1].splitlines()]
+    of_raas, of_recent = (line for line in lines if len(line) == 6 and line[2].strip() == "8")
+    assert of_raas[3].split()[0] == "-66.7" and of_raas[4].strip() == "–"
+    # On two problems of three samples: two more right, one less.
+    assert of_recent[3].split()[0] == "-33.3" and of_recent[4].split()[0] == "+33.3"
+    assert "are not like the others:\n\n- recent 8: 6 of 9\n" in text
+
+
 def test_the_command(model, whole, tmp_path, capsys):
     pytest.importorskip("math_verify", reason="needs math-verify (the extra eval)")
     data = tmp_path / "mine.jsonl"
