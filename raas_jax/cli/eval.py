@@ -72,7 +72,7 @@ class Eval:
     graders: Annotated[int, options.Within(1, MOST_WORKERS)] = 2
     """Processes that grade."""
     grading_seconds: Annotated[float, options.Within(0.001, MOST_SECONDS)] = 10.0
-    """Time after which an answer that is still being graded counts as wrong."""
+    """Seconds of computing after which an answer that is still being graded counts as wrong."""
     check_grader: bool = False
     """Grade the reference answers and near misses instead, and count the right verdicts."""
     problems: options.Problems = 200
