@@ -14,6 +14,7 @@ import tyro
 
 from raas_jax.cli import options
 from raas_jax.cli.errors import note
+from raas_jax.cli.tables import markdown
 from raas_jax.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -154,12 +155,6 @@ def _measured(entries: Sequence[Any], columns: Sequence[Column]) -> list[Column]
     return [each for each in columns if any(getattr(entry, each[1]) for entry in entries)]
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from raas_jax.lab.runs.tables import markdown_table
-
-    return markdown_table(head, rows, labels=0).rstrip()
-
-
 def table(report: StepReport) -> str:
     """The report as Markdown, which reads well on a terminal too."""
     columns = ALWAYS + _measured(report.timings, IF_MEASURED)
@@ -173,15 +168,15 @@ def table(report: StepReport) -> str:
         f"{report.policy}\n"
         f"{report.parameters / 1e6:.1f} M parameters, {report.dtype}, batch {report.batch}, "
         f"prompt of {report.prompt_tokens}, {report.device}, jax {report.jax}, "
-        f"reads {report.read_bandwidth / 1e9:.1f} GB/s\n\n{_markdown(head, rows)}"
+        f"reads {report.read_bandwidth / 1e9:.1f} GB/s\n\n{markdown(head, rows).rstrip()}"
     )
 
 
 def comparison_table(comparison: Comparison) -> str:
     """The comparison as Markdown; a dash where a ratio has no meaning."""
-    c = comparison
+    c, head = comparison, [heading for heading, _, _ in COMPARED]
     return (
         f"{c.parameters / 1e6:.1f} M parameters, {c.dtype}, batch {c.batch}, prompt of "
         f"{c.prompt_tokens}, {c.generated} generated, {c.device}, jax {c.jax}\n\n"
-        f"{_markdown([head for head, _, _ in COMPARED], _in_columns(c.lines, COMPARED))}"
+        f"{markdown(head, _in_columns(c.lines, COMPARED)).rstrip()}"
     )

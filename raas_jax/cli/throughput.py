@@ -12,6 +12,7 @@ import tyro
 
 from raas_jax.cli import options
 from raas_jax.cli.prompts import read_prompts
+from raas_jax.cli.tables import markdown
 
 if TYPE_CHECKING:
     from raas_jax.lab.bench.throughput import Age, Sharing, Work
@@ -123,7 +124,7 @@ def _of_ways(ways: Sequence[Way]) -> str:
         ]
         for way in ways
     ]
-    return _markdown(head, lines)
+    return markdown(head, lines)
 
 
 def _of_steps(found: Age | Sharing) -> str:
@@ -134,16 +135,10 @@ def _of_steps(found: Age | Sharing) -> str:
             [f"{found.young} tokens", f"{found.young_ms:.2f}", ""],
             [f"{found.old} tokens", f"{found.old_ms:.2f}", f"{found.ratio:.3f}"],
         ]
-        return _markdown([f"{found.rows} rows after", "ms/step", "ratio"], lines)
+        return markdown([f"{found.rows} rows after", "ms/step", "ratio"], lines)
     size = options.readable_bytes
     one = [size(found.shared_bytes), f"{found.shared_ms:.2f}", f"{found.ratio:.3f}"]
     each = [size(found.unshared_bytes), f"{found.unshared_ms:.2f}", ""]
     prompts = f"{found.rows} rows, prompts of {found.prompt_tokens}"
     lines = [[f"{found.samples} share one", *one], ["one each", *each]]
-    return _markdown([prompts, "prompt bytes", "ms/step", "ratio"], lines)
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    from raas_jax.lab.runs.tables import markdown_table
-
-    return markdown_table(head, rows, labels=0)
+    return markdown([prompts, "prompt bytes", "ms/step", "ratio"], lines)

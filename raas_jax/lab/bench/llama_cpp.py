@@ -7,7 +7,6 @@ float32 or else float16. It decodes greedily on as many threads as there are cor
 from __future__ import annotations
 
 import importlib.util
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax.lab.bench.turns import cores
 from raas_jax.model import MATRICES, separate
 from raas_jax.params import Params
 
@@ -82,8 +82,7 @@ class LlamaCpp:
         options.n_ctx = rows * (length + chunk)
         options.n_seq_max = rows
         options.n_batch = options.n_ubatch = max(PREFILL, rows)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        options.n_threads = options.n_threads_batch = cores or 1
+        options.n_threads = options.n_threads_batch = cores()
         if self._float32:
             options.type_k = options.type_v = llama_cpp.GGML_TYPE_F32
         context = llama_cpp.llama_init_from_model(self._model, options)

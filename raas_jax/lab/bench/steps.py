@@ -29,6 +29,7 @@ from raas_jax.lab.bench.turns import (
     TimedDecode,
     check_positive,
     copied,
+    cores,
     endless,
     random_prompts,
     take_turns,
@@ -259,19 +260,17 @@ def _reader(size: int = 2**28) -> Callable[[], float]:
         # Several at once, so that launching them does not count.
         return lambda: timed(lambda: [reduce(array) for _ in range(16)])[1] / (16 * array.nbytes)
 
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
+    workers = cores()
     blocks = np.ones((size // 2**20, 2**18), np.float32)
     # A dot product of a vector with itself does the least work per byte that NumPy vectorises.
-    own = [part for part in np.array_split(blocks, cores) if len(part)]
+    own = [part for part in np.array_split(blocks, workers) if len(part)]
 
     def read_part(part: np.ndarray) -> None:
         for block in part:
             np.dot(block, block)
 
     def read_cpu() -> float:
-        with concurrent.futures.ThreadPoolExecutor(cores) as pool:
+        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
             list(pool.map(read_part, own))
             return timed(lambda: list(pool.map(read_part, own)))[1] / blocks.nbytes
 

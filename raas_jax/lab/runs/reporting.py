@@ -11,6 +11,7 @@ from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.study_tables import study_csv, study_markdown
 from raas_jax.lab.runs.tables import (
     PERCENT,
+    STAR,
     Heading,
     heading,
     in_points,
@@ -103,7 +104,7 @@ def _differences(findings: Findings) -> str:
             lines.append([point.policy, str(point.budget), *cells])
     head = ["Policy", "Budget", "minus dense", "minus the first of the budget"]
     what = "\nRight answers on the problems that both answered, differences in points:\n\n"
-    return what + markdown_table(head, lines, labels=2) if lines else ""
+    return what + markdown_table(head, lines, labels=2) + STAR if lines else ""
 
 
 def _unfinished(findings: Findings) -> str:

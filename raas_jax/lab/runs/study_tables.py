@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from raas_jax.lab.runs.points import Findings, Point
-from raas_jax.lab.runs.tables import csv_cells, csv_text, heading, in_points, markdown_table
+from raas_jax.lab.runs.tables import STAR, csv_cells, csv_text, heading, in_points, markdown_table
 
 
 def study_markdown(findings: Findings) -> str:
@@ -56,7 +56,7 @@ def differences(findings: Findings, task: str, baseline: str) -> str:
             return "–"
         return in_points(point.against(other))
 
-    return _across(findings, task, text) + "\n\\* the interval leaves out zero.\n"
+    return _across(findings, task, text) + STAR
 
 
 def costs(findings: Findings, task: str) -> str:

@@ -78,6 +78,10 @@ def points_csv(points: Sequence[Point], exact: Collection[str] = (), no_budget: 
     return csv_text(rows)
 
 
+STAR = "\n\\* the interval leaves out zero.\n"
+"""Goes below a table of `in_points`."""
+
+
 def in_points(found: Estimate) -> str:
     """A difference of shares in percentage points; a star where the interval leaves out zero."""
     low, high = (found.value if x is None else x for x in (found.low, found.high))

@@ -15,9 +15,9 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from raas_jax.lab.tasks.grading.mathematics import Verdict
+from raas_jax.lab.tasks.grading.process import WAIT
 
 START_SECONDS = 120.0  # Importing sympy on a busy machine.
-WAIT = 6  # Times the limit of computing: the wait for a process that computes little or nothing.
 # The package may lie where only this process looks for it.
 _MAIN = (
     "import sys; sys.path.append(sys.argv.pop(1)); "
@@ -59,7 +59,7 @@ class GraderPool:
         ]
         # One for each worker: its process, or None where it must first be started.
         self._idle: SimpleQueue[_Process | None] = SimpleQueue()
-        for process in (_Process(self._command), *[None] * (workers - 1)):
+        for process in (_Process(self._command, self.time_limit), *[None] * (workers - 1)):
             self._idle.put(process)
         self._threads = ThreadPoolExecutor(workers, "grader")
 
@@ -92,8 +92,8 @@ class GraderPool:
         """The mark from a process that waits for work. Raises _LateError."""
         process = self._idle.get()
         try:
-            process = process or _Process(self._command)
-            return process.ask({"gold": gold, "text": text}, self.time_limit)
+            process = process or _Process(self._command, self.time_limit)
+            return process.ask({"gold": gold, "text": text})
         except (_LostError, ValueError, OSError) as lost:
             if process is not None:
                 process.kill()
@@ -116,7 +116,9 @@ class _LateError(_LostError):
 class _Process:
     """One process of `process.main`."""
 
-    def __init__(self, command: list[str]):
+    def __init__(self, command: list[str], seconds: float):
+        """Starts it; `seconds` is the limit that the command gives it. Raises ValueError."""
+        self._seconds = seconds
         # A file, since nobody reads a pipe while the process runs.
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -134,7 +136,7 @@ class _Process:
             self.kill()
             raise ValueError(f"the grader does not start: {(lines or [str(lost)])[-1]}") from None
 
-    def ask(self, request: dict[str, str], seconds: float) -> Verdict:
+    def ask(self, request: dict[str, str]) -> Verdict:
         """The answer to a request. Raises _LostError."""
         assert self._process.stdin is not None
         try:
@@ -142,14 +144,7 @@ class _Process:
             self._process.stdin.flush()
         except OSError:
             raise self._lost() from None
-        try:
-            return Verdict(**json.loads(self._read(WAIT * seconds)))
-        except _LateError:
-            raise
-        except _LostError:
-            if self._process.wait() == -getattr(signal, "SIGPROF", 0):
-                raise _LostError(f"no mark within {seconds:g} s of computing") from None
-            raise
+        return Verdict(**json.loads(self._read(WAIT * self._seconds)))
 
     def kill(self) -> None:
         """Ends the process; more than once does no harm."""
@@ -181,5 +176,7 @@ class _Process:
 
     def _lost(self) -> _LostError:
         code = self._process.wait()
+        if code < 0 and -code == getattr(signal, "SIGPROF", None):
+            return _LostError(f"no mark within {self._seconds:g} s of computing")
         how = f"was ended by signal {-code}" if code < 0 else f"ended with code {code}"
         return _LostError(f"the grading process {how}")

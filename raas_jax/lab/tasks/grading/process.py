@@ -15,6 +15,8 @@ from raas_jax.lab.tasks.grading.mathematics import Grader, Verdict, grade
 
 # sympy can ask for more than a machine has; the process gets a MemoryError instead.
 MEMORY_BYTES = 4 << 30
+WAIT = 6
+"""Times the limit of computing: how long whoever asked waits for a process that computes little."""
 
 
 def own_grader(file: str) -> Grader | None:
@@ -34,7 +36,7 @@ def serve(requests: TextIO, answers: TextIO, grader: Grader, seconds: float) -> 
         asked = json.loads(line)
         # Its own computing counts: on a busy machine an answer must not cost its mark. Whoever
         # asked kills a process that is late; if they are gone, it ends by itself.
-        _limit(computing=seconds, clock=15 * seconds)
+        _limit(computing=seconds, clock=2 * WAIT * seconds)
         try:
             found = grader(asked["gold"], asked["text"])
             verdict = found if isinstance(found, tuple) else Verdict(bool(found))
