@@ -120,13 +120,14 @@ def split(
 ) -> Result:
     """Calls `backend` on each device's rows and heads; they do not need each other's.
 
-    An axis that the mesh does not divide evenly is not split: every device then does all of it.
+    An axis that the mesh does not divide evenly is not split: every device then does all of it. The
+    pages of a pool (`T`) go with the heads that own them.
     """
     mesh = target.mesh
     if mesh is None or mesh.size == 1:
         return backend(*arrays)
     operands, results = axes
-    sizes: dict[str, list[int]] = {"B": [], "K": [], "N": []}
+    sizes: dict[str, list[int]] = {"B": [], "K": [], "N": [], "T": []}
     for array, letters in zip(arrays, operands, strict=True):
         for letter, size in zip(letters, () if array is None else array.shape, strict=False):
             sizes.get(letter, []).append(size)
@@ -136,8 +137,8 @@ def split(
         return ways > 1 and all(size % ways == 0 for each in letters for size in sizes[each])
 
     split_rows = target.rows if divides(target.rows, "B") else None
-    split_heads = target.heads if divides(target.heads, "K", "N") else None
-    of_letter = {"B": split_rows, "K": split_heads, "N": split_heads}
+    split_heads = target.heads if divides(target.heads, "K", "N", "T") else None
+    of_letter = {"B": split_rows, "K": split_heads, "N": split_heads, "T": split_heads}
 
     def spec(letters: str) -> PartitionSpec:
         parts = map(of_letter.get, letters)

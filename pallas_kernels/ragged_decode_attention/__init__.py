@@ -1,0 +1,5 @@
+"""One query token per row over heads' own ranges of a pool of pages; see `api.py`."""
+
+from pallas_kernels.ragged_decode_attention.api import ragged_decode_attention
+
+__all__ = ["ragged_decode_attention"]
