@@ -5,7 +5,7 @@ from pallas_kernels.dispatch import Target
 from pallas_kernels.page_bound import page_bound
 from pallas_kernels.page_commit import page_commit
 from pallas_kernels.prefill_attention import prefill_attention
-from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_decode_attention import head_pages, ragged_decode_attention
 from pallas_kernels.ragged_page_commit import ragged_page_commit
 from pallas_kernels.ranges import Ranges
 from pallas_kernels.selected_decode_attention import selected_decode_attention
@@ -15,6 +15,7 @@ __all__ = [
     "Ranges",
     "Target",
     "decode_attention",
+    "head_pages",
     "page_bound",
     "page_commit",
     "prefill_attention",

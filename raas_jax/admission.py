@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
+from pallas_kernels import Ranges
+from raas_jax.cache import Kept
 from raas_jax.decode import DecodeState, Progress, RowRequest, Rows, prefill
 from raas_jax.params import Params
 from raas_jax.plan import Plan
@@ -131,13 +133,20 @@ def _insert(
             (new.prompt.k, new.prompt.v, new.prompt.bounds),
         )
         lengths = prompt(0, cache.prompt.lengths, new.prompt.lengths)
-        kept = tuple(
-            # What an empty slot holds is never read.
-            jax.tree.map(partial(row, 1), old, of_part)
-            if plan.policy.evicts_prompt
-            else dataclasses.replace(old, fill=row(1, old.fill, of_part.fill))
-            for old, of_part in zip(cache.kept, new.kept, strict=True)
-        )
+
+        def joined(ranges: Ranges | None, old: Kept, of_part: Kept) -> Kept:
+            fill = row(1, old.fill, of_part.fill)
+            if not plan.policy.evicts_prompt:
+                return dataclasses.replace(
+                    old, fill=fill
+                )  # What lies in empty slots is never read.
+            # A pool begins with the rows, all else with the layers.
+            pages = ((each.k, each.v, each.bounds) for each in (old, of_part))
+            k, v, bounds = jax.tree.map(partial(row, 1 if ranges is None else 0), *pages)
+            return Kept(k, v, fill, bounds)
+
+        ranges = (group.ranges for group in plan.groups)
+        kept = tuple(map(joined, ranges, cache.kept, new.kept))
         rows: Rows = jax.tree.map(partial(row, 0), state.rows, part.rows)
         return dataclasses.replace(
             state,

@@ -10,13 +10,23 @@ import jax.numpy as jnp
 
 from pallas_kernels import (
     DecodeAttention,
+    Ranges,
     Target,
     decode_attention,
     page_bound,
     prefill_attention,
+    ragged_decode_attention,
     selected_decode_attention,
 )
-from raas_jax.cache import Bounds, Cache, CurrentPage, Kept, Prompt, page_bounds
+from raas_jax.cache import (
+    Bounds,
+    Cache,
+    CurrentPage,
+    Kept,
+    Prompt,
+    layer_pages,
+    page_bounds,
+)
 from raas_jax.policies.base import Bounded, Selection
 
 
@@ -79,6 +89,7 @@ class Reader:
       prompt_fill: int32 `[B', 1, Sp]`, tokens in each page of the prompts.
       offset: int32 scalar, 0..P-1.
       samples: rows that share one prompt, `B / B'`.
+      ranges: of the heads in a pool of kept pages; None where all have the same number.
       target: what is compiled for; None is the default backend.
     """
 
@@ -90,6 +101,7 @@ class Reader:
     prompt_fill: jax.Array
     offset: jax.Array
     samples: int
+    ranges: Ranges | None = None
     target: Target | None = None
 
     def attend(
@@ -101,8 +113,8 @@ class Reader:
           The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
           kept page, float32 `[B, N, S]`, and the current page, `[B, N]`, received.
         """
-        kept, current = self.cache.kept[self.group], self.cache.current
-        of_kept = self._over(kept, q, self.fill, self.layer_in_group, selection.kept)
+        current = self.cache.current
+        of_kept = self._over_kept(q, selection.kept)
         page = CurrentPage(current.k[:, :, :, None], current.v[:, :, :, None])
         written = jnp.broadcast_to(self.offset + 1, (1, 1, 1))
         of_current = self._over(page, q, written, self.layer)
@@ -128,7 +140,7 @@ class Reader:
         many = by_head.reshape(B, K * (N // K) * P, H)
         parts = [
             self._attend_prompt(many, None),
-            self._over(self.cache.kept[self.group], many, self.fill, self.layer_in_group),
+            self._over_kept(many),
             self._within_page(by_head),
         ]
         out, lse = merge_segments([part for part in parts if part is not None])
@@ -174,6 +186,15 @@ class Reader:
         )
         return of_row
 
+    def _over_kept(self, q: jax.Array, slots: jax.Array | None = None) -> DecodeAttention:
+        kept = self.cache.kept[self.group]
+        if self.ranges is None:
+            return self._over(kept, q, self.fill, self.layer_in_group, slots)
+        if slots is not None:
+            raise ValueError("A policy that selects among the kept pages takes no allotment.")
+        pool, own = (q, kept.k, kept.v, self.fill, self.layer_in_group), self.ranges
+        return ragged_decode_attention(*pool, ranges=own, target=self.target)
+
     def _over(
         self,
         pages: Prompt | Kept | CurrentPage,
@@ -192,6 +213,15 @@ class Reader:
     def _bound(self, bounds: Bounds, q: jax.Array, layer: jax.Array) -> jax.Array:
         return page_bound(q, bounds.key_min, bounds.key_max, layer, target=self.target)
 
+    def _bound_kept(self, bounds: Bounds, q: jax.Array) -> jax.Array:
+        if self.ranges is None:
+            return self._bound(bounds, q, self.layer_in_group)
+        # Bounds are few: those of a layer may be copied.
+        of_layer: Bounds = jax.tree.map(
+            lambda x: layer_pages(x, self.layer_in_group, self.ranges)[None], bounds
+        )
+        return self._bound(of_layer, q, jnp.int32(0))
+
     def bounded(self, q: jax.Array) -> Bounded:
         """Quest's bound of every page that has one, `[B, N, Sp]` and `[B, N, S]`; -inf if empty."""
         prompt, kept = self.cache.prompt, self.cache.kept[self.group]
@@ -206,7 +236,7 @@ class Reader:
             of_prompt = jnp.where(filled, of_prompt, -jnp.inf)
         if kept.bounds is not None:
             filled = jnp.repeat(self.fill > 0, N // heads, axis=1)
-            of_kept = self._bound(kept.bounds, q, self.layer_in_group)
+            of_kept = self._bound_kept(kept.bounds, q)
             of_kept = jnp.where(filled, of_kept, -jnp.inf)
         return Bounded(of_prompt, of_kept)
 

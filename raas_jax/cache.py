@@ -10,14 +10,14 @@ copies them.
 from __future__ import annotations
 
 import dataclasses
-import functools
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import Target, page_commit
+from pallas_kernels import Ranges, Target, head_pages, page_commit, ragged_page_commit
 
-_pytree = functools.partial(jax.tree_util.register_dataclass)
+_pytree = partial(jax.tree_util.register_dataclass)
 
 
 @_pytree
@@ -57,10 +57,13 @@ class Prompt:
 class Kept:
     """Pages of generated tokens, in no particular order.
 
+    Where heads have different numbers of slots, a pool of `T` pages holds the ranges of all, and S
+    is the most that a head has; slots beyond a head's range are empty for ever.
+
     Attributes:
-      k, v: `[L, B, K, S, P, H]`.
+      k, v: `[L, B, K, S, P, H]`, or a pool `[B, T, P, H]`.
       fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
-      bounds: of the pages, for a policy that asks for them.
+      bounds: of the pages, for a policy that asks for them; of a pool, `[B, T, H]` each.
     """
 
     k: jax.Array
@@ -130,21 +133,47 @@ def commit(
     page_k: jax.Array,
     page_v: jax.Array,
     slot: jax.Array,
+    ranges: Ranges | None = None,
     target: Target | None = None,
 ) -> Kept:
     """Writes a full page `[L, B, K, P, H]` over `slot [L, B, K]`: eviction and insertion in one."""
-    S, P = kept.k.shape[3], kept.k.shape[4]
-    chosen = jnp.arange(S) == slot[..., None]
+    P = page_k.shape[3]
+    chosen = jnp.arange(kept.fill.shape[3]) == slot[..., None]
     bounds = kept.bounds
     if bounds is not None:
         page = page_bounds(page_k, jnp.full(slot.shape, P))
-        bounds = Bounds(
-            jnp.where(chosen[..., None], page.key_min[:, :, :, None], bounds.key_min),
-            jnp.where(chosen[..., None], page.key_max[:, :, :, None], bounds.key_max),
-        )
-    return Kept(
-        k=page_commit(kept.k, page_k, slot, target=target),
-        v=page_commit(kept.v, page_v, slot, target=target),
-        fill=jnp.where(chosen, P, kept.fill),
-        bounds=bounds,
-    )
+        bounds = jax.tree.map(partial(_commit_bound, slot, chosen, ranges), page, bounds)
+    if ranges is None:
+        write = partial(page_commit, slot=slot, target=target)
+    else:
+        write = partial(ragged_page_commit, slot=slot, ranges=ranges, target=target)
+    fill = jnp.where(chosen, P, kept.fill)
+    return Kept(write(kept.k, page_k), write(kept.v, page_v), fill, bounds)
+
+
+def _commit_bound(
+    slot: jax.Array, chosen: jax.Array, ranges: Ranges | None, page: jax.Array, old: jax.Array
+) -> jax.Array:
+    """Puts a page's keys `[L, B, K, H]` in its place."""
+    if ranges is None:
+        return jnp.where(chosen[..., None], page[:, :, :, None], old)
+    layer, head, place = ranges.places
+    wanted = slot[layer, :, head] == place[:, None]
+    return jnp.where(wanted.T[..., None], jnp.moveaxis(page[layer, :, head], 0, 1), old)
+
+
+def layer_pages(pages: jax.Array, layer: jax.Array, ranges: Ranges | None) -> jax.Array:
+    """The pages of one layer, of `[L, B, K, S, ...]` or of a pool `[B, T, ...]`: `[B, K, S, ...]`.
+
+    Beyond a head's range anything may lie there.
+    """
+    if ranges is None:
+        of_layer: jax.Array = jax.lax.dynamic_index_in_dim(pages, layer, 0, keepdims=False)
+        return of_layer
+    return head_pages(pages, jnp.asarray(ranges.starts)[layer], ranges.most)
+
+
+def as_pool(pages: jax.Array, ranges: Ranges) -> jax.Array:
+    """Pages `[L, B, K, S, ...]` of which each head has those in its range: a pool `[B, T, ...]`."""
+    layer, head, slot = ranges.places
+    return jnp.moveaxis(pages[layer, :, head, slot], 0, 1)

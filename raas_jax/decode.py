@@ -27,14 +27,16 @@ from raas_jax.cache import (
     CurrentPage,
     Kept,
     Prompt,
+    as_pool,
     commit,
+    layer_pages,
     page_bounds,
     write_token,
 )
 from raas_jax.config import ModelConfig
 from raas_jax.model import Body, Layer, ends, rope_rotation, run_layers
 from raas_jax.params import Params
-from raas_jax.plan import Plan
+from raas_jax.plan import Group, Plan
 from raas_jax.policies import pages_for
 from raas_jax.policies.base import (
     Boundary,
@@ -207,7 +209,13 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
     L = config.num_hidden_layers
     prompt = (L, rows // plan.samples, K, 0 if plan.policy.evicts_prompt else plan.prompt_slots)
     bounded = any(group.policy.needs_prompt_bounds for group in plan.groups)
-    kept = [(group.policy, (group.layers, rows, K, group.slots)) for group in plan.groups]
+
+    def kept(group: Group) -> Kept:
+        marks = group.layers, rows, K, group.slots
+        shape = marks if group.ranges is None else (rows, group.ranges.total)
+        own = bounds(group.policy.needs_bounds, *shape)
+        return Kept(pages(*shape), pages(*shape), jnp.zeros(marks, jnp.int32), own)
+
     return Cache(
         prompt=Prompt(
             pages(*prompt),
@@ -215,15 +223,7 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
             jnp.zeros(prompt[1], jnp.int32),
             bounds(bounded, *prompt),
         ),
-        kept=tuple(
-            Kept(
-                pages(*shape),
-                pages(*shape),
-                jnp.zeros(shape, jnp.int32),
-                bounds(policy.needs_bounds, *shape),
-            )
-            for policy, shape in kept
-        ),
+        kept=tuple(map(kept, plan.groups)),
         current=CurrentPage(pages(L, rows, K), pages(L, rows, K)),
     )
 
@@ -332,22 +332,34 @@ def _insert_prompt(
     def by_row(x: jax.Array, axis: int) -> jax.Array:
         return jnp.repeat(x, plan.samples, axis=axis)
 
-    def gather_pages(x: jax.Array, pages: jax.Array) -> jax.Array:
-        return jnp.take_along_axis(by_row(x, 1), pages[..., None, None], axis=3)
+    def placed_in(group: Group, x: jax.Array, pages: jax.Array) -> jax.Array:
+        """The `pages [L, B, K, S]` of the prompt, as the kept ones lie."""
+        x = by_row(x[group.part], 1)
+        if group.ranges is None:
+            return jnp.take_along_axis(x, pages[..., None, None], axis=3)
+        layer, head, _ = group.ranges.places
+        row = jnp.arange(x.shape[1])[:, None]
+        found: jax.Array = x[layer, row, head, as_pool(pages, group.ranges)]
+        return found
 
     fill, lengths = by_row(prompt.fill()[:, 0], 0), by_row(prompt.lengths, 0)
     kept, placed = [], []
     evicted = jnp.zeros(lengths.shape, jnp.int32)
     for group, old, of_group in zip(plan.groups, cache.kept, meta, strict=True):
         of_layers = None if mass is None else by_row(mass[group.part], 1)
+        room = group.policy.capacity(lengths, group.counts(old.fill.shape[2]))
         pages, of_group = group.policy.insert_prompt(
-            of_group, PromptPages(lengths, fill, of_layers)
+            of_group, PromptPages(lengths, fill, of_layers, room)
         )
         wanted = jnp.maximum(pages, 0)
         filled = jnp.broadcast_to(fill[:, None], (*wanted.shape[:3], fill.shape[-1]))
         filled = jnp.where(pages < 0, 0, jnp.take_along_axis(filled, wanted, axis=-1))
-        k, v = (gather_pages(x[group.part], wanted) for x in (prompt.k, prompt.v))
-        kept.append(Kept(k, v, filled, None if old.bounds is None else page_bounds(k, filled)))
+        k, v = (placed_in(group, x, wanted) for x in (prompt.k, prompt.v))
+        bounds = None
+        if old.bounds is not None:
+            lying = filled if group.ranges is None else as_pool(filled, group.ranges)
+            bounds = page_bounds(k, lying)
+        kept.append(Kept(k, v, filled, bounds))
         placed.append(of_group)
         lost = jnp.sum(fill > 0, axis=-1)[:, None] - jnp.sum(filled > 0, axis=-1)
         evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)).astype(jnp.int32))
@@ -507,6 +519,7 @@ def reader_of(
         layer=layer.number,
         layer_in_group=layer_in_group,
         samples=plan.samples,
+        ranges=plan.groups[number].ranges,
         target=plan.target,
         **seen,
     )
@@ -583,12 +596,13 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
     evicted = jnp.zeros(now.shape, jnp.int32)
     for number, group in enumerate(plan.groups):
         policy, old = group.policy, state.cache.kept[number]
+        room = policy.capacity(lengths, group.counts(old.fill.shape[2]))
         boundary = Boundary(
             now=now,
             fill=old.fill,
-            allowed=jnp.arange(group.slots) < policy.capacity(lengths, group.slots)[:, None],
-            k=old.k,
-            v=old.v,
+            allowed=jnp.arange(group.slots) < room[..., None],
+            k=partial(layer_pages, old.k, ranges=group.ranges),
+            v=partial(layer_pages, old.v, ranges=group.ranges),
             keys=_boundary_keys(state.rows.sampler.keys, now, number),
             prompt_lengths=lengths,
         )
@@ -596,9 +610,14 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
         page = Page(state.cache.current.k[group.part], state.cache.current.v[group.part])
         filled = jnp.take_along_axis(old.fill, slot[..., None], axis=-1)[..., 0] > 0
         lost = filled.astype(jnp.int32)
-        new = commit(old, page.k, page.v, slot, plan.target)
+        new = commit(old, page.k, page.v, slot, group.ranges, plan.target)
         of_group = policy.commit(state.meta[number], slot, page, now)
-        emptied = policy.evict_many(of_group, boundary._replace(fill=new.fill, k=new.k, v=new.v))
+        after = boundary._replace(
+            fill=new.fill,
+            k=partial(layer_pages, new.k, ranges=group.ranges),
+            v=partial(layer_pages, new.v, ranges=group.ranges),
+        )
+        emptied = policy.evict_many(of_group, after)
         if emptied is not None:
             lost = lost + jnp.sum(emptied & (new.fill > 0), axis=-1)
             new = dataclasses.replace(new, fill=jnp.where(emptied, 0, new.fill))

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from pallas_kernels import Target
+import numpy as np
+
+from pallas_kernels import Ranges, Target
 from raas_jax.config import ModelConfig
 from raas_jax.policies import Policy, bucket, pages_for
 
@@ -18,18 +20,34 @@ class Group(NamedTuple):
       first: number of its first layer.
       layers: how many it has, `L` of its arrays.
       policy: which pages to keep.
-      slots: `S`, slots of kept pages.
+      slots: `S`, slots of kept pages, the most that a head has.
+      ranges: slots of each head, where they differ, in a pool of all; None where all have `slots`.
     """
 
     first: int
     layers: int
     policy: Policy
     slots: int
+    ranges: Ranges | None = None
+
+    @classmethod
+    def create(cls, first: int, policy: Policy, counts: np.ndarray, parts: int) -> Group:
+        """A group by the slots of each layer and head, `[L, K]`; see `Ranges` for `parts`."""
+        ranges = None
+        if counts.min() < counts.max():
+            ranges = Ranges(tuple(tuple(layer) for layer in counts.tolist()), parts)
+        return cls(first, len(counts), policy, int(counts.max()), ranges)
 
     @property
     def part(self) -> slice:
         """Its layers among all of the model."""
         return slice(self.first, self.first + self.layers)
+
+    def counts(self, heads: int) -> np.ndarray:
+        """Slots of each layer and head: integers `[L, K]`."""
+        if self.ranges is not None:
+            return np.asarray(self.ranges.counts)
+        return np.full((self.layers, heads), self.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +91,7 @@ class Plan:
         """
         policy.check_prompts(prompt_tokens)
         lengths, P = [*prompt_tokens, *([longest] if longest else [])], policy.page_size
+        parts = _parts(config, target)
         groups: list[Group] = []
         for layers, part in policy.groups(config.num_hidden_layers):
             if part.evicts_prompt != policy.evicts_prompt:
@@ -80,8 +99,10 @@ class Plan:
                     f"policy is {policy!r}; either all of its layers evict the prompt, or none may."
                 )
             part.check_model(config)
+            part = part.split(parts)
+            sizes = layers, config.num_key_value_heads, lengths, max_new_tokens
             first = groups[-1].part.stop if groups else 0
-            groups.append(Group(first, layers, part, part.slots(lengths, max_new_tokens)))
+            groups.append(Group.create(first, part, part.slots_by_head(*sizes), parts))
         slots = pages_for(longest, P) if longest else bucket(pages_for(max(lengths), P))
         return cls(policy, slots, tuple(groups), samples, target)
 
@@ -94,3 +115,10 @@ class Plan:
     def slots(self) -> tuple[int, ...]:
         """`S` of every group."""
         return tuple(group.slots for group in self.groups)
+
+
+def _parts(config: ModelConfig, target: Target | None) -> int:
+    """Into how many parts a mesh splits the heads of the cache."""
+    mesh = None if target is None else target.mesh
+    ways = 1 if mesh is None or target is None else int(mesh.shape.get(target.heads, 1))
+    return ways if config.num_key_value_heads % ways == 0 else 1

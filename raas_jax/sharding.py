@@ -25,6 +25,7 @@ RULES: dict[str, str | None] = {
     "rows": "data",
     "heads": "model",
     "kv_heads": "model",
+    "pool_pages": "model",  # of all layers and heads, by head
     "joined_heads": "model",  # heads times head_dim, cut only between heads
     "mlp": "model",
     "vocab": "model",
@@ -122,6 +123,16 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
 
     by_head, by_row = ("layers", rows, "kv_heads"), (rows,)
     cache = state.cache
+    splits = cache.current.k.shape[2] % mesh.shape["model"] == 0
+    in_pool = rows, "pool_pages" if splits else "any"
+
+    def of_kept(kept: Any) -> Any:
+        pages = in_pool if kept.k.ndim < kept.fill.ndim + 2 else by_head
+        return dataclasses.replace(
+            of(by_head, kept),
+            **{name: of(pages, getattr(kept, name)) for name in ("k", "v", "bounds")},
+        )
+
     return dataclasses.replace(
         state,
         cache=dataclasses.replace(
@@ -129,6 +140,7 @@ def state_shardings(state: Any, mesh: Mesh, *, rows_divide: bool = True) -> Any:
             prompt=dataclasses.replace(
                 of(by_head, cache.prompt), lengths=of(by_row, cache.prompt.lengths)
             ),
+            kept=tuple(map(of_kept, cache.kept)),
         ),
         meta=of(by_head, state.meta),
         rows=of(by_row, state.rows),

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
@@ -132,12 +133,12 @@ def memory(
     current = _bytes(cache.current.k, cache.current.v)
     groups = [_bytes(group.k, group.v) for group in cache.kept]
     # What lies in the slots when the run ends, or when they are all taken.
-    tokens = [slots * plan.page_size for slots in plan.slots]
     among_kept = prompt_tokens if policy.evicts_prompt else 0
-    spare = sum(
-        size - size // room * min(room, among_kept + max_new_tokens)
-        for size, room in zip(groups, tokens, strict=True)
-    )
+    spare = 0
+    for size, group in zip(groups, plan.groups, strict=True):
+        rooms = group.counts(config.num_key_value_heads) * plan.page_size
+        empty = np.maximum(rooms - among_kept - max_new_tokens, 0)
+        spare += size // int(rooms.sum()) * int(empty.sum())
     kv = _bytes(cache, session.shape.meta)
     # How much of the whole cache a device holds, the same share of its every token.
     share = _bytes(cache.current.k) / (cache.current.k.size * dtype.itemsize)

@@ -81,11 +81,13 @@ class PromptPages(NamedTuple):
       fill: int32 `[B, Sp]`, tokens in each page; the last one may be partly filled.
       mass: float32 `[L, B, K, G, Sp]`, attention to each page, summed over the prompt's last
         `prompt_queries` tokens. None where that is 0.
+      room: int32, broadcasts to `[L, B, K]`: slots that each head may use, see `Policy.capacity`.
     """
 
     lengths: jax.Array
     fill: jax.Array
     mass: jax.Array | None
+    room: jax.Array
 
 
 class Page(NamedTuple):
@@ -101,8 +103,9 @@ class Boundary(NamedTuple):
     Attributes:
       now: int32 `[B]`, tokens generated so far in each row.
       fill: int32 `[L, B, K, S]`, tokens in each slot; 0 marks an empty one.
-      allowed: bool `[B, S]`, slots within the row's capacity.
-      k, v: `[L, B, K, S, P, H]`, the kept pages themselves.
+      allowed: bool, broadcasts to `[L, B, K, S]`: slots within `Policy.capacity`.
+      k, v: functions from the number of a layer of the group, an int32 scalar, to its kept pages
+        themselves, `[B, K, S, P, H]`; what an empty slot holds there means nothing.
       keys: typed keys `[B]`, fresh at every boundary and the same whatever else is in the batch.
       prompt_lengths: int32 `[B]`, tokens in each row's prompt.
     """
@@ -110,8 +113,8 @@ class Boundary(NamedTuple):
     now: jax.Array
     fill: jax.Array
     allowed: jax.Array
-    k: jax.Array
-    v: jax.Array
+    k: Callable[[jax.Array], jax.Array]
+    v: Callable[[jax.Array], jax.Array]
     keys: jax.Array
     prompt_lengths: jax.Array
 
@@ -158,13 +161,26 @@ class Policy:
         """(number of layers, policy) for consecutive groups of layers, first layers first."""
         return ((num_layers, self),)
 
+    def split(self, parts: int) -> Policy:
+        """The same where a mesh splits the heads into so many parts of equal memory."""
+        return self
+
     def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
         """`S`, fixed before compiling, for prompts of these lengths."""
         raise NotImplementedError
 
-    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
-        """Slots that each row may use: int32 `[B]`, at most `slots`."""
-        return jnp.full(prompt_lengths.shape, slots, jnp.int32)
+    def slots_by_head(
+        self, layers: int, heads: int, prompt_tokens: Sequence[int], max_new_tokens: int
+    ) -> np.ndarray:
+        """The same for every layer of the group and key/value head: integers `[L, K]`."""
+        return np.full((layers, heads), self.slots(prompt_tokens, max_new_tokens))
+
+    def capacity(self, prompt_lengths: jax.Array, slots: np.ndarray) -> jax.Array:
+        """Slots that each row may use of those of `slots_by_head`: int32, broadcasts to `[L, B, K]`.
+
+        All of them unless a policy says otherwise.
+        """
+        return jnp.asarray(slots, jnp.int32)[:, None]
 
     def check_model(self, config: Any) -> None:
         """Raises ValueError for a model, by its `ModelConfig`, that this policy does not suit."""
@@ -251,7 +267,7 @@ def lowest(score: jax.Array, boundary: Boundary) -> jax.Array:
     floating = jnp.issubdtype(score.dtype, jnp.floating)
     low, high = (-jnp.inf, jnp.inf) if floating else (_INT32.min, _INT32.max)
     score = jnp.where(boundary.fill == 0, low, score)
-    score = jnp.where(boundary.allowed[:, None], score, high)
+    score = jnp.where(boundary.allowed, score, high)
     return jnp.argmin(score, axis=-1).astype(jnp.int32)
 
 

@@ -7,16 +7,22 @@ buffer, whose memory counts like any other, and then goes back to its budget at 
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raas_jax import checks
+from raas_jax.policies.allotment import Allotment
 from raas_jax.policies.base import Boundary, Evidence, Metadata, Page, Policy, PromptPages, set_slot
 from raas_jax.policies.dense import Dense
 from raas_jax.policies.sizes import bucket, pages_for
+
+AUTO = "auto"
+"""In place of an allotment: that of the model's own folder."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +38,9 @@ class Budgeted(Policy):
         have what it leaves; "evict", where a policy offers it: prompt pages are counted like any
         other, and may go.
       dense_layers: this many first layers keep everything, at O(N) memory.
+      allotment: gives each layer and key/value head a budget of its own, of which `budget` is then
+        the mean: an `Allotment`, the file of one, or "auto" for the one in the model's folder.
+        None gives all the same.
     """
 
     budget: int = 1024
@@ -40,6 +49,7 @@ class Budgeted(Policy):
         default="excluded", kw_only=True
     )
     dense_layers: int = dataclasses.field(default=0, kw_only=True)
+    allotment: Allotment | str | None = dataclasses.field(default=None, kw_only=True)
 
     prompts: ClassVar[tuple[str, ...]] = ("excluded", "included")
 
@@ -49,6 +59,13 @@ class Budgeted(Policy):
         checks.choice("granularity", self.granularity, ("kv_head", "layer"))
         checks.choice("prompt", self.prompt, self.prompts)
         checks.integer("dense_layers", self.dense_layers, 0, checks.MOST_TOKENS)
+        if isinstance(self.allotment, (str, os.PathLike)) and self.allotment != AUTO:
+            object.__setattr__(self, "allotment", Allotment.read(self.allotment))
+        if not isinstance(self.allotment, (Allotment, str, type(None))):
+            raise TypeError(
+                f"allotment is {checks.short(self.allotment)}; give an Allotment, a file, "
+                f"{AUTO!r}, or None."
+            )
         if self.dense_layers and self.evicts_prompt:
             raise ValueError(
                 f"dense_layers is {self.dense_layers}, but prompt='evict' allows none; use 0."
@@ -78,26 +95,86 @@ class Budgeted(Policy):
         return dense_first(self, self.dense_layers, num_layers)
 
     def slots(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
-        slots, new = self.budget // self.page_size, pages_for(max_new_tokens, self.page_size)
-        if self.evicts_prompt:
-            new += pages_for(max(prompt_tokens), self.page_size)
-        if self.prompt == "included":
-            # Rounded to eighths of the budget, so that few prompt lengths compile anew.
-            step = max(1, slots // 8)
-            left = slots - pages_for(min(prompt_tokens), self.page_size)
-            slots = min(slots, -(-left // step) * step)
-        return min(slots + self.buffer_pages, bucket(new))
+        pages = self._most_pages(prompt_tokens) + self.buffer_pages
+        return min(pages, self._ample(prompt_tokens, max_new_tokens))
 
-    def capacity(self, prompt_lengths: jax.Array, slots: int) -> jax.Array:
-        pages = self.budget_pages(prompt_lengths) + self.buffer_pages
-        return jnp.clip(pages, 0, slots).astype(jnp.int32)
+    def slots_by_head(
+        self, layers: int, heads: int, prompt_tokens: Sequence[int], max_new_tokens: int
+    ) -> np.ndarray:
+        if self.allotment is None:
+            return super().slots_by_head(layers, heads, prompt_tokens, max_new_tokens)
+        given = self._shared_out(self._most_pages(prompt_tokens), layers) + self.buffer_pages
+        ample = self._ample(prompt_tokens, max_new_tokens)
+        fitted: np.ndarray = np.minimum(given, ample)
+        return fitted
 
-    def budget_pages(self, prompt_lengths: jax.Array) -> jax.Array:
-        """Pages that each row keeps in the long run, without the buffer: int32 `[B]`."""
+    def split(self, parts: int) -> Policy:
+        if not isinstance(self.allotment, Allotment):
+            return self
+        return dataclasses.replace(self, allotment=self.allotment.split(parts))
+
+    def check_model(self, config: Any) -> None:
+        if isinstance(self.allotment, str):
+            raise ValueError(
+                f"allotment is {self.allotment!r}, which stands for a file in the model's folder; "
+                "give the Allotment itself where no model is loaded."
+            )
+        if self.allotment is not None:
+            found = self.allotment.layers, self.allotment.heads
+            here = config.num_hidden_layers, config.num_key_value_heads
+            if found != here:
+                raise ValueError(
+                    f"allotment is of a model with {_sizes(*found)}; this one has {_sizes(*here)}. "
+                    "Make it with the same model: `raas-jax allot`."
+                )
+
+    def capacity(self, prompt_lengths: jax.Array, slots: np.ndarray) -> jax.Array:
+        pages = self.budget_pages(prompt_lengths, *slots.shape) + self.buffer_pages
+        same = slots.min() == slots.max()
+        return jnp.clip(pages, 0, slots.max() if same else slots[:, None]).astype(jnp.int32)
+
+    def budget_pages(self, prompt_lengths: jax.Array, layers: int, heads: int) -> jax.Array:
+        """Pages that each row keeps in the long run, without the buffer.
+
+        Of prompts int32 `[B]`, in a group of L layers with K heads: int32, broadcasts to
+        `[L, B, K]`.
+        """
         pages = jnp.full(prompt_lengths.shape, self.budget // self.page_size, jnp.int32)
         if self.prompt == "included":
             pages = pages - -(-prompt_lengths // self.page_size)
-        return pages
+        if self.allotment is None:
+            return pages[:, None]
+        if self.prompt != "included":
+            given = self._shared_out(self.budget // self.page_size, layers)
+            return jnp.asarray(given, jnp.int32)[:, None]
+        means = range(self.budget // self.page_size + 1)
+        table = np.stack([self._shared_out(mean, layers) for mean in means])
+        return jnp.swapaxes(jnp.asarray(table, jnp.int32)[jnp.maximum(pages, 0)], 0, 1)
+
+    def _most_pages(self, prompt_tokens: Sequence[int]) -> int:
+        """Pages of the budget for the prompt that leaves the most, without the buffer."""
+        pages = self.budget // self.page_size
+        if self.prompt != "included":
+            return pages
+        # Rounded to eighths of the budget, so that few prompt lengths compile anew.
+        step = max(1, pages // 8)
+        left = pages - pages_for(min(prompt_tokens), self.page_size)
+        return min(pages, -(-left // step) * step)
+
+    def _ample(self, prompt_tokens: Sequence[int], max_new_tokens: int) -> int:
+        """Pages for all that there will be; no head needs more."""
+        pages = pages_for(max_new_tokens, self.page_size)
+        if self.evicts_prompt:
+            pages += pages_for(max(prompt_tokens), self.page_size)
+        return bucket(pages)
+
+    def _shared_out(self, mean: int, layers: int) -> np.ndarray:
+        """Pages of each head in the last `layers` layers, by the allotment: `[L, K]`."""
+        assert isinstance(self.allotment, Allotment)
+        allotment = self.allotment.last(layers)
+        if self.granularity == "layer":
+            allotment = allotment.by_layer()
+        return allotment.pages(mean, self.page_size, self.reserve()[0] + 1)
 
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
         if self.prompt != "included":
@@ -145,7 +222,7 @@ class Budgeted(Policy):
         filled = prompt.fill > 0
         score = jnp.where(filled[:, None], score, -jnp.inf)
         score = jnp.broadcast_to(score, (*shape[:3], score.shape[-1]))
-        keep = best(score, jnp.full(shape[1], shape[3])) & filled[:, None]
+        keep = best(score, prompt.room) & filled[:, None]
         order = jnp.argsort(~keep, axis=-1, stable=True).astype(jnp.int32)[..., : shape[3]]
         order = jnp.pad(order, ((0, 0),) * 3 + ((0, shape[3] - order.shape[-1]),))
         count = jnp.sum(keep, axis=-1, keepdims=True)
@@ -194,14 +271,15 @@ class Batched(Budgeted):
 
     def victim(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         # A slot is always empty, except in a row that is done and computes on unseen.
-        free = (boundary.fill == 0) & boundary.allowed[:, None]
+        free = (boundary.fill == 0) & boundary.allowed
         return jnp.argmax(free, axis=-1).astype(jnp.int32)
 
     def evict_many(self, meta: Metadata, boundary: Boundary) -> jax.Array:
         written, _ = meta
         filled = boundary.fill > 0
-        keep = self.budget_pages(boundary.prompt_lengths)
-        full = jnp.sum(filled, axis=-1) >= (keep + self.buffer_pages)[:, None]
+        L, _, K, _ = filled.shape
+        keep = self.budget_pages(boundary.prompt_lengths, L, K)
+        full = jnp.sum(filled, axis=-1) >= keep + self.buffer_pages
 
         def choose() -> jax.Array:
             recent = self.newest(written, boundary.now, self.reserve()[0])
@@ -217,9 +295,12 @@ class Batched(Budgeted):
 
 
 def best(score: jax.Array, count: jax.Array) -> jax.Array:
-    """The `count [B]` largest of each `score [L, B, K, S]`; of equal ones the lowest slot goes."""
+    """The `count` largest of each `score [L, B, K, S]`; of equal ones the lowest slot goes.
+
+    The count broadcasts to `[L, B, K]`.
+    """
     rank = jnp.argsort(jnp.argsort(score, axis=-1, stable=True), axis=-1)
-    return rank >= score.shape[-1] - count[:, None, None]
+    return rank >= score.shape[-1] - count[..., None]
 
 
 def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Policy], ...]:
@@ -227,6 +308,10 @@ def dense_first(policy: Policy, dense: int, layers: int) -> tuple[tuple[int, Pol
     dense = min(dense, layers)
     parts = (dense, Dense(page_size=policy.page_size)), (layers - dense, policy)
     return tuple((count, part) for count, part in parts if count)
+
+
+def _sizes(layers: int, heads: int) -> str:
+    return f"{layers} layers and {heads} key/value heads"
 
 
 def check_budget(budget: int, page_size: int) -> None:

@@ -63,8 +63,8 @@ class H2O(Budgeted):
         assert prompt.mass is not None
         mass = jax.vmap(lambda x: self.pool(x, jnp.sum))(prompt.mass)
         last = jnp.sum(prompt.fill > 0, axis=-1)[:, None, None]
-        recent = self._recent_pages(jnp.full(last.shape[0], meta.mass.shape[-1]))
-        late = jnp.arange(mass.shape[-1]) >= last - recent[:, None, None]
+        recent = self._recent_pages(prompt.room)
+        late = jnp.arange(mass.shape[-1]) >= last - recent[..., None]
         pages, written = self.insert_best(jnp.where(late, jnp.inf, mass), prompt, meta.mass.shape)
         placed = jnp.take_along_axis(mass, jnp.maximum(pages, 0), axis=-1)
         return pages, Heavy(jnp.where(pages < 0, 0.0, placed), meta.current_mass, written)
@@ -81,12 +81,11 @@ class H2O(Budgeted):
         )
 
     def victim(self, meta: Heavy, boundary: Boundary) -> jax.Array:
-        pages = jnp.sum(boundary.allowed, axis=-1)
-        count = self._recent_pages(pages)[:, None, None]
+        count = self._recent_pages(jnp.sum(boundary.allowed, axis=-1))[..., None]
         recent = self.newest(meta.written, boundary.now, count)
         return lowest(jnp.where(recent, jnp.inf, meta.mass), boundary)
 
     def _recent_pages(self, pages: jax.Array) -> jax.Array:
-        """How many of this many pages are recent ones, the one being written included: `[B]`."""
+        """How many of this many pages are recent ones, the one being written included."""
         recent = jnp.floor(pages.astype(jnp.float32) * self.recent_fraction)
         return jnp.clip(recent.astype(jnp.int32), 1, jnp.maximum(pages - 1, 1))

@@ -135,7 +135,7 @@ class RaaS(Budgeted):
 
     def victim(self, meta: Stamps, boundary: Boundary) -> jax.Array:
         newest = np.iinfo(np.int32).max
-        held = boundary.allowed[:, None] & (boundary.fill > 0)
+        held = boundary.allowed & (boundary.fill > 0)
         if self.recent:
             held &= ~self.newest(meta.written, boundary.now, self.reserve()[0])
         last = jnp.inf if self.half_life is not None else newest

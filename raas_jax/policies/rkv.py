@@ -68,8 +68,8 @@ class RKV(Batched):
         importance = mass / jnp.where(total > 0, total, 1.0)
         # One layer at a time: the float32 copy of the keys is a layer's, not the cache's.
         redundancy: jax.Array = jax.lax.map(
-            lambda layer: _redundancy(layer[0], layer[1], layer[2], self.similar),
-            (boundary.k, boundary.fill, written),
+            lambda layer: _redundancy(boundary.k(layer[0]), layer[1], layer[2], self.similar),
+            (jnp.arange(len(written)), boundary.fill, written),
         )
         return self.mix * importance - (1 - self.mix) * redundancy
 

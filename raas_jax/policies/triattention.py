@@ -102,6 +102,11 @@ class TriAttention(Batched):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.across_layers and self.allotment is not None:
+            raise ValueError(
+                "across_layers is True, by which all layers keep the same tokens, but an allotment "
+                "gives each a size of its own. Use across_layers=False."
+            )
         checks.integer("horizon", self.horizon, 1, checks.MOST_TOKENS)
         if not self.calibration:
             raise ValueError(
@@ -118,6 +123,7 @@ class TriAttention(Batched):
         object.__setattr__(self, "digest", digest)
 
     def check_model(self, config: Any) -> None:
+        super().check_model(config)
         found = (*_cached_centres(self.calibration, self.digest).centre.shape,)
         here = config.num_hidden_layers, config.num_attention_heads, config.head_dim
         if found != here:
@@ -127,19 +133,19 @@ class TriAttention(Batched):
             )
 
     def page_scores(self, meta: Metadata, boundary: Boundary, candidates: jax.Array) -> jax.Array:
-        L, _, K, _, P, _ = boundary.k.shape
-        valid = jnp.arange(P) < boundary.fill[..., None]
+        L, _, K, _ = boundary.fill.shape
+        valid = jnp.arange(self.page_size) < boundary.fill[..., None]
         position = boundary.prompt_lengths + boundary.now - 1
         centres = self._centres(L, K)
         query, stray = expected_queries(centres, position, self.horizon)
 
         def of_layer(layer: tuple[jax.Array, ...]) -> jax.Array:
-            k, query, stray, valid = layer
-            score = score_keys(k.astype(jnp.float32), query, stray)
+            number, query, stray, valid = layer
+            score = score_keys(boundary.k(number).astype(jnp.float32), query, stray)
             return jnp.max(standardised(score, valid[:, :, None]), axis=2)
 
         # One layer at a time: the float32 copy of the keys is a layer's, not the cache's.
-        of_token = jax.lax.map(of_layer, (boundary.k, query, stray, valid))
+        of_token = jax.lax.map(of_layer, (jnp.arange(L), query, stray, valid))
         if self.across_layers:
             of_token = jnp.broadcast_to(jnp.mean(of_token, axis=0), of_token.shape)
         return jnp.max(jnp.where(valid, of_token, -jnp.inf), axis=-1)

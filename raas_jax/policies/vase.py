@@ -78,7 +78,7 @@ class VaSE(Batched):
         L, _, K, S = spread.shape
         heads = 1 if self.granularity == "layer" else K
         noise = by_slot(jax.random.gumbel, boundary.keys, (L, heads, S))
-        pages = self.budget_pages(boundary.prompt_lengths)
+        pages = self.budget_pages(boundary.prompt_lengths, L, K)
         count = jnp.floor(pages.astype(jnp.float32) * self.protected).astype(jnp.int32)
         large = best(jnp.where(candidates, spread, -jnp.inf), count) & candidates
         return jnp.where(large, jnp.inf, jnp.log(window.total() + 1e-30) + noise)

@@ -119,8 +119,10 @@ def test_slots():
     assert slots(RaaS(128, dense_layers=9), [20], 4096) == (256,)
     assert slots(RaaS(128, prompt="included"), [20, 90], 4096) == (6,)
     assert slots(Dense(), [20], 4096) == (256,)
-    capacity = RaaS(128, prompt="included").capacity(jnp.asarray([1, 16, 17, 90]), 7)
-    assert capacity.tolist() == [7, 7, 6, 2]
+    capacity = RaaS(128, prompt="included").capacity(
+        jnp.asarray([1, 16, 17, 90]), np.full((2, 3), 7)
+    )
+    assert jnp.broadcast_to(capacity, (2, 4, 3))[1, :, 2].tolist() == [7, 7, 6, 2]
     for size in range(1, 300):
         assert size <= bucket(size) <= 1.5 * size
     assert len({bucket(size) for size in range(1, 4097)}) < 26

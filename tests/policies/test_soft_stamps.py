@@ -41,6 +41,10 @@ class ByTheBook:
         return slot
 
 
+def no_pages(layer):
+    raise AssertionError("Stamps alone decide.")
+
+
 @pytest.mark.parametrize("recent", [0, 1, 4, 5])
 @pytest.mark.parametrize("half_life", [0.5, 3.0, 200.0])
 def test_the_page_with_least_left_goes(half_life, recent):
@@ -66,8 +70,8 @@ def test_the_page_with_least_left_goes(half_life, recent):
             continue
         clock = jnp.full(B, now + 1)
         keys = jax.vmap(jax.random.key)(jnp.arange(B))
-        allowed, nothing = jnp.ones((B, S), bool), jnp.zeros((L, B, K, S, P, 1))
-        boundary = Boundary(clock, fill, allowed, nothing, nothing, keys, jnp.ones(B, jnp.int32))
+        allowed, lengths = jnp.ones((L, B, K, S), bool), jnp.ones(B, jnp.int32)
+        boundary = Boundary(clock, fill, allowed, no_pages, no_pages, keys, lengths)
         slot = policy.victim(meta, boundary)
         wanted = [[books[b][k].boundary(now + 1) for k in range(K)] for b in range(B)]
         np.testing.assert_array_equal(slot[0], wanted)

@@ -64,6 +64,9 @@ class Recorded(Policy):
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         return tuple((layers, Recorded(policy)) for layers, policy in self.inner.groups(num_layers))
 
+    def split(self, parts: int) -> Policy:
+        return Recorded(self.inner.split(parts))
+
     def init(self, shape: tuple[int, int, int, int]) -> Diary:
         return Diary(jnp.full(shape, -1, jnp.int32), self.inner.init(shape))
 
@@ -93,7 +96,7 @@ class Recorded(Policy):
 # All that knows nothing of metadata is the inner policy's own.
 for _name in (
     *("needs_bounds", "needs_prompt_bounds", "selects", "evicts_prompt", "prompt_queries"),
-    *("slots", "capacity", "check_prompts"),
+    *("slots", "slots_by_head", "capacity", "check_prompts"),
 ):
     setattr(Recorded, _name, property(operator.attrgetter(f"inner.{_name}")))
 

@@ -1,0 +1,216 @@
+"""Allotment: how many of a budget's pages each layer and key/value head is given.
+
+Heads differ far more in how much they lose by a smaller cache than policies do in what they evict.
+An allotment knows, for every head, a curve: what it loses at each of several sizes. A budget is
+shared out by going down the curves, always where the next page saves the most.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from raas_jax import checks, files
+
+VERSION = 1
+"""Of the file."""
+_REMEDY = "Make it anew with `raas-jax allot`."
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Allotment:
+    """What each layer and key/value head of one model loses at several sizes of its cache.
+
+    Immutable and hashable; equal if all of it is.
+
+    Attributes:
+      sizes: tokens of generated text that a head keeps, ascending, int64 `[n]`.
+      losses: float64 `[L, K, n]`, 0 or more, in any unit that can be added over heads.
+      model: what `raas_jax.identity.likeness` says of the model; "" fits any of the same shape.
+      made: how it was found, JSON values; for the reader only.
+      parts: into how many equal shares of heads, with equally many pages each, it is cut (`split`).
+
+    Raises:
+      ValueError: arrays that are not as said.
+    """
+
+    sizes: np.ndarray
+    losses: np.ndarray
+    model: str = ""
+    made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    parts: int = 1
+
+    def __post_init__(self) -> None:
+        sizes, losses = np.array(self.sizes, np.int64), np.array(self.losses, np.float64)
+        ascending = (
+            sizes.ndim == 1 and len(sizes) > 1 and sizes[0] > 0 and np.all(np.diff(sizes) > 0)
+        )
+        if not ascending:
+            raise ValueError(f"sizes are {sizes.tolist()}; they must be two or more and ascend.")
+        if losses.ndim != 3 or losses.shape[-1] != len(sizes) or not losses.size:
+            raise ValueError(
+                f"losses have shape {list(losses.shape)}; it must be [L, K, {len(sizes)}], one for "
+                "every size."
+            )
+        if not np.all(np.isfinite(losses) & (losses >= 0)):
+            raise ValueError("losses are not all finite numbers of 0 or more.")
+        if self.parts < 1 or losses.shape[1] % self.parts:
+            raise ValueError(f"parts is {self.parts}; it must divide the {losses.shape[1]} heads.")
+        for name, array in (("sizes", sizes), ("losses", losses)):
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all that decides what it gives: 16 hexadecimal digits."""
+        said = hashlib.blake2b(digest_size=8)
+        for part in (self.sizes, self.losses, np.asarray([*self.losses.shape, self.parts])):
+            said.update(np.ascontiguousarray(part).tobytes())
+        said.update(self.model.encode())
+        return said.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Allotment) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __repr__(self) -> str:
+        return f"Allotment({self.digest})"
+
+    @property
+    def layers(self) -> int:
+        """`L`."""
+        return int(self.losses.shape[0])
+
+    @property
+    def heads(self) -> int:
+        """`K`."""
+        return int(self.losses.shape[1])
+
+    def last(self, layers: int) -> Allotment:
+        """That of the last layers alone, as the first may be dense."""
+        return dataclasses.replace(self, losses=self.losses[-layers:])
+
+    def split(self, parts: int) -> Allotment:
+        """The same, shared out within each of so many parts of the heads for itself."""
+        return dataclasses.replace(self, parts=parts)
+
+    def by_layer(self) -> Allotment:
+        """The same for all heads of a layer, by what they lose together."""
+        together = np.mean(self.losses, axis=1, keepdims=True)
+        return dataclasses.replace(self, losses=np.broadcast_to(together, self.losses.shape))
+
+    def pages(self, mean: int, page_size: int, least: int = 1) -> np.ndarray:
+        """Shares out `mean * L * K` pages.
+
+        A larger mean gives no head less. Where the curves end or are level, what is left is shared
+        evenly.
+
+        Args:
+          mean: pages per layer and head.
+          page_size: `P`.
+          least: pages that every head has, but not more than `mean`.
+
+        Returns:
+          int64 `[L, K]`, of mean `mean` in every part.
+        """
+        least = min(least, mean)
+        given = np.full(self.losses.shape[:2], least, np.int64)
+        width = self.heads // self.parts
+        for part in range(self.parts):
+            own = slice(part * width, (part + 1) * width)
+            given[:, own] += _shared(
+                self.sizes / page_size, self.losses[:, own], least, (mean - least)
+            )
+        return given
+
+    def write(self, file: str | os.PathLike[str]) -> None:
+        """Writes it as JSON. Raises OSError if that fails."""
+        said = {
+            "version": VERSION,
+            "model": self.model,
+            "made": dict(self.made),
+            "sizes": self.sizes.tolist(),
+            # Six digits decide nothing and keep the file small.
+            "losses": [
+                [[float(f"{x:.6g}") for x in head] for head in layer] for layer in self.losses
+            ],
+        }
+        files.replace_text(file, json.dumps(said) + "\n")
+
+    @classmethod
+    def read(cls, file: str | os.PathLike[str]) -> Allotment:
+        """The inverse of `write`.
+
+        Raises:
+          FileNotFoundError: there is none. FileError: it is no allotment.
+        """
+        try:
+            values = files.read_fields(file, _REMEDY)
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"allotment is {os.fspath(file)!r}; there is no such file. Make it with "
+                f"`raas-jax allot MODEL --out {os.fspath(file)}`."
+            ) from None
+        fields = files.Fields(values, file, remedy=_REMEDY)
+        if fields.integer("version", 1) != VERSION:
+            raise fields.error(f"version is {values['version']}; expected {VERSION}")
+        try:
+            return cls(values["sizes"], values["losses"], fields.text("model"), values["made"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise files.FileError(
+                file, f"is no allotment ({checks.first_line(error)}). {_REMEDY}"
+            ) from error
+
+
+def _shared(sizes: np.ndarray, losses: np.ndarray, least: int, mean: int) -> np.ndarray:
+    """`mean` pages per head beyond `least`, where they save the most; int64 `[L, K]`.
+
+    Of each curve only its lower convex hull counts: a step that saves much may lie behind one that
+    saves little, and is then reckoned with the pages of both.
+    """
+    shape, left = losses.shape[:2], mean * losses.shape[0] * losses.shape[1]
+    given = np.zeros(shape, np.int64)
+    steps = []
+    for head in np.ndindex(shape):
+        for pages, saved in _hull(sizes, losses[head], least):
+            steps.append((-saved, head, pages))
+    # Each head's own steps come in order, as they save less and less.
+    for _, head, pages in sorted(steps):
+        taken = min(pages, left)
+        given[head] += taken
+        left -= taken
+    flat = given.reshape(-1)
+    flat += left // flat.size
+    flat[: left % flat.size] += 1
+    return given
+
+
+def _hull(sizes: np.ndarray, losses: np.ndarray, least: int) -> list[tuple[int, float]]:
+    """Steps down the lower convex hull of a curve from `least` on: (pages, saved per page)."""
+    whole = [int(size) for size in sizes if size == int(size) and size > least]
+    at = np.asarray([least, *whole], np.float64)
+    # A curve never rises in truth; where it does, it was noise.
+    loss = np.minimum.accumulate(np.interp(at, sizes, losses))
+    hull = [0]
+    for point in range(1, len(at)):
+        while len(hull) > 1 and _slope(at, loss, hull[-2], hull[-1]) >= _slope(
+            at, loss, hull[-1], point
+        ):
+            hull.pop()
+        hull.append(point)
+    found = zip(hull, hull[1:], strict=False)
+    steps = [(int(at[b] - at[a]), -_slope(at, loss, a, b)) for a, b in found]
+    return [(pages, saved) for pages, saved in steps if saved > 0]
+
+
+def _slope(x: np.ndarray, y: np.ndarray, a: int, b: int) -> float:
+    return float((y[b] - y[a]) / (x[b] - x[a]))
