@@ -21,6 +21,7 @@ from raas_jax.plan import Plan
 from raas_jax.policies import Policy, RaaS
 from raas_jax.sampling import Sampling
 from raas_jax.session import Session
+from raas_jax.suited import suited
 from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 TOKENS_PER_SYNC = 32  # How often the host looks: often enough to stream, too rarely to matter.
@@ -257,7 +258,11 @@ def _generate_traced(
 
 
 def checked(params: Any, policy: Any) -> Policy:
-    """The policy, or the default one. Raises TypeError for what is no model or no policy."""
+    """The policy, or the default one, for this model.
+
+    Raises:
+      TypeError: no model, or no policy. FileNotFoundError, ValueError: see `suited`.
+    """
     if not isinstance(params, Params):
         raise TypeError(
             f"params is a {type(params).__name__}; expected what raas_jax.load returns."
@@ -267,7 +272,7 @@ def checked(params: Any, policy: Any) -> Policy:
         raise TypeError(
             f"policy is {policy!r}; expected a policy such as raas_jax.RaaS(budget=1024)."
         )
-    return policy
+    return suited(policy, params)
 
 
 class _Run:

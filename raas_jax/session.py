@@ -43,6 +43,7 @@ from raas_jax.plan import Plan
 from raas_jax.policies import Policy
 from raas_jax.saved_state import restore_state, save_state
 from raas_jax.sharding import state_shardings, target_of
+from raas_jax.suited import suited
 
 _admit = partial(jax.jit, static_argnames=("plan", "mesh"), donate_argnames="state")(admit)
 
@@ -101,7 +102,12 @@ class Session:
           ValueError: the policy cannot take one of the prompts.
         """
         plan = Plan.create(
-            params.config, policy, prompt_tokens, max_new_tokens, samples, target_of(mesh)
+            params.config,
+            suited(policy, params),
+            prompt_tokens,
+            max_new_tokens,
+            samples,
+            target_of(mesh),
         )
         return cls(params, plan, len(prompt_tokens) * samples, mesh=mesh)
 

@@ -98,6 +98,8 @@ class PolicyOptions:
         unset("{excluded,included,evict}", "excluded"),
     ] = None
     """Keep the prompt on top of the budget, as part of it, or evict it too (h2o, sink, tova)."""
+    allotment: Annotated[str | None, unset("FILE|auto", "the same for all")] = None
+    """Gives each layer and head a budget of its own, of mean --budget; made by raas-jax allot."""
     dense_layers: Annotated[int | None, unset("INT", "0")] = None
     """Number of first layers that keep everything."""
     alpha: Annotated[float | None, unset("FLOAT")] = None

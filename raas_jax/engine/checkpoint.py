@@ -22,7 +22,7 @@ from raas_jax import checks, files, identity, policies
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
-from raas_jax.policies import Policy
+from raas_jax.policies import Allotment, Policy
 from raas_jax.saved_state import as_arrays, read_arrays
 
 COUNTS = ("max_new_tokens", "max_prompt_tokens", "samples", "sync_every", "prefill_rows")
@@ -152,7 +152,11 @@ def _newest(folder: str | Path) -> Path:
 
 def describe(policy: Policy) -> dict[str, Any]:
     """A policy as JSON values."""
-    return {"kind": type(policy).__name__, "options": dataclasses.asdict(policy)}
+    options = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    allotment = options.get("allotment")
+    if isinstance(allotment, Allotment):
+        options["allotment"] = allotment.described()
+    return {"kind": type(policy).__name__, "options": options}
 
 
 def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Path) -> Policy:
@@ -176,6 +180,8 @@ def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Pa
             name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
         }
         try:
+            if options.get("allotment") is not None:
+                options["allotment"] = Allotment.of(options["allotment"])
             given = policies.create(kinds[kind], **options)
         except (TypeError, ValueError) as error:
             raise damaged(folder, error) from error

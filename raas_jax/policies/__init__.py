@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from raas_jax.policies.allotment import Allotment
 from raas_jax.policies.base import (
     Boundary,
     Bounded,
@@ -31,7 +32,16 @@ from raas_jax.policies.tova import TOVA
 from raas_jax.policies.triattention import TriAttention
 from raas_jax.policies.vase import VaSE
 
-__all__ = ["Boundary", "Bounded", "Evidence", "Page", "Policy", "PromptPages", "Selection"]
+__all__ = [
+    "Allotment",
+    "Boundary",
+    "Bounded",
+    "Evidence",
+    "Page",
+    "Policy",
+    "PromptPages",
+    "Selection",
+]
 __all__ += ["Batched", "Budgeted", "best", "bucket", "lowest", "pages_for", "set_slot"]
 __all__ += ["H2O", "RKV", "TOVA", "Dense", "LazyEviction", "Quest", "RaaS", "RaaSQuest"]
 __all__ += ["RandomEviction", "Recent", "Sink", "SnapKV", "TriAttention", "VaSE"]

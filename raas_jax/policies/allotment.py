@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Mapping
@@ -36,6 +37,7 @@ class Allotment:
       model: what `raas_jax.identity.likeness` says of the model; "" fits any of the same shape.
       made: how it was found, JSON values; for the reader only.
       parts: into how many equal shares of heads, with equally many pages each, it is cut (`split`).
+      together: whether all heads of a layer are given the same (`by_layer`).
 
     Raises:
       ValueError: arrays that are not as said.
@@ -46,6 +48,7 @@ class Allotment:
     model: str = ""
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     parts: int = 1
+    together: bool = False
 
     def __post_init__(self) -> None:
         sizes, losses = np.array(self.sizes, np.int64), np.array(self.losses, np.float64)
@@ -71,7 +74,11 @@ class Allotment:
     def digest(self) -> str:
         """Of all that decides what it gives: 16 hexadecimal digits."""
         said = hashlib.blake2b(digest_size=8)
-        for part in (self.sizes, self.losses, np.asarray([*self.losses.shape, self.parts])):
+        for part in (
+            self.sizes,
+            self.losses,
+            np.asarray([*self.losses.shape, self.parts, self.together]),
+        ):
             said.update(np.ascontiguousarray(part).tobytes())
         said.update(self.model.encode())
         return said.hexdigest()
@@ -105,8 +112,7 @@ class Allotment:
 
     def by_layer(self) -> Allotment:
         """The same for all heads of a layer, by what they lose together."""
-        together = np.mean(self.losses, axis=1, keepdims=True)
-        return dataclasses.replace(self, losses=np.broadcast_to(together, self.losses.shape))
+        return dataclasses.replace(self, together=True)
 
     def pages(self, mean: int, page_size: int, least: int = 1) -> np.ndarray:
         """Shares out `mean * L * K` pages.
@@ -122,29 +128,44 @@ class Allotment:
         Returns:
           int64 `[L, K]`, of mean `mean` in every part.
         """
-        least = min(least, mean)
-        given = np.full(self.losses.shape[:2], least, np.int64)
-        width = self.heads // self.parts
-        for part in range(self.parts):
-            own = slice(part * width, (part + 1) * width)
-            given[:, own] += _shared(
-                self.sizes / page_size, self.losses[:, own], least, (mean - least)
-            )
-        return given
+        sizes, least = self.sizes / page_size, min(least, mean)
+        if self.together:
+            of_layer = np.sum(self.losses, axis=1, keepdims=True)
+            given = least + _shared(sizes, of_layer, least, mean - least)
+            return np.repeat(given, self.heads, axis=1)
+        parts = np.split(self.losses, self.parts, axis=1)
+        shares = [_shared(sizes, losses, least, mean - least) for losses in parts]
+        found: np.ndarray = least + np.concatenate(shares, axis=1)
+        return found
 
-    def write(self, file: str | os.PathLike[str]) -> None:
-        """Writes it as JSON. Raises OSError if that fails."""
-        said = {
+    def described(self) -> dict[str, Any]:
+        """All of it as JSON values, but for how it is cut."""
+        return {
             "version": VERSION,
             "model": self.model,
             "made": dict(self.made),
             "sizes": self.sizes.tolist(),
-            # Six digits decide nothing and keep the file small.
-            "losses": [
-                [[float(f"{x:.6g}") for x in head] for head in layer] for layer in self.losses
-            ],
+            "losses": self.losses.tolist(),
         }
-        files.replace_text(file, json.dumps(said) + "\n")
+
+    @classmethod
+    def of(cls, described: Mapping[str, Any]) -> Allotment:
+        """The inverse of `described`. Raises ValueError for what is none."""
+        try:
+            version, model, made = (described[name] for name in ("version", "model", "made"))
+            if version != VERSION:
+                raise ValueError(f"version is {version}; expected {VERSION}")
+            if not isinstance(model, str) or not isinstance(made, dict):
+                raise ValueError("model must be a text and made an object")
+            return cls(described["sizes"], described["losses"], model, made)
+        except KeyError as error:
+            raise ValueError(f"{error} is missing") from None
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def write(self, file: str | os.PathLike[str]) -> None:
+        """Writes it as JSON. Raises OSError if that fails."""
+        files.replace_text(file, json.dumps(self.described()) + "\n")
 
     @classmethod
     def read(cls, file: str | os.PathLike[str]) -> Allotment:
@@ -160,15 +181,11 @@ class Allotment:
                 f"allotment is {os.fspath(file)!r}; there is no such file. Make it with "
                 f"`raas-jax allot MODEL --out {os.fspath(file)}`."
             ) from None
-        fields = files.Fields(values, file, remedy=_REMEDY)
-        if fields.integer("version", 1) != VERSION:
-            raise fields.error(f"version is {values['version']}; expected {VERSION}")
         try:
-            return cls(values["sizes"], values["losses"], fields.text("model"), values["made"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise files.FileError(
-                file, f"is no allotment ({checks.first_line(error)}). {_REMEDY}"
-            ) from error
+            return cls.of(values)
+        except ValueError as error:
+            what = f"is no allotment ({checks.first_line(error)}). {_REMEDY}"
+            raise files.FileError(file, what) from error
 
 
 def _shared(sizes: np.ndarray, losses: np.ndarray, least: int, mean: int) -> np.ndarray:
@@ -207,8 +224,8 @@ def _hull(sizes: np.ndarray, losses: np.ndarray, least: int) -> list[tuple[int, 
         ):
             hull.pop()
         hull.append(point)
-    found = zip(hull, hull[1:], strict=False)
-    steps = [(int(at[b] - at[a]), -_slope(at, loss, a, b)) for a, b in found]
+    edges = itertools.pairwise(hull)
+    steps = [(int(at[b] - at[a]), -_slope(at, loss, a, b)) for a, b in edges]
     return [(pages, saved) for pages, saved in steps if saved > 0]
 
 

@@ -161,6 +161,14 @@ class Policy:
         """(number of layers, policy) for consecutive groups of layers, first layers first."""
         return ((num_layers, self),)
 
+    def suited(self, likeness: Callable[[], str], own: Callable[[], Any]) -> Policy:
+        """The same for one model: what stands for something of the model's own is replaced by it.
+
+        `likeness` gives what tells the model from others of its shape, "" where that cannot be
+        known; `own` its own `Allotment`. Both are called only where they are wanted.
+        """
+        return self
+
     def split(self, parts: int) -> Policy:
         """The same where a mesh splits the heads into so many parts of equal memory."""
         return self
@@ -176,9 +184,9 @@ class Policy:
         return np.full((layers, heads), self.slots(prompt_tokens, max_new_tokens))
 
     def capacity(self, prompt_lengths: jax.Array, slots: np.ndarray) -> jax.Array:
-        """Slots that each row may use of those of `slots_by_head`: int32, broadcasts to `[L, B, K]`.
+        """Slots that each row may use of those of `slots_by_head`, all of them by default.
 
-        All of them unless a policy says otherwise.
+        int32, broadcasts to `[L, B, K]`.
         """
         return jnp.asarray(slots, jnp.int32)[:, None]
 

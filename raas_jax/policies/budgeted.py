@@ -108,6 +108,18 @@ class Budgeted(Policy):
         fitted: np.ndarray = np.minimum(given, ample)
         return fitted
 
+    def suited(self, likeness: Callable[[], str], own: Callable[[], Allotment]) -> Policy:
+        if self.allotment is None:
+            return self
+        allotment = own() if isinstance(self.allotment, str) else self.allotment
+        here = likeness() if allotment.model else ""
+        if here and here != allotment.model:
+            raise ValueError(
+                f"allotment is {allotment!r}, of a model with the likeness {allotment.model}; this "
+                f"one's is {here}. Make it with the same model: `raas-jax allot`."
+            )
+        return dataclasses.replace(self, allotment=allotment)
+
     def split(self, parts: int) -> Policy:
         if not isinstance(self.allotment, Allotment):
             return self

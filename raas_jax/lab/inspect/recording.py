@@ -64,6 +64,9 @@ class Recorded(Policy):
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         return tuple((layers, Recorded(policy)) for layers, policy in self.inner.groups(num_layers))
 
+    def suited(self, likeness: Callable[[], str], own: Callable[[], Any]) -> Policy:
+        return Recorded(self.inner.suited(likeness, own))
+
     def split(self, parts: int) -> Policy:
         return Recorded(self.inner.split(parts))
 

@@ -61,7 +61,18 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
     name += f" ({', '.join(options)})" if options else ""
     budget = str(getattr(policy, "budget", "–"))
     label = name if budget == "–" else f"{name} {budget}"
-    return {"label": label, "Policy": name, "Budget": budget, **dataclasses.asdict(policy)}
+    return {"label": label, "Policy": name, "Budget": budget, **_said(policy)}
+
+
+def _said(policy: Policy) -> dict[str, Any]:
+    """Its options as JSON values; an allotment by its digest, where it has one."""
+    options = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
+    if options.get("allotment", "") is None:
+        del options["allotment"]  # Folders that know of none go on.
+    return {
+        name: str(value) if isinstance(value, policies.Allotment) else value
+        for name, value in options.items()
+    }
 
 
 def sampled_digest(params: Params) -> str:
