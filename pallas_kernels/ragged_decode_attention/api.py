@@ -82,7 +82,9 @@ def ragged_decode_attention(
             *(jnp.asarray(ranges.starts), jnp.asarray(ranges.counts, jnp.int32), layer),
         ),
         _AXES,
-        prefers_xla=functools.partial(prefers_xla, P=k_pool.shape[2], H=k_pool.shape[3]),
+        prefers_xla=functools.partial(
+            prefers_xla, P=k_pool.shape[2], H=k_pool.shape[3], pages=ranges.most
+        ),
         sizes=ranges.sizes,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
