@@ -69,6 +69,16 @@ def choose_splits(blocks: int, tiles: int) -> int:
     return -(-tiles // -(-tiles // wanted))
 
 
+def choose_ragged_splits(blocks: int, tiles: int, mean: int) -> int:
+    """The same where blocks differ in their tiles: at most `tiles`, and `mean` on an average.
+
+    No part has more tiles than an average block, so that none of a long one ends long after the
+    others; nor more than its share where there are few blocks.
+    """
+    each = max(1, min(mean, -(-blocks * mean // (2 * MULTIPROCESSORS))))
+    return -(-tiles // each)
+
+
 def choose_stages(head_dim: int) -> int:
     """Pairs of bfloat16 tiles in flight."""
     return max(2, min(6, TILE_BYTES // (2 * TILE * head_dim * 2)))

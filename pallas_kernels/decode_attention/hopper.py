@@ -41,6 +41,7 @@ from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.hopper import (
     COMPILER,
     TILE,
+    choose_ragged_splits,
     choose_splits,
     choose_stages,
     grouping,
@@ -78,29 +79,36 @@ def attend_tiles(
     layer: jax.Array,
     scale: float,
     interpret: Any,
+    counts: jax.Array | None = None,
+    mean: int = 0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Attention of every group of query heads over the tiles of its row.
 
     Args:
       q: `[B, N, H]`.
-      k_pages, v_pages: `[L, B', K, S, P, H]`.
+      k_pages, v_pages: `[L, B', K, S, P, H]`, or `[L, B', 1, S, P, H]` that all heads read from.
       alive: bool `[B, K, tiles, 64]`, tokens that count.
       starts: int32 `[B, K, tiles, pieces]`, where in a row's `S * P` tokens each piece of a tile
         begins; None: tile `t` is in one piece and begins at `min(64 * t, S * P - 64)`.
       layer: int32 scalar.
       scale: factor on the scores.
       interpret: parameters of the interpreter; None compiles.
+      counts: int32 `[K]`, how many of its tiles a head has; None: all.
+      mean: where `counts` are given, what they are on an average over the layers.
 
     Returns:
       The unnormalised output, float32 `[B, K, G', H]`, the largest scores, `[B, K, G']`, and the
       log-sum-exp of each page in each tile, `[B, K, tiles, pages, G']`; G' is G, padded at the end.
     """
-    L, prompts, K, S, P, H = k_pages.shape
-    B, N, _ = q.shape
+    L, prompts, owners, S, P, H = k_pages.shape
+    (B, N, _), K = q.shape, alive.shape[1]
     group, chunks = grouping(N // K, H)
     blocks, tiles = B * K * chunks, alive.shape[2]
     exact, on_top = k_pages.dtype == jnp.float32, values_on_top(H)
-    splits = choose_splits(blocks, tiles)
+    if counts is None:
+        splits = choose_splits(blocks, tiles)
+    else:
+        splits = choose_ragged_splits(blocks, tiles, mean)
     stages = min(2 if exact else choose_stages(H), tiles)
     pages, pieces = max(1, TILE // P), 1 if starts is None else starts.shape[3]
 
@@ -109,11 +117,12 @@ def attend_tiles(
     words = jnp.sum(bits << jnp.arange(WORD, dtype=jnp.uint32), axis=-1, dtype=jnp.uint32)
     operands = Operands(
         q=jnp.stack(halves(queries) if exact else [queries], axis=1),
-        k=k_pages.reshape(L * prompts * K, S * P, H),
-        v=v_pages.reshape(L * prompts * K, S * P, H),
+        k=k_pages.reshape(L * prompts * owners, S * P, H),
+        v=v_pages.reshape(L * prompts * owners, S * P, H),
         alive=lax.bitcast_convert_type(words, jnp.int32),
         layer=jnp.reshape(layer, 1),
         starts=None if starts is None else starts.reshape(B * K, tiles * pieces),
+        counts=None if counts is None else jnp.tile(counts, B),
     )
     results = Results(
         out=result(blocks, splits, *((H, group) if on_top else (group, H))),
@@ -143,7 +152,7 @@ def attend_tiles(
         v_halves=tile_in_two,
     )
     (found,) = plgpu.kernel(
-        partial(attend_block, K=K, prompts=prompts, scale=scale),
+        partial(attend_block, owners=owners, prompts=prompts, scale=scale),
         out_type=[results],
         scratch_types=[scratch],
         grid=(blocks, splits),
@@ -153,8 +162,13 @@ def attend_tiles(
         interpret=interpret,
     )(operands)
 
-    top, factor = merge_splits(found.max, 1)
-    out = jnp.swapaxes(found.out, 2, 3) if on_top else found.out
+    peak, out = found.max, jnp.swapaxes(found.out, 2, 3) if on_top else found.out
+    if counts is not None:
+        # Parts without a tile have ended at once, and written nothing.
+        first = jnp.arange(splits) * -(-tiles // splits)
+        some = jnp.repeat(first < jnp.tile(counts, B)[:, None], chunks, axis=0)[..., None]
+        peak, out = jnp.where(some, peak, -jnp.inf), jnp.where(some[..., None], out, 0)
+    top, factor = merge_splits(peak, 1)
     out = jnp.sum(out * factor[..., None], axis=1)
     lse = found.page_lse.reshape(B, K, chunks, tiles, pages, group)
     lse = jnp.moveaxis(lse, 2, 4).reshape(B, K, tiles, pages, chunks * group)

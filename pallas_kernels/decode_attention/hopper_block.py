@@ -25,11 +25,12 @@ class Operands(NamedTuple):
     """What the blocks read, in global memory."""
 
     q: Any  # [blocks, parts, group, H]
-    k: Any  # [L * B' * K, S * P, H]
+    k: Any  # [L * B' * owners, S * P, H]; each head owns its own, or one of a row is everyone's
     v: Any
     alive: Any  # int32 [B * K, 2 * tiles], a bit for each token that counts
     layer: Any  # int32 [1]
     starts: Any  # int32 [B * K, tiles * pieces] or None; see `hopper.attend_tiles`
+    counts: Any  # int32 [B * K] or None
 
 
 class Results(NamedTuple):
@@ -57,6 +58,16 @@ class Scratch(NamedTuple):
     v_barriers: Any
     k_halves: Any  # bfloat16 [2, 64, H], a float32 tile in two parts; otherwise None
     v_halves: Any
+
+
+class Share(NamedTuple):
+    """What one block reads."""
+
+    row: Scalar  # Of the keys and values.
+    pair: Scalar
+    first: Scalar  # Of the pair's tiles.
+    tiles: Scalar
+    most: int  # What `tiles` is in any block.
 
 
 class Living(NamedTuple):
@@ -88,18 +99,33 @@ def values_on_top(H: int) -> bool:
 
 
 def attend_block(
-    read: Operands, write: Results, own: Scratch, *, K: int, prompts: int, scale: float
+    read: Operands, write: Results, own: Scratch, *, owners: int, prompts: int, scale: float
 ) -> None:
     """Attends with a group of query heads to some tiles of its (row, key/value head) pair."""
     block, split = lax.axis_index("block"), lax.axis_index("split")
-    (blocks, parts, group, _), (pairs, words) = read.q.shape, read.alive.shape
-    stages, tiles, splits = own.k.shape[0], words // 2, write.out.shape[1]
+    blocks, (pairs, words) = read.q.shape[0], read.alive.shape
+    tiles, splits = words // 2, write.out.shape[1]
     per_split = -(-tiles // splits)
     pair = lax.div(block, jnp.int32(blocks // pairs))
-    prompt, head = lax.div(pair, jnp.int32(pairs // prompts)), lax.rem(pair, jnp.int32(K))
-    row = (read.layer[0] * prompts + prompt) * K + head
+    prompt, owner = lax.div(pair, jnp.int32(pairs // prompts)), lax.rem(pair, jnp.int32(owners))
+    row = (read.layer[0] * prompts + prompt) * owners + owner
     first = split * per_split
-    count = jnp.minimum(per_split, tiles - first)
+    count = jnp.minimum(per_split, (tiles if read.counts is None else read.counts[pair]) - first)
+    attend = partial(
+        attend_share, read, write, own, Share(row, pair, first, count, per_split), scale
+    )
+    if read.counts is None:
+        attend()
+    else:
+        pl.when(count > 0)(attend)
+
+
+def attend_share(read: Operands, write: Results, own: Scratch, share: Share, scale: float) -> None:
+    """The same for a share of the pair's tiles."""
+    row, pair, first, count, most = share
+    block, split = lax.axis_index("block"), lax.axis_index("split")
+    parts, group = read.q.shape[1:3]
+    stages = own.k.shape[0]
 
     def living(tile: Scalar) -> Living:
         return Living(read.alive[pair, 2 * tile], read.alive[pair, 2 * tile + 1])
@@ -109,7 +135,7 @@ def attend_block(
 
     for part in range(parts):
         plgpu.copy_gmem_to_smem(read.q.at[block, part], own.q.at[part], own.q_barrier)
-    for ahead in range(min(stages, per_split)):
+    for ahead in range(min(stages, most)):
         pl.when(ahead < count)(partial(fetch, first + ahead, ahead))
     write_constants(own, write.page_lse.shape[2])
     plgpu.barrier_wait(own.q_barrier)
