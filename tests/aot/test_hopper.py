@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hlo import written_in_loops
 
@@ -19,8 +20,11 @@ from pallas_kernels import (
     decode_attention,
     page_bound,
     page_commit,
+    ragged_decode_attention,
+    ragged_page_commit,
     selected_decode_attention,
 )
+from pallas_kernels.ranges import Ranges
 from raas_jax import ModelConfig, RaaS
 from raas_jax.aot.memory import abstract_session, compiled, target_mesh
 from raas_jax.aot.targets import target_devices
@@ -57,8 +61,8 @@ def compile_kernel(device, monkeypatch, capfd):
     """Compiles one call that must be served by the kernel; returns it and ptxas's report."""
     monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
 
-    def compiled(operation, *arrays):
-        call = partial(operation, implementation="gpu", target=Target.of(device))
+    def compiled(operation, *arrays, **options):
+        call = partial(operation, implementation="gpu", target=Target.of(device), **options)
         found = jax.jit(call).lower(*at(device, arrays)).compile()
         report = capfd.readouterr()
         return found, report.out + report.err
@@ -113,6 +117,49 @@ def test_page_commit_is_one_scatter_in_place(device):
     analysis = found.memory_analysis()
     assert analysis.temp_size_in_bytes == 0
     assert analysis.alias_size_in_bytes == pages.size * 2
+    assert len(re.findall(r"= \S+ scatter\(", found.as_text())) == 1
+    assert " copy(" not in found.as_text()
+
+
+# Ranges of a pool
+
+
+def some_ranges(page, tokens=1024, layers=28, heads=4):
+    """Of so many tokens on an average, from one page to twice as many."""
+    counts = np.random.default_rng(0).integers(1, 2 * tokens // page, (layers, heads))
+    # Copies begin on a multiple of eight tokens.
+    counts[-1, -1] += -np.sum(counts) % 8
+    return Ranges(tuple(map(tuple, counts.tolist())))
+
+
+@pytest.mark.parametrize(
+    "dtype, G, H, page, rows",
+    [
+        (BF16, 7, 128, 16, 8), (BF16, 7, 128, 16, 1), (BF16, 7, 128, 1, 8),
+        (BF16, 16, 96, 128, 8), (F32, 7, 128, 16, 8),
+    ],
+)  # fmt: skip
+def test_ragged_decode_attention_compiles_without_spills(compile_kernel, dtype, G, H, page, rows):
+    ranges = some_ranges(page)
+    pool = shape(rows, ranges.total, page, H, dtype=dtype)
+    fill = shape(rows, 4, ranges.most, dtype=I32)
+    arrays = shape(rows, 4 * G, H, dtype=dtype), pool, pool, fill, shape(dtype=I32)
+    found, report = compile_kernel(ragged_decode_attention, *arrays, ranges=ranges)
+    assert "sm_90a" in report and CLEAN in report
+    # Nothing as large as what a layer has of the pool.
+    assert found.memory_analysis().temp_size_in_bytes < size(pool) / 28
+
+
+def test_ragged_page_commit_is_one_scatter_in_place(device):
+    """As `page_commit` is."""
+    ranges = some_ranges(16)
+    pool = shape(8, ranges.total, 16, 128)
+    arrays = at(device, (pool, shape(28, 8, 4, 16, 128), shape(28, 8, 4, dtype=I32)))
+    call = partial(ragged_page_commit, ranges=ranges, target=Target.of(device))
+    found = jax.jit(call, donate_argnums=0).lower(*arrays).compile()
+    analysis = found.memory_analysis()
+    assert analysis.temp_size_in_bytes == 0
+    assert analysis.alias_size_in_bytes == pool.size * 2
     assert len(re.findall(r"= \S+ scatter\(", found.as_text())) == 1
     assert " copy(" not in found.as_text()
 

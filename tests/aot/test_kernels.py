@@ -6,6 +6,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from aot.conftest import TPUS
 from jax.sharding import SingleDeviceSharding
@@ -15,6 +16,9 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_bound import page_bound
 from pallas_kernels.page_commit import page_commit
 from pallas_kernels.prefill_attention import prefill_attention
+from pallas_kernels.ragged_decode_attention import ragged_decode_attention
+from pallas_kernels.ragged_page_commit import ragged_page_commit
+from pallas_kernels.ranges import Ranges
 from pallas_kernels.selected_decode_attention import selected_decode_attention
 
 # Large enough that no copy of a buffer can hide in the chip's own memory.
@@ -119,3 +123,57 @@ def test_other_shapes_compile_when_asked_for_and_fall_back_when_not(tpu, dtype, 
         *(jax.ShapeDtypeStruct(*shape) for shape in shapes)
     )
     assert "pallas_call" not in str(traced.jaxpr)
+
+
+# Ranges of a pool
+
+
+def some_ranges(P, tokens):
+    """Of so many tokens per layer and head on an average, from one page to twice as many."""
+    counts = np.random.default_rng(0).integers(1, 2 * tokens // P, (L, K))
+    # Single tokens lie in tiles of eight.
+    counts[-1, -1] += -np.sum(counts) % 8
+    return Ranges(tuple(map(tuple, counts.tolist())))
+
+
+def assert_pool_stays(device, dtype, P, H=128, G=4, rows=B, tokens=1024, commit=True):
+    """One kernel each, a write that is in place, and less besides than one layer of the pool."""
+    ranges = some_ranges(P, tokens)
+    pool = (rows, ranges.total, P, H), dtype
+    size = rows * ranges.total * P * H * jnp.dtype(dtype).itemsize
+    shapes = ((rows, K * G, H), dtype), pool, pool, ((rows, K, ranges.most), jnp.int32), SCALAR
+    program = compile_for(device, ragged_decode_attention, *shapes, ranges=ranges)
+    assert "tpu_custom_call" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < size / L
+    if commit:
+        page, slot = ((L, rows, K, P, H), dtype), ((L, rows, K), jnp.int32)
+        program = compile_for(device, ragged_page_commit, pool, page, slot, donate=0, ranges=ranges)
+        assert program.memory_analysis().temp_size_in_bytes < size / L / 100
+        assert program.memory_analysis().alias_size_in_bytes >= size
+
+
+@pytest.mark.parametrize("name", TPUS)
+def test_ranges_of_a_pool_for_every_tpu(tpu, name):
+    assert_pool_stays(tpu(name)[0], bf16, 16)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "P", "H", "G", "rows", "commit"),
+    [
+        # Of single bfloat16 tokens only the reading: half a word cannot be written.
+        (bf16, 1, 128, 4, 8, False),
+        (f32, 1, 128, 1, 8, True),
+        (bf16, 2, 128, 7, 8, True),
+        (f32, 4, 128, 9, 3, True),
+        (bf16, 128, 128, 4, 8, True),
+        (f32, 48, 256, 2, 8, True),
+        (bf16, 16, 128, 4, 64, True),
+    ],
+)
+def test_ranges_of_pools_of_many_shapes(tpu, dtype, P, H, G, rows, commit):
+    assert_pool_stays(tpu("v5e:2x2")[0], dtype, P, H, G, rows, commit=commit)
+
+
+def test_ranges_of_one_row(tpu):
+    """So long that the pool does not fit into the chip's own memory."""
+    assert_pool_stays(tpu("v5e:2x2")[0], bf16, 16, rows=1, tokens=16_384)
