@@ -65,11 +65,10 @@ def drawn(ranges, layer, dtype, H, G, P, *, B=2, fill=None):
 
 
 # Ranges of one page and of many, units that fill a range or not, heads and rows in every grouping.
-SMALL, LONG, FINE = ((1, 3), (6, 2)), ((9, 1), (1, 18)), ((3, 30), (18, 5))
+SMALL, LONG, FINE = ((1, 3), (6, 2)), ((9, 1), (1, 11)), ((3, 30), (18, 5))
 ATTENTION = [
     # dtype, H, G, P, B, counts, blocks, device_kind
     (f32, 64, 3, 4, 2, SMALL, RaggedBlocks(rows=2, pages=2), ""),
-    (f32, 64, 1, 4, 1, SMALL, RaggedBlocks(rows=1, pages=5), ""),
     (bf16, 128, 7, 16, 2, LONG, RaggedBlocks(rows=1, pages=8), ""),
     (bf16, 80, 2, 16, 1, LONG, RaggedBlocks(rows=1, pages=3, groups=2), "TPU v4"),
     (bf16, 128, 4, 16, 3, SMALL, None, ""),
