@@ -176,7 +176,7 @@ def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Pa
                 f"{folder} has the policy {kind}, which raas_jax.policies does not know by name; "
                 f"give policy={kind}(...)."
             )
-        options = {
+        options: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
         }
         try:
