@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import tyro
 
 from raas_jax.cli import options
 from raas_jax.lab.limits import MOST_PROBLEMS
 
-if TYPE_CHECKING:
-    from raas_jax.lab.fidelity.texts import Text
-    from raas_jax.params import Params
-
-Count = Annotated[int, options.Within(1, MOST_PROBLEMS)]
 # What evicts nothing of the prompt here, and needs no calibration.
 USUAL = "raas,recent,random,h2o,tova,snapkv,rkv"
 
@@ -26,18 +21,14 @@ class Fidelity:
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=options.SOURCE)]
     out: Annotated[str | None, options.unset("DIR", aliases=["-o"])] = None
     """Folder for what is found of each text, and the tables; it may get more of both later."""
-    text: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(metavar="[KIND=]FILE ...", help_behavior_hint="(default: sources, manual)"),
-    ] = ()
-    """Text files, or JSONL of questions and answers; by default Python's own sources and manual."""
+    text: options.Texts = ()
     policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = USUAL
     """Policies with commas, each with its options; the first one's bytes are those of all."""
     budgets: Annotated[str, tyro.conf.arg(metavar="INTS")] = "256"
     """Budgets of the first policy, with commas."""
     page_sizes: Annotated[str, tyro.conf.arg(metavar="INTS")] = "16"
     """Tokens per page, with commas; the bytes are those at the first."""
-    texts: Count = 4
+    texts: options.Problems = 4
     """Texts of each kind."""
     skip: Annotated[int, options.Within(0, MOST_PROBLEMS)] = 0
     """Texts of each kind to pass over, so that others can be kept for a choice of options."""
@@ -54,6 +45,7 @@ class Fidelity:
         from raas_jax import load
         from raas_jax.cli.eval import print_report, resumable
         from raas_jax.lab.fidelity.run import plan_points, run
+        from raas_jax.lab.fidelity.texts import texts_in_turns
 
         if self.out is None:
             raise ValueError("--out DIR is missing: the folder for what is found, and the tables.")
@@ -70,7 +62,7 @@ class Fidelity:
         ]
         params = load(self.model, dtype=self.dtype)
         points = plan_points(params, tried, self.prompt_tokens, self.length)
-        texts = self._texts(params)
+        texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
         with resumable(self.out):
             run(
                 params,
@@ -82,14 +74,3 @@ class Fidelity:
                 rows=self.rows,
             )
         return print_report(self.out)
-
-    def _texts(self, params: Params) -> list[Text]:
-        from raas_jax.lab.fidelity.texts import default_sources, given_sources, windows
-
-        sources = given_sources(self.text) if self.text else default_sources()
-        by_kind = [
-            windows(params, kind, files, self.length, self.texts, self.skip)
-            for kind, files in sources
-        ]
-        # Kinds in turn, so that a run that is stopped has seen all of them.
-        return [text for same_place in zip(*by_kind, strict=True) for text in same_place]

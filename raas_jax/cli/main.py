@@ -17,6 +17,7 @@ import tyro
 import raas_jax
 from raas_jax import checks
 from raas_jax.cli import lm_eval, streams
+from raas_jax.cli.allot import Allot
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
 from raas_jax.cli.convert import Convert
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Command]] = {
     "bench": Bench,
     "throughput": Throughput,
     "train": Train,
+    "allot": Allot,
     "calibrate": Calibrate,
     "eval": Eval,
     "report": Report,

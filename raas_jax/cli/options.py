@@ -63,6 +63,13 @@ Model = Annotated[str, tyro.conf.arg(aliases=["-m"], metavar="SOURCE", help=SOUR
 DTYPE = "Data type of the weights; by default bfloat16 on accelerators, float32 on CPUs."
 DtypeName = Literal["float32", "bfloat16", "float16"]
 Dtype = Annotated[DtypeName | None, unset("{float32,bfloat16,float16}", help=DTYPE)]
+TEXTS = "Text files, or JSONL of questions and answers; by default Python's own sources and manual."
+Texts = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        metavar="[KIND=]FILE ...", help=TEXTS, help_behavior_hint="(default: sources, manual)"
+    ),
+]
 MESH = "Devices that split rows (data) and heads (model), as in data=4,model=2, or 4x2 for short."
 Mesh = Annotated[str | None, unset("data=INT,model=INT", help=MESH)]
 

@@ -138,6 +138,12 @@ class Allotment:
         found: np.ndarray = least + np.concatenate(shares, axis=1)
         return found
 
+    def loss(self, pages: np.ndarray, page_size: int) -> float:
+        """What all heads lose together with so many pages each, `[L, K]`, by their curves."""
+        heads = np.ndindex(self.losses.shape[:2])
+        at = pages * page_size
+        return float(sum(np.interp(at[head], self.sizes, self.losses[head]) for head in heads))
+
     def described(self) -> dict[str, Any]:
         """All of it as JSON values, but for how it is cut."""
         return {

@@ -101,6 +101,18 @@ def windows(
     return found
 
 
+def texts_in_turns(
+    params: Params, given: Sequence[str], length: int, count: int, skip: int = 0
+) -> list[Text]:
+    """`count` windows of every kind of the given sources, or of the default ones; kinds in turn.
+
+    So a run that is stopped has seen all kinds. Raises as `given_sources` and `windows`.
+    """
+    sources = given_sources(given) if given else default_sources()
+    by_kind = [windows(params, kind, found, length, count, skip) for kind, found in sources]
+    return [text for same_place in zip(*by_kind, strict=True) for text in same_place]
+
+
 def _of_file(params: Params, file: Path, length: int) -> Iterator[list[int]]:
     # What the tokenizer puts before a text: a BOS, where the model wants one.
     before = tokenizer.encode(params, "a")[0][0]

@@ -1,0 +1,238 @@
+"""What each head of a model loses with fewer pages, in nats of the next token's distribution.
+
+A head that sees only some of a text gives another output than the dense one, `d` apart. To second
+order the divergence KL(dense || changed) of all next tokens is half of `dᵀ F d`, F the Fisher
+information of the outputs: the mean of `g gᵀ`, where g is the gradient of the log-likelihood of
+tokens that are drawn from the model itself. So half of `(g · d)²`, summed over the head's own
+group of query heads, is what the head's loss costs at a token. Heads and tokens are taken for
+themselves: what their losses do together is left out.
+
+Layers are read one at a time, forwards for their inputs and backwards for the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from raas_jax import identity
+from raas_jax.allot.simulate import Seen, simulate, simulated
+from raas_jax.model import Layer, ends, rope_rotation, run_layers
+from raas_jax.params import Params
+from raas_jax.policies import Allotment, Policy, RaaS
+from raas_jax.scoring import in_blocks
+
+PAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Sizes at which heads are looked at, as far as the texts go."""
+_NEVER = -1e30
+
+
+def allot(
+    params: Params,
+    texts: Sequence[Sequence[int]],
+    *,
+    policy: Policy | None = None,
+    prompt_tokens: int = 128,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> Allotment:
+    """Finds what each layer and key/value head loses at several sizes.
+
+    Args:
+      params: the model; float32 is best.
+      texts: token ids of texts of one length, like those that the model will write. Four of 2,048
+        tokens do; a head's size is found up to their length.
+      policy: decides what a head keeps; `RaaS` by default. Its budget does not matter.
+      prompt_tokens: how many of the first tokens are the prompt, which is kept.
+      seed: of the tokens that are drawn.
+      progress: a bar on stderr; None shows it on a terminal.
+
+    Raises:
+      ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
+        simulated.
+    """
+    tried = simulated(RaaS() if policy is None else policy)
+    P = tried.page_size
+    tokens, prompt, sizes = _checked(texts, prompt_tokens, P, tried.reserve()[0])
+    B, T = tokens.shape
+    params = params.stacked()  # One program serves all layers.
+    L = params.config.num_hidden_layers
+    hidden = None if progress is None else not progress
+    with tqdm(total=2 * L, unit="layer", disable=hidden) as bar:
+        inputs = [[_embed(params, jnp.asarray(row))] for row in tokens]
+        for number in range(L):
+            for of_text in inputs:
+                of_text.append(_forward(params, of_text[-1], jnp.int32(number)))
+            bar.update()
+        root = jax.random.key(seed)
+        back = [
+            _drawn_gradient(params, of_text.pop(), jax.random.fold_in(root, row))
+            for row, of_text in enumerate(inputs)
+        ]
+        losses = np.zeros((L, params.config.num_key_value_heads, len(sizes)))
+        for number in reversed(range(L)):
+            found = []
+            for row, of_text in enumerate(inputs):
+                one = _backward(params, of_text.pop(), back[row], jnp.int32(number))
+                back[row], attention = one
+                found.append(attention)
+            seen = [_seen(*each[:3], prompt=prompt, P=P) for each in found]
+            held = simulate(tried, sizes, jax.tree.map(lambda *x: jnp.stack(x), *seen))
+            for row, each in enumerate(found):
+                losses[number] += np.asarray(_losses(*each, held[:, row], prompt=prompt, P=P)).T
+            bar.update()
+    # With room for all of it, nothing of a text is lost.
+    whole = (T - prompt) // P
+    curves = np.concatenate([losses / B, np.zeros_like(losses[..., :1])], axis=-1)
+    made = {
+        "policy": type(tried).__name__,
+        "texts": B,
+        "tokens": T,
+        "prompt_tokens": prompt,
+        "measure": "nats",
+        "seed": seed,
+    }
+    return Allotment(np.asarray([*sizes, whole]) * P, curves, identity.likeness(params), made)
+
+
+def _checked(
+    texts: Sequence[Sequence[int]], prompt_tokens: int, P: int, reserve: int
+) -> tuple[np.ndarray, int, tuple[int, ...]]:
+    """The tokens `[B, T]`, whole pages after the prompt; the prompt, whole pages; and the sizes."""
+    lengths = {len(text) for text in texts}
+    if len(lengths) != 1:
+        raise ValueError(
+            f"texts have the lengths {sorted(lengths)}; give at least one, all of one length."
+        )
+    prompt = -(-max(prompt_tokens, 1) // P) * P
+    pages = (lengths.pop() - prompt) // P
+    sizes = tuple(size for size in PAGES if reserve < size < pages)
+    if len(sizes) < 2:
+        raise ValueError(
+            f"texts have {pages} pages of {P} tokens after the prompt; give longer ones, at least "
+            f"{prompt + (reserve + 4) * P} tokens, or use a smaller page_size."
+        )
+    return np.asarray(texts, np.int32)[:, : prompt + pages * P], prompt, sizes
+
+
+@jax.jit
+def _embed(params: Params, tokens: jax.Array) -> jax.Array:
+    return ends(params.config, params.weights).embed(tokens)[None]
+
+
+def _layer(
+    params: Params, number: jax.Array, x: jax.Array, change: Any
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """x `[1, T, D]` through one layer, whose attention gives `change` more; q, k, v, and o."""
+    config, T = params.config, x.shape[1]
+    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T, dtype=jnp.int32)[None])
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = (each[0].astype(jnp.float32) for each in (q, k, v))
+        shares = _shares(q, k, 0)
+        K, G, H = *shares.shape[:2], q.shape[-1]
+        out = jnp.einsum("kgts,skh->tkgh", shares, v).reshape(T, K * G, H)
+        changed = (out + change)[None].astype(x.dtype)
+        return layer.block.finish(x, changed), (q, k, v, out)
+
+    x, found = run_layers(config, params.weights, body, x, first=number, count=1)
+    return x, jax.tree.map(lambda each: each[0], found)
+
+
+def _shares(q: jax.Array, k: jax.Array, first: int) -> jax.Array:
+    """Causal softmax of q `[T, N, H]` from `first` on over k `[T, K, H]`: `[K, G, t, T]`."""
+    (T, N, H), K = q.shape, k.shape[1]
+    grouped = q[first:].reshape(T - first, K, N // K, H) * H**-0.5
+    scores = jnp.einsum("tkgh,skh->kgts", grouped, k)
+    return jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool)[first:], scores, _NEVER), axis=-1)
+
+
+@jax.jit
+def _forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
+    return _layer(params, number, x, 0.0)[0]
+
+
+@jax.jit
+def _backward(
+    params: Params, x: jax.Array, back: jax.Array, number: jax.Array
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """From the gradient at a layer's output that at its input, and q, k, v, o and o's gradient."""
+    N, H = params.config.num_attention_heads, params.config.head_dim
+    none = jnp.zeros((x.shape[1], N, H), jnp.float32)
+    _, pull, found = jax.vjp(partial(_layer, params, number), x, none, has_aux=True)
+    at_input, at_attention = pull(back)
+    return at_input, (*found, at_attention)
+
+
+@jax.jit
+def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array) -> jax.Array:
+    """Gradient, at the last layer's outputs `[1, T, D]`, of the likelihood of drawn next tokens."""
+    model = ends(params.config, params.weights)
+
+    def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
+        x, number = block
+        keys = jax.vmap(partial(jax.random.fold_in, key))(number[:, 0])
+        drawn = jax.vmap(jax.random.categorical)(keys, model.logits(x[:, 0]))
+
+        def likelihood(x: jax.Array) -> jax.Array:
+            logs = jax.nn.log_softmax(model.logits(x[:, 0]), axis=-1)
+            return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1))
+
+        gradient: jax.Array = jax.grad(likelihood)(x)
+        return gradient
+
+    by_token = jnp.swapaxes(x, 0, 1)
+    found: jax.Array = in_blocks(of_block, (by_token, jnp.arange(len(by_token))[:, None]))
+    return jnp.swapaxes(found, 0, 1)
+
+
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def _seen(q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: int, P: int) -> Seen:
+    shares = _shares(q, k, prompt)
+    pages = shares[..., prompt:].reshape(*shares.shape[:3], -1, P)
+
+    def in_pages(x: jax.Array) -> jax.Array:
+        _, K, H = x.shape
+        return jnp.swapaxes(x[prompt:], 0, 1).reshape(K, -1, P, H)
+
+    of_prompt = jnp.sum(shares[..., :prompt], axis=-1)
+    return Seen(of_prompt, jnp.sum(pages, axis=-1), in_pages(k), in_pages(v))
+
+
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def _losses(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    out: jax.Array,
+    gradient: jax.Array,
+    held: jax.Array,
+    *,
+    prompt: int,
+    P: int,
+) -> jax.Array:
+    """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
+    shares = _shares(q, k, prompt)
+    K, G, t, _ = shares.shape
+    page = jnp.arange(t) // P
+    own = page[:, None] == page
+    out, gradient = (x[prompt:].reshape(t, K, G, -1) for x in (out, gradient))
+
+    def of_size(held: jax.Array) -> jax.Array:
+        later = jnp.moveaxis(held[page][..., page], 0, 1) | own
+        visible = jnp.concatenate([jnp.ones((K, t, prompt), bool), later], axis=-1)
+        left = jnp.where(visible[:, None], shares, 0.0)
+        total = jnp.moveaxis(jnp.sum(left, axis=-1), 2, 0)
+        changed = jnp.einsum("kgts,skh->tkgh", left, v) / total[..., None]
+        effect = jnp.sum((changed - out) * gradient, axis=(2, 3))
+        return jnp.mean(effect**2, axis=0) / 2
+
+    found: jax.Array = jax.lax.map(of_size, jnp.swapaxes(held, 0, 1))
+    return found

@@ -1,0 +1,89 @@
+"""`raas-jax allot`: how much of a budget each layer and head of a model should have."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from raas_jax.cli import options, tables
+from raas_jax.lab.limits import MOST_PROBLEMS
+
+if TYPE_CHECKING:
+    from raas_jax.policies import Allotment
+
+BUDGETS = (64, 128, 256, 512, 1024)
+"""Tokens, for which the table says what to expect."""
+
+
+@dataclasses.dataclass
+class Allot:
+    """Find how much of a budget each layer and head of a model should have."""
+
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=options.SOURCE)]
+    out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "allotment.json"
+    """File to write; --allotment FILE uses it. In the model's folder, --allotment auto finds it."""
+    text: options.Texts = ()
+    policy: Annotated[str, tyro.conf.arg(metavar="NAME[:OPTION=VALUE...]")] = "raas"
+    """Decides what a head keeps; policies of other names can use the file, too."""
+    texts: options.Problems = 2
+    """Texts of each kind."""
+    skip: Annotated[int, options.Within(0, MOST_PROBLEMS)] = 12
+    """Texts of each kind to pass over: those that eval fidelity reads."""
+    length: options.Tokens = 2048
+    """Tokens of a text; a head's needs are found up to it."""
+    prompt_tokens: options.Tokens = 128
+    """How many of them are the prompt, which is kept."""
+    picture: Annotated[str | None, options.unset("FILE")] = None
+    """Draws pages by layer and head, and some curves, as PNG."""
+    dtype: options.Dtype = None
+
+    def run(self) -> int:
+        """Writes the file, and says what it is expected to save."""
+        from raas_jax import load, policies
+        from raas_jax.allot import allot
+        from raas_jax.lab.fidelity.texts import texts_in_turns
+
+        # Before anything is computed.
+        for flag, file in (("--out", self.out), ("--picture", self.picture)):
+            path = Path(file or self.out)
+            if path.is_dir() or not path.absolute().parent.is_dir():
+                raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
+        policy = policies.parse(self.policy)
+        params = load(self.model, dtype=self.dtype)
+        texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
+        began = time.perf_counter()
+        tokens = [text.tokens for text in texts]
+        found = allot(params, tokens, policy=policy, prompt_tokens=self.prompt_tokens)
+        kinds = sorted({text.kind for text in texts})
+        found = dataclasses.replace(found, made={**found.made, "kinds": kinds})
+        found.write(self.out)
+        seconds = time.perf_counter() - began
+        print(
+            f"{self.out}: {found.layers} layers x {found.heads} heads, {len(texts)} texts of "
+            f"{self.length} tokens ({', '.join(kinds)}), {seconds:.0f} s\n"
+        )
+        print(expected(found, policy.page_size))
+        if self.picture is not None:
+            from raas_jax.lab.allotments import draw
+
+            draw(found, self.picture, policy.page_size)
+            print(f"\n{self.picture}: pages by layer and head")
+        return 0
+
+
+def expected(found: Allotment, page_size: int) -> str:
+    """A table of what budgets are expected to cost, shared out evenly and by the allotment."""
+    rows = []
+    for budget in BUDGETS:
+        pages = found.pages(budget // page_size, page_size, 2)
+        even = found.loss(pages * 0 + budget // page_size, page_size)
+        given = found.loss(pages, page_size)
+        least, most = int(pages.min()) * page_size, int(pages.max()) * page_size
+        rows.append([f"{budget}", f"{even:.4f}", f"{given:.4f}", f"{least}-{most}"])
+    return tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows) + (
+        "\n\nExpected KL divergence from the dense model, nats per token, each head for itself."
+    )

@@ -1,0 +1,52 @@
+"""The picture of an allotment: pages by layer and head, and the curves that they follow from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from raas_jax.policies import Allotment
+
+BUDGET = 256
+"""Mean tokens per layer and head, shared out in the picture."""
+CURVES = 6
+
+
+def draw(allotment: Allotment, file: str | Path, page_size: int, budget: int = BUDGET) -> None:
+    """Writes a PNG. Raises OSError if that fails."""
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    shares, curves = figure.subplots(1, 2, width_ratios=(1.5, 1))
+    pages = allotment.pages(budget // page_size, page_size, 2)
+    _draw_shares(figure, shares, pages * page_size, budget)
+    _draw_curves(curves, allotment, pages * page_size)
+    figure.savefig(file, dpi=130)
+
+
+def _draw_shares(figure: Figure, axis: Any, tokens: np.ndarray, budget: int) -> None:
+    image = axis.imshow(tokens.T, aspect="auto", origin="lower", cmap="viridis")
+    axis.set(xlabel="Layer", ylabel="Key/value head")
+    axis.set_title(f"Tokens kept, mean {budget}", fontsize=10)
+    axis.set_yticks(range(tokens.shape[1]))
+    figure.colorbar(image, ax=axis, label="Tokens")
+
+
+def _draw_curves(axis: Any, allotment: Allotment, tokens: np.ndarray) -> None:
+    """Heads from the one that is given the most to the one that is given the least."""
+    order = np.argsort(-tokens, axis=None, kind="stable")
+    for place in np.linspace(0, len(order) - 1, CURVES).astype(int):
+        layer, head = np.unravel_index(order[place], tokens.shape)
+        curve, given = allotment.losses[layer, head], tokens[layer, head]
+        # The last point, where all of a text has room, has no logarithm.
+        (line,) = axis.loglog(
+            allotment.sizes[:-1],
+            np.maximum(curve[:-1], 1e-9),
+            label=f"layer {layer}, head {head}: {given}",
+        )
+        at = np.interp(given, allotment.sizes, curve)
+        axis.plot([given], [max(at, 1e-9)], "o", color=line.get_color())
+    axis.set(xlabel="Tokens kept", ylabel="Loss, nats per token")
+    axis.set_title("What a head loses, and what it is given", fontsize=10)
+    axis.legend(fontsize=7)
