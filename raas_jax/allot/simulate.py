@@ -21,11 +21,11 @@ from raas_jax.policies.base import Metadata
 
 
 class Seen(NamedTuple):
-    """One layer's dense attention from the tokens after the prompt, `t` of them on `n` pages.
+    """What the tokens after the prompt, `t` of them on `n` pages, see in one layer of a dense pass.
 
     Attributes:
-      prompt: float32 `[B, K, G, t]`, share of the softmax on the whole prompt.
-      page: float32 `[B, K, G, t, n]`, share on each page of later tokens.
+      prompt: float32 `[B, K, G, t]`, sum over the whole prompt, of the softmax or of what it bears.
+      page: float32 `[B, K, G, t, n]`, the same of each page of later tokens.
       k, v: `[B, K, n, P, H]`, keys and values of these pages.
     """
 

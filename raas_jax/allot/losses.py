@@ -79,13 +79,13 @@ def allot(
         for number in reversed(range(L)):
             found = []
             for row, of_text in enumerate(inputs):
-                one = _backward(params, of_text.pop(), back[row], jnp.int32(number))
-                back[row], attention = one
-                found.append(attention)
-            seen = [_seen(*each[:3], prompt=prompt, P=P) for each in found]
-            held = simulate(tried, sizes, jax.tree.map(lambda *x: jnp.stack(x), *seen))
+                x = of_text.pop()
+                back[row], layer = _backward(params, x, back[row], jnp.int32(number))
+                found.append(_by_page(*layer, prompt=prompt, P=P))
+            mass = jax.tree.map(lambda *x: jnp.stack(x), *(each for each, _ in found))
+            held = simulate(tried, sizes, mass)
             for row, each in enumerate(found):
-                losses[number] += np.asarray(_losses(*each, held[:, row], prompt=prompt, P=P)).T
+                losses[number] += np.asarray(_losses(*each, held[:, row])).T
             bar.update()
     # With room for all of it, nothing of a text is lost.
     whole = (T - prompt) // P
@@ -129,7 +129,7 @@ def _embed(params: Params, tokens: jax.Array) -> jax.Array:
 def _layer(
     params: Params, number: jax.Array, x: jax.Array, change: Any
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """x `[1, T, D]` through one layer, whose attention gives `change` more; q, k, v, and o."""
+    """x `[1, T, D]` through one layer, whose attention gives `change` more; and its q, k, v."""
     config, T = params.config, x.shape[1]
     rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T, dtype=jnp.int32)[None])
 
@@ -140,7 +140,7 @@ def _layer(
         K, G, H = *shares.shape[:2], q.shape[-1]
         out = jnp.einsum("kgts,skh->tkgh", shares, v).reshape(T, K * G, H)
         changed = (out + change)[None].astype(x.dtype)
-        return layer.block.finish(x, changed), (q, k, v, out)
+        return layer.block.finish(x, changed), (q, k, v)
 
     x, found = run_layers(config, params.weights, body, x, first=number, count=1)
     return x, jax.tree.map(lambda each: each[0], found)
@@ -163,7 +163,7 @@ def _forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
 def _backward(
     params: Params, x: jax.Array, back: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """From the gradient at a layer's output that at its input, and q, k, v, o and o's gradient."""
+    """The gradient at a layer's input from that at its output; q, k, v, the attention's gradient."""
     N, H = params.config.num_attention_heads, params.config.head_dim
     none = jnp.zeros((x.shape[1], N, H), jnp.float32)
     _, pull, found = jax.vjp(partial(_layer, params, number), x, none, has_aux=True)
@@ -194,45 +194,49 @@ def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array) -> jax.Array:
 
 
 @partial(jax.jit, static_argnames=("prompt", "P"))
-def _seen(q: jax.Array, k: jax.Array, v: jax.Array, *, prompt: int, P: int) -> Seen:
-    shares = _shares(q, k, prompt)
-    pages = shares[..., prompt:].reshape(*shares.shape[:3], -1, P)
-
-    def in_pages(x: jax.Array) -> jax.Array:
-        _, K, H = x.shape
-        return jnp.swapaxes(x[prompt:], 0, 1).reshape(K, -1, P, H)
-
-    of_prompt = jnp.sum(shares[..., :prompt], axis=-1)
-    return Seen(of_prompt, jnp.sum(pages, axis=-1), in_pages(k), in_pages(v))
-
-
-@partial(jax.jit, static_argnames=("prompt", "P"))
-def _losses(
+def _by_page(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    out: jax.Array,
     gradient: jax.Array,
-    held: jax.Array,
     *,
     prompt: int,
     P: int,
-) -> jax.Array:
-    """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
+) -> tuple[Seen, Seen]:
+    """What the tokens after the prompt see of each page: attention, and its part in `g · out`."""
     shares = _shares(q, k, prompt)
     K, G, t, _ = shares.shape
-    page = jnp.arange(t) // P
-    own = page[:, None] == page
-    out, gradient = (x[prompt:].reshape(t, K, G, -1) for x in (out, gradient))
+    grouped = gradient[prompt:].reshape(t, K, G, -1)
+    worth = shares * jnp.einsum("tkgh,skh->kgts", grouped, v)
+
+    def in_pages(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x[prompt:], 0, 1).reshape(K, -1, P, x.shape[-1])
+
+    def summed(x: jax.Array) -> Seen:
+        pages = x[..., prompt:].reshape(K, G, t, -1, P)
+        of_prompt = jnp.sum(x[..., :prompt], axis=-1)
+        return Seen(of_prompt, jnp.sum(pages, axis=-1), in_pages(k), in_pages(v))
+
+    return summed(shares), summed(worth)
+
+
+@jax.jit
+def _losses(mass: Seen, worth: Seen, held: jax.Array) -> jax.Array:
+    """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
+    t, n = mass.page.shape[2:]
+    written = jnp.arange(t) // (t // n)
+    dense = worth.prompt + jnp.sum(worth.page, axis=-1)
 
     def of_size(held: jax.Array) -> jax.Array:
-        later = jnp.moveaxis(held[page][..., page], 0, 1) | own
-        visible = jnp.concatenate([jnp.ones((K, t, prompt), bool), later], axis=-1)
-        left = jnp.where(visible[:, None], shares, 0.0)
-        total = jnp.moveaxis(jnp.sum(left, axis=-1), 2, 0)
-        changed = jnp.einsum("kgts,skh->tkgh", left, v) / total[..., None]
-        effect = jnp.sum((changed - out) * gradient, axis=(2, 3))
-        return jnp.mean(effect**2, axis=0) / 2
+        visible = (held | jnp.eye(n, dtype=bool)[:, None])[written]
+        visible = jnp.swapaxes(visible, 0, 1)[:, None]
+
+        def left(seen: Seen) -> jax.Array:
+            return seen.prompt + jnp.sum(jnp.where(visible, seen.page, 0.0), axis=-1)
+
+        # The heads of a group lose the same pages: what they cost, they cost together.
+        effect = jnp.sum(left(worth) / left(mass) - dense, axis=1)
+        return jnp.mean(effect**2, axis=-1) / 2
 
     found: jax.Array = jax.lax.map(of_size, jnp.swapaxes(held, 0, 1))
     return found
