@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from raas_jax import policies as policies
+    from raas_jax.allotting import allot as allot
     from raas_jax.config import ModelConfig as ModelConfig
     from raas_jax.decode import RowRequest as RowRequest
     from raas_jax.engine import Engine as Engine
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from raas_jax.outputs import Output as Output
     from raas_jax.outputs import Stats as Stats
     from raas_jax.params import Params as Params
+    from raas_jax.policies import Allotment as Allotment
     from raas_jax.policies import Dense as Dense
     from raas_jax.policies import Policy as Policy
     from raas_jax.policies import RaaS as RaaS
@@ -40,13 +42,14 @@ __version__ = "0.1.0"
 
 # Public names by the module that has them, which is imported when one is first asked for.
 _NAMES = {
+    "allotting": "allot",
     "config": "ModelConfig",
     "decode": "RowRequest",
     "engine": "Engine Request Result",
     "generation": "Piece generate generate_ids stream",
     "outputs": "Output Stats",
     "params": "Params",
-    "policies": "Dense Policy RaaS",
+    "policies": "Allotment Dense Policy RaaS",
     "sampling": "Sampling",
     "scoring": "Score score",
     "session": "Session",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -13,8 +14,11 @@ from raas_jax.cli import options, tables
 from raas_jax.lab.limits import MOST_PROBLEMS
 
 if TYPE_CHECKING:
+    from raas_jax.params import Params
     from raas_jax.policies import Allotment
 
+DEMO_PROMPT, DEMO_LENGTH = 272, 560
+"""Tokens: what the longest prompt takes, and half of the demo's answers reach."""
 BUDGETS = (64, 128, 256, 512, 1024)
 """Tokens, for which the table says what to expect."""
 
@@ -44,8 +48,7 @@ class Allot:
     def run(self) -> int:
         """Writes the file, and says what it is expected to save."""
         from raas_jax import load, policies
-        from raas_jax.allot import allot
-        from raas_jax.lab.fidelity.texts import texts_in_turns
+        from raas_jax.allotting import allot
 
         # Before anything is computed.
         for flag, file in (("--out", self.out), ("--picture", self.picture)):
@@ -54,11 +57,9 @@ class Allot:
                 raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
         policy = policies.parse(self.policy)
         params = load(self.model, dtype=self.dtype)
-        texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
         began = time.perf_counter()
-        tokens = [text.tokens for text in texts]
-        found = allot(params, tokens, policy=policy, prompt_tokens=self.prompt_tokens)
-        kinds = sorted({text.kind for text in texts})
+        texts, prompt_tokens, kinds = self._texts(params)
+        found = allot(params, texts, policy=policy, prompt_tokens=prompt_tokens)
         found = dataclasses.replace(found, made={**found.made, "kinds": kinds})
         found.write(self.out)
         seconds = time.perf_counter() - began
@@ -74,6 +75,28 @@ class Allot:
             print(f"\n{self.picture}: pages by layer and head")
         return 0
 
+    def _texts(self, params: Params) -> tuple[list[Sequence[int]], int, list[str]]:
+        """Texts of one length, how many of their tokens are the prompt, and their kinds."""
+        if self.model == "demo" and not self.text:
+            return _derivations(params), DEMO_PROMPT, ["derivations"]
+        from raas_jax.lab.fidelity.texts import texts_in_turns
+
+        texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
+        kinds = sorted({text.kind for text in texts})
+        return [text.tokens for text in texts], self.prompt_tokens, kinds
+
+
+def _derivations(params: Params) -> list[Sequence[int]]:
+    """The demo's own answers to problems of its validation set, cut to one length."""
+    from raas_jax import tokenizer
+    from raas_jax.lab.runs.planning import with_answers
+    from raas_jax.lab.tasks.lemma import Knobs, draw
+
+    problems = [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(24)]
+    prompts, _ = tokenizer.encode(params, problems)
+    answered = with_answers(params, prompts, DEMO_LENGTH)
+    return [ids[:DEMO_LENGTH] for ids in answered if len(ids) >= DEMO_LENGTH]
+
 
 def expected(found: Allotment, page_size: int) -> str:
     """A table of what budgets are expected to cost, shared out evenly and by the allotment."""
@@ -83,7 +106,7 @@ def expected(found: Allotment, page_size: int) -> str:
         even = found.loss(pages * 0 + budget // page_size, page_size)
         given = found.loss(pages, page_size)
         least, most = int(pages.min()) * page_size, int(pages.max()) * page_size
-        rows.append([f"{budget}", f"{even:.4f}", f"{given:.4f}", f"{least}-{most}"])
+        rows.append([f"{budget}", f"{even:.3g}", f"{given:.3g}", f"{least}-{most}"])
     return tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows) + (
         "\n\nExpected KL divergence from the dense model, nats per token, each head for itself."
     )

@@ -22,7 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax import identity
-from raas_jax.allot.simulate import Seen, simulate, simulated
+from raas_jax.allotting.simulate import Seen, simulate, simulated
 from raas_jax.model import Layer, ends, rope_rotation, run_layers
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Policy, RaaS
@@ -40,6 +40,7 @@ def allot(
     policy: Policy | None = None,
     prompt_tokens: int = 128,
     seed: int = 0,
+    temperature: float = 1.0,
     progress: bool | None = None,
 ) -> Allotment:
     """Finds what each layer and key/value head loses at several sizes.
@@ -72,7 +73,7 @@ def allot(
             bar.update()
         root = jax.random.key(seed)
         back = [
-            _drawn_gradient(params, of_text.pop(), jax.random.fold_in(root, row))
+            _drawn_gradient(params, of_text.pop(), jax.random.fold_in(root, row), temperature)
             for row, of_text in enumerate(inputs)
         ]
         losses = np.zeros((L, params.config.num_key_value_heads, len(sizes)))
@@ -163,7 +164,7 @@ def _forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
 def _backward(
     params: Params, x: jax.Array, back: jax.Array, number: jax.Array
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """The gradient at a layer's input from that at its output; q, k, v, the attention's gradient."""
+    """From the gradient at a layer's output that at its input; q, k, v and their attention's."""
     N, H = params.config.num_attention_heads, params.config.head_dim
     none = jnp.zeros((x.shape[1], N, H), jnp.float32)
     _, pull, found = jax.vjp(partial(_layer, params, number), x, none, has_aux=True)
@@ -172,17 +173,17 @@ def _backward(
 
 
 @jax.jit
-def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array) -> jax.Array:
+def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
     """Gradient, at the last layer's outputs `[1, T, D]`, of the likelihood of drawn next tokens."""
     model = ends(params.config, params.weights)
 
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, number = block
         keys = jax.vmap(partial(jax.random.fold_in, key))(number[:, 0])
-        drawn = jax.vmap(jax.random.categorical)(keys, model.logits(x[:, 0]))
+        drawn = jax.vmap(jax.random.categorical)(keys, model.logits(x[:, 0]) / temperature)
 
         def likelihood(x: jax.Array) -> jax.Array:
-            logs = jax.nn.log_softmax(model.logits(x[:, 0]), axis=-1)
+            logs = jax.nn.log_softmax(model.logits(x[:, 0]) / temperature, axis=-1)
             return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1))
 
         gradient: jax.Array = jax.grad(likelihood)(x)

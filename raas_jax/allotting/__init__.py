@@ -1,3 +1,3 @@
 """Finds an allotment: how much of a budget each layer and head of a model should have."""
 
-from raas_jax.allot.losses import allot as allot
+from raas_jax.allotting.losses import allot as allot

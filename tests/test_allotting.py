@@ -1,0 +1,166 @@
+"""Allotments are found from what a policy would keep, and from what that costs."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import QWEN3, VOCAB, random_params
+
+import raas_jax
+from raas_jax.allotting import losses
+from raas_jax.allotting.simulate import simulate, simulated
+from raas_jax.lab.inspect.recording import record
+from raas_jax.model import ends, rope_rotation, run_layers
+from raas_jax.policies import H2O, RKV, RaaS, RaaSQuest, Recent, SnapKV
+from raas_jax.policies.lazy_eviction import LazyEviction
+
+P, PROMPT, PAGES = 2, 6, 12
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(QWEN3, 3, 3.0)
+
+
+def first_layer(params, tokens):
+    """What `allot` hands to the simulation of the first layer."""
+    x = losses._embed(params, jnp.asarray(tokens))
+    _, layer = losses._backward(params, x, jnp.ones_like(x), jnp.int32(0))
+    return losses._by_page(*layer, prompt=PROMPT, P=P)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        RaaS(8, page_size=P),
+        RaaS(8, 0.12, page_size=P, recent=3),
+        Recent(8, page_size=P),
+        H2O(8, page_size=P),
+        SnapKV(8, window=3, page_size=P),
+        LazyEviction(8, every=4, recent=4, alpha=0.12, page_size=P),
+        RKV(8, every=4, recent=2, window=2, page_size=P),
+    ],
+    ids=lambda policy: type(policy).__name__,
+)
+def test_what_is_simulated_is_what_a_decode_holds(params, policy):
+    """In the first layer a decode sees the dense model's queries and keys, whatever it forgot."""
+    prompt = np.random.default_rng(0).integers(0, VOCAB, PROMPT).tolist()
+    new = PAGES * P + 1
+    ((_, recording),) = record(params, [prompt], [new], policy, stop_tokens=())
+    mass, _ = first_layer(params, np.asarray([*prompt, *recording.tokens[:-1]]))
+    seen = jax.tree.map(lambda x: x[None], mass)
+    held = simulate(simulated(policy), (4, 6), seen)[:, 0, 0]
+    now = np.arange(PAGES)
+    wanted = recording.present[:, 0].copy()
+    wanted[now, :, now] = False
+    np.testing.assert_array_equal(held, wanted)
+    assert wanted.sum() < now.sum() * wanted.shape[1]
+
+
+def gradients(params, tokens, drawn):
+    """Of the likelihood of the drawn tokens, by each layer's attention: `[L, T, N, H]`, at once."""
+    config, T = params.config, len(tokens)
+    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
+
+    def body(layer, x, change):
+        q, k, v = layer.block.qkv(x, rotation)
+        out, shares = attention(q[0], k[0], v[0])
+        return layer.block.finish(x, (out + change)[None]), (out, shares, v[0])
+
+    def likelihood(change):
+        model = ends(config, params.weights)
+        x, seen = run_layers(config, params.weights, body, model.embed(tokens)[None], change)
+        logs = jax.nn.log_softmax(model.logits(x[0]))
+        return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1)), seen
+
+    none = jnp.zeros(
+        (config.num_hidden_layers, T, config.num_attention_heads, config.head_dim), jnp.float32
+    )
+    return jax.grad(likelihood, has_aux=True)(none)
+
+
+def attention(q, k, v):
+    group = q.shape[1] // k.shape[1]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    scores = jnp.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
+    shares = jax.nn.softmax(jnp.where(jnp.tri(len(q), dtype=bool), scores, -jnp.inf))
+    return jnp.einsum("nts,snh->tnh", shares, v), shares
+
+
+def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch):
+    """Layer by layer and page by page, they are half of (g · change)², as it is defined."""
+    tokens = np.random.default_rng(1).integers(0, VOCAB, PROMPT + PAGES * P)
+    drawn = np.random.default_rng(2).integers(0, VOCAB, len(tokens))
+    monkeypatch.setattr(
+        losses, "_drawn_gradient", lambda params, x, *_: gradient_of(params, x, drawn)
+    )
+    held = {}
+
+    def watched(policy, sizes, seen):
+        held[len(held)] = found = simulate(policy, sizes, seen)
+        return found
+
+    monkeypatch.setattr(losses, "simulate", watched)
+    policy = RaaS(8, page_size=P)
+    found = raas_jax.allot(params, [tokens], policy=policy, prompt_tokens=PROMPT)
+    assert found.sizes.tolist() == [P * size for size in (2, 3, 4, 6, 8, PAGES)]
+    g, (out, shares, v) = gradients(params, tokens, drawn)
+    L, K = found.layers, found.heads
+    group = g.shape[2] // K
+    page = np.arange(PAGES * P) // P
+    for layer in range(L):
+        of_layer = np.asarray(held[L - 1 - layer][:, 0])  # Backwards, as they were found.
+        for size in range(5):
+            for head in range(K):
+                visible = of_layer[page][:, size, head][:, page] | (page[:, None] == page)
+                visible = np.concatenate([np.ones((len(page), PROMPT), bool), visible], axis=1)
+                effect = np.zeros(len(page))
+                for n in range(head * group, (head + 1) * group):
+                    left = np.where(visible, np.float64(shares[layer, n, PROMPT:]), 0)
+                    values = np.float64(v[layer, :, head])
+                    changed = left @ values / left.sum(axis=1, keepdims=True)
+                    difference = changed - np.float64(out[layer, PROMPT:, n])
+                    effect += np.sum(difference * np.float64(g[layer, PROMPT:, n]), axis=1)
+                wanted = np.mean(effect**2) / 2
+                assert found.losses[layer, head, size] == pytest.approx(wanted, rel=2e-3, abs=1e-9)
+    assert np.all(found.losses[..., -1] == 0) and np.all(found.losses[..., 0] > 0)
+
+
+def gradient_of(params, x, drawn):
+    def likelihood(x):
+        logs = jax.nn.log_softmax(ends(params.config, params.weights).logits(x[0]))
+        return jnp.sum(jnp.take_along_axis(logs, jnp.asarray(drawn)[:, None], axis=-1))
+
+    return jax.grad(likelihood)(x)
+
+
+def test_the_same_texts_give_the_same(params):
+    """Texts add up to their mean, whatever the layout of the weights; a seed draws anew."""
+    texts = np.random.default_rng(3).integers(0, VOCAB, (2, PROMPT + PAGES * P)).tolist()
+    ask = partial(raas_jax.allot, policy=RaaS(8, page_size=P), prompt_tokens=PROMPT)
+    both = ask(params, texts)
+    assert both.made["texts"] == 2 and both.model
+    again = ask(params.separate(), texts)
+    np.testing.assert_allclose(again.losses, both.losses, rtol=1e-3, atol=1e-9)
+    assert again.model == both.model
+    assert not np.allclose(ask(params, texts, seed=1).losses, both.losses, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("texts", "policy", "named"),
+    [
+        ([], RaaS(8, page_size=P), "texts have the lengths"),
+        ([[1] * 30, [1] * 31], RaaS(8, page_size=P), "texts have the lengths"),
+        ([[1] * 12], RaaS(8, page_size=P), "texts have 3 pages"),
+        ([[1] * 30], raas_jax.Dense(), "no budget to share out"),
+        ([[1] * 30], RaaS.paper(64), "looks at more than"),
+        ([[1] * 30], RaaSQuest(64), "looks at more than"),
+    ],
+)
+def test_what_cannot_be_read_is_refused(params, texts, policy, named):
+    with pytest.raises(ValueError, match=named):
+        raas_jax.allot(params, texts, policy=policy, prompt_tokens=PROMPT)
