@@ -51,7 +51,7 @@ class Allotment:
     together: bool = False
 
     def __post_init__(self) -> None:
-        sizes, losses = np.array(self.sizes, np.int64), np.array(self.losses, np.float64)
+        sizes, losses = _whole_numbers(self.sizes), np.array(self.losses, np.float64)
         ascending = (
             sizes.ndim == 1 and len(sizes) > 1 and sizes[0] > 0 and np.all(np.diff(sizes) > 0)
         )
@@ -145,13 +145,14 @@ class Allotment:
         return float(sum(np.interp(at[head], self.sizes, self.losses[head]) for head in heads))
 
     def described(self) -> dict[str, Any]:
-        """All of it as JSON values, but for how it is cut."""
+        """All of it as JSON values, but for the parts, which a mesh decides."""
         return {
             "version": VERSION,
             "model": self.model,
             "made": dict(self.made),
             "sizes": self.sizes.tolist(),
             "losses": self.losses.tolist(),
+            "together": self.together,
         }
 
     @classmethod
@@ -163,10 +164,13 @@ class Allotment:
                 raise ValueError(f"version is {version}; expected {VERSION}")
             if not isinstance(model, str) or not isinstance(made, dict):
                 raise ValueError("model must be a text and made an object")
-            return cls(described["sizes"], described["losses"], model, made)
+            together = described.get("together", False)
+            if not isinstance(together, bool):
+                raise ValueError("together must be true or false")
+            return cls(described["sizes"], described["losses"], model, made, together=together)
         except KeyError as error:
             raise ValueError(f"{error} is missing") from None
-        except TypeError as error:
+        except (TypeError, OverflowError) as error:
             raise ValueError(str(error)) from None
 
     def write(self, file: str | os.PathLike[str]) -> None:
@@ -194,6 +198,13 @@ class Allotment:
             raise files.FileError(file, what) from error
 
 
+def _whole_numbers(sizes: Any) -> np.ndarray:
+    given = np.array(sizes)
+    if given.dtype.kind not in "iu":  # Rounded, they would be other sizes.
+        raise ValueError("sizes are not whole numbers of at most 64 bits.")
+    return given.astype(np.int64)
+
+
 def _shared(sizes: np.ndarray, losses: np.ndarray, least: int, mean: int) -> np.ndarray:
     """`mean` pages per head beyond `least`, where they save the most; int64 `[L, K]`.
 
@@ -219,8 +230,9 @@ def _shared(sizes: np.ndarray, losses: np.ndarray, least: int, mean: int) -> np.
 
 def _hull(sizes: np.ndarray, losses: np.ndarray, least: int) -> list[tuple[int, float]]:
     """Steps down the lower convex hull of a curve from `least` on: (pages, saved per page)."""
-    whole = [int(size) for size in sizes if size == int(size) and size > least]
-    at = np.asarray([least, *whole], np.float64)
+    # Of whole pages a line can bend only at those on either side of a size.
+    beside = {int(page) for page in (*np.floor(sizes), *np.ceil(sizes)) if page > least}
+    at = np.asarray([least, *sorted(beside)], np.float64)
     # A curve never rises in truth; where it does, it was noise.
     loss = np.minimum.accumulate(np.interp(at, sizes, losses))
     hull = [0]
