@@ -37,6 +37,7 @@ FAST = {
     ),
     *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
+    "policies/test_allotment",
     *(
         "test_config",
         "test_import",
