@@ -7,11 +7,13 @@ shared out by going down the curves, always where the next page saves the most.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
+import operator
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -117,8 +119,8 @@ class Allotment:
     def pages(self, mean: int, page_size: int, least: int = 1) -> np.ndarray:
         """Shares out `mean * L * K` pages.
 
-        A larger mean gives no head less. Where the curves end or are level, what is left is shared
-        evenly.
+        A larger mean gives no head less. Heads whose next pages save the same share them evenly,
+        and so do all where the curves end or are level.
 
         Args:
           mean: pages per layer and head.
@@ -218,13 +220,26 @@ def _shared(sizes: np.ndarray, losses: np.ndarray, least: int, mean: int) -> np.
         for pages, saved in _hull(sizes, losses[head], least):
             steps.append((-saved, head, pages))
     # Each head's own steps come in order, as they save less and less.
-    for _, head, pages in sorted(steps):
-        taken = min(pages, left)
-        given[head] += taken
-        left -= taken
-    flat = given.reshape(-1)
-    flat += left // flat.size
-    flat[: left % flat.size] += 1
+    for _, alike in itertools.groupby(sorted(steps), key=operator.itemgetter(0)):
+        heads, rooms = zip(*(step[1:] for step in alike), strict=True)
+        taken = _evenly(np.asarray(rooms), left)
+        given[tuple(zip(*heads, strict=True))] += taken
+        left -= int(np.sum(taken))
+    given += _evenly(np.full(given.size, left), left).reshape(shape)
+    return given
+
+
+def _evenly(rooms: np.ndarray, left: int) -> np.ndarray:
+    """Up to `left` pages for all, one for each in turn that has room for more."""
+    if np.sum(rooms) <= left:
+        return rooms
+
+    def taken(turns: int) -> int:
+        return int(np.sum(np.minimum(rooms, turns)))
+
+    turns = bisect.bisect_right(range(int(np.max(rooms)) + 1), left, key=taken) - 1
+    given: np.ndarray = np.minimum(rooms, turns)
+    given[np.flatnonzero(rooms > turns)[: left - taken(turns)]] += 1
     return given
 
 
