@@ -146,6 +146,18 @@ class Allotment:
         at = pages * page_size
         return float(sum(np.interp(at[head], self.sizes, self.losses[head]) for head in heads))
 
+    def fitted(self, pages: np.ndarray, most: int) -> np.ndarray:
+        """At most so many for each head, int64 `[L, K]`, and still equally many in every part.
+
+        A part whose heads wanted less beyond `most` is given more than it asked for.
+        """
+        parts = np.split(np.minimum(pages, most), self.parts, axis=1)
+        largest = max(int(np.sum(part)) for part in parts)
+        added = [_evenly(most - part.reshape(-1), largest - int(np.sum(part))) for part in parts]
+        filled = [part + more.reshape(part.shape) for part, more in zip(parts, added, strict=True)]
+        found: np.ndarray = np.concatenate(filled, axis=1)
+        return found
+
     def described(self) -> dict[str, Any]:
         """All of it as JSON values, but for the parts, which a mesh decides."""
         return {

@@ -104,9 +104,8 @@ class Budgeted(Policy):
         if self.allotment is None:
             return super().slots_by_head(layers, heads, prompt_tokens, max_new_tokens)
         given = self._shared_out(self._most_pages(prompt_tokens), layers) + self.buffer_pages
-        ample = self._ample(prompt_tokens, max_new_tokens)
-        fitted: np.ndarray = np.minimum(given, ample)
-        return fitted
+        assert isinstance(self.allotment, Allotment)
+        return self.allotment.fitted(given, self._ample(prompt_tokens, max_new_tokens))
 
     def suited(self, likeness: Callable[[], str], own: Callable[[], Allotment]) -> Policy:
         if self.allotment is None:

@@ -49,6 +49,17 @@ def test_sums_are_exact_and_more_is_more_for_all(allotment, mean, least, page_si
     assert np.all(given[1] >= given[0])
 
 
+@given(allotments(), st.integers(1, 9), st.integers(1, 9))
+def test_short_answers_leave_parts_of_equal_size(allotment, mean, most):
+    """Cut to what an answer needs, and filled up again where one part was cut more."""
+    pages = allotment.pages(mean, 1)
+    fitted = allotment.fitted(pages, most)
+    assert np.all(fitted >= np.minimum(pages, most)) and np.all(fitted <= most)
+    sums = {int(part.sum()) for part in by_parts(allotment, fitted)}
+    wanted = max(int(np.minimum(part, most).sum()) for part in by_parts(allotment, pages))
+    assert sums == {wanted}
+
+
 def curve(losses, pages):
     """What a head loses with so many pages; beyond the last size as much as there."""
     return losses[min(pages, len(SIZES)) - 1]
