@@ -67,6 +67,7 @@ ONCE = {
     *("cli/test_shell", "lab/bench/test_throughput", "lab/inspect/test_recording"),
     *("lab/trace/test_trace", "lab/train/test_train", "policies/test_by_the_book"),
     *("policies/test_every_policy", "test_invariance"),
+    "policies/test_every_policy_allotted",
 }
 
 

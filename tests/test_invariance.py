@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dead import poisoned
 from tiny import prompts_of, random_params
 
 import raas_jax
@@ -114,10 +112,9 @@ def test_dead_memory_is_never_read(params, name):
     plan = Plan.create(params.config, policy, [3, 9, 12], NEW)
     session = Session(params, plan, 3)
 
-    def run(poisoned):
+    def run(bad):
         state, _ = session.start(prompts, RowRequest.create([NEW] * 3, (), SETTINGS, 1))
-        state = dataclasses.replace(state, cache=poison(state.cache) if poisoned else state.cache)
-        return session.advance(state, 8)
+        return session.advance(poisoned(state, plan) if bad else state, 8)
 
     (state, drawn), (_, wanted) = run(True), run(False)
     np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
@@ -129,34 +126,3 @@ def test_dead_memory_is_never_read(params, name):
         assert np.all(np.isfinite(np.asarray(kept.k)[filled]))
         assert np.all(np.isnan(np.asarray(kept.v)[~filled]))
     assert np.any(np.isnan(state.cache.prompt.k))
-
-
-def poison(cache):
-    """The cache with NaN wherever no token is."""
-
-    def nan(x):
-        return jnp.full_like(x, jnp.nan)
-
-    P = cache.prompt.k.shape[-2]
-    dead = (jnp.arange(P) >= cache.prompt.fill()[..., None])[None, ..., None]
-    empty = (cache.prompt.fill() == 0)[None, ..., None]
-
-    def masked(mask):
-        return lambda x: jnp.where(mask, jnp.nan, x)
-
-    prompt = dataclasses.replace(
-        cache.prompt,
-        k=masked(dead)(cache.prompt.k),
-        v=masked(dead)(cache.prompt.v),
-        bounds=jax.tree.map(masked(empty), cache.prompt.bounds),
-    )
-    kept = tuple(
-        dataclasses.replace(
-            group, k=nan(group.k), v=nan(group.v), bounds=jax.tree.map(nan, group.bounds)
-        )
-        for group in cache.kept
-    )
-    assert not any(np.any(group.fill) for group in cache.kept)
-    return dataclasses.replace(
-        cache, prompt=prompt, kept=kept, current=jax.tree.map(nan, cache.current)
-    )

@@ -13,6 +13,7 @@ import numpy as np
 from raas_jax.config import ModelConfig
 from raas_jax.model import abstract_weights, rope_frequencies
 from raas_jax.params import Params
+from raas_jax.policies import Allotment
 from raas_jax.policies.triattention import Centres
 
 VOCAB = 19
@@ -59,3 +60,11 @@ def calibration(config=QWEN3):
     frequency = np.asarray(rope_frequencies(c.rope, c.head_dim))
     Centres(centre.astype(np.float32), length.astype(np.float32), frequency).write(file)
     return str(file)
+
+
+def allotment_of(config=QWEN3, page_size=4, seed=0, most=14, **options):
+    """Random curves that end after `most` pages, of heads that differ a good deal."""
+    rng = np.random.default_rng(seed)
+    shape = config.num_hidden_layers, config.num_key_value_heads
+    losses = np.sort(rng.random((*shape, most)))[..., ::-1] * rng.random((*shape, 1))
+    return Allotment(page_size * np.arange(1, most + 1), losses, **options)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -10,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cheap import start
+from dead import poisoned
 from hlo import written_in_loops
 from tiny import calibration, prompts_of, random_params
 
@@ -56,28 +56,6 @@ def test_every_policy_is_here():
     assert names | {"dense", "raas", "fifo"} == set(policies.available())
 
 
-def poisoned(state):
-    """NaN wherever no token lies: empty slots, ends of pages, padding of the prompt."""
-    cache = state.cache
-
-    def poison(x, fill):
-        dead = np.arange(P) >= np.asarray(fill)[..., None]
-        return jnp.where(jnp.asarray(dead)[..., None], jnp.nan, x)
-
-    def segment(found, fill):
-        dead = jnp.asarray(np.asarray(fill) == 0)[..., None]
-        bounds = found.bounds and jax.tree.map(lambda x: jnp.where(dead, jnp.nan, x), found.bounds)
-        k, v = poison(found.k, fill), poison(found.v, fill)
-        return dataclasses.replace(found, k=k, v=v, bounds=bounds)
-
-    prompt, kept = cache.prompt, cache.kept[0]
-    prompt = segment(prompt, jnp.broadcast_to(prompt.fill()[None], prompt.k.shape[:4]))
-    kept = segment(kept, kept.fill)
-    current = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache.current)
-    cache = dataclasses.replace(cache, prompt=prompt, kept=(kept,), current=current)
-    return dataclasses.replace(state, cache=cache)
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_nothing_is_copied_and_nothing_dead_is_read(case):
     options = {"page_size": P, "budget": BUDGET}
@@ -89,11 +67,11 @@ def test_nothing_is_copied_and_nothing_dead_is_read(case):
     program = decode_pages.lower(params(), state, plan=plan, pages=PAGES).compile()
     sizes = [state.cache.prompt.k.nbytes, state.cache.kept[0].k.nbytes]
     assert written_in_loops(program.as_text(), min(size for size in sizes if size)) == []
-    clean, bad = jax.tree.map(jnp.copy, state), poisoned(state)
+    clean, bad = jax.tree.map(jnp.copy, state), poisoned(state, plan)
     for _ in range(2):
         # Slots that were emptied on the way are poisoned for the second round.
         clean, wanted = program(params(), clean)
-        bad, drawn = program(params(), poisoned(bad))
+        bad, drawn = program(params(), poisoned(bad, plan))
         np.testing.assert_array_equal(drawn.tokens, wanted.tokens)
         np.testing.assert_array_equal(drawn.logprobs, wanted.logprobs)
     assert np.all(np.asarray(clean.rows.evicted) > 0) or policy.selects

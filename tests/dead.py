@@ -1,0 +1,42 @@
+"""Memory in which no token lies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def in_place(table, ranges):
+    """What is said of every slot, `[L, B, K, S]`, of the pages as they lie: a pool's `[B, T]`."""
+    table = np.asarray(table)
+    if ranges is None:
+        return table
+    layer, head, slot = ranges.places
+    return np.moveaxis(table[layer, :, head, slot], 0, 1)
+
+
+def poisoned(state, plan):
+    """NaN wherever no token lies: empty slots, ends of pages, padding of the prompt."""
+    cache = state.cache
+
+    def nan(x, dead):
+        # In NumPy, since every shape would be compiled for.
+        return jnp.array(np.where(dead, np.nan, x), x.dtype)
+
+    def segment(found, fill):
+        dead = (np.arange(plan.page_size) >= fill[..., None])[..., None]
+        bounds = jax.tree.map(lambda x: nan(x, (fill == 0)[..., None]), found.bounds)
+        return dataclasses.replace(found, k=nan(found.k, dead), v=nan(found.v, dead), bounds=bounds)
+
+    prompt = np.broadcast_to(cache.prompt.fill(), cache.prompt.k.shape[:4])
+    both = zip(cache.kept, plan.groups, strict=True)
+    cache = dataclasses.replace(
+        cache,
+        prompt=segment(cache.prompt, prompt),
+        kept=tuple(segment(kept, in_place(kept.fill, group.ranges)) for kept, group in both),
+        current=jax.tree.map(lambda x: nan(x, True), cache.current),
+    )
+    return dataclasses.replace(state, cache=cache)
