@@ -20,7 +20,13 @@ Array = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The options of RaaS; `keep_all` is a dense cache."""
+    """The options of RaaS.
+
+    Attributes:
+      shares: `[mean, layer, head]`, the pages of each head where they differ: of a budget of which
+        each has so many on average.
+      keep_all: a dense cache.
+    """
 
     page_size: int
     budget: int = 0
@@ -30,6 +36,7 @@ class Rules:
     granularity: str = "kv_head"
     prompt: str = "excluded"
     dense_layers: int = 0
+    shares: Array | None = None
     keep_all: bool = False
 
 
@@ -205,7 +212,7 @@ class Sequence:
             for head in range(self.net.heads):
                 pages, (keys, values) = self.kept[layer][head], self.open[layer][head]
                 assert len(keys) == self.rules.page_size
-                if self._dense(layer) or len(pages) < self.capacity():
+                if self._dense(layer) or len(pages) < self.capacity(layer, head):
                     slot = next(s for s in range(len(pages) + 1) if s not in pages)
                 else:
                     oldest = min(page.stamp for page in pages.values())
@@ -216,12 +223,13 @@ class Sequence:
                 self.open[layer][head] = [], []
         return chosen
 
-    def capacity(self) -> int:
-        """Pages of generated tokens that fit, in layers under the policy."""
+    def capacity(self, layer: int, head: int) -> int:
+        """Pages of generated tokens that fit, in a layer under the policy."""
         pages = self.rules.budget // self.rules.page_size
         if self.rules.prompt == "included":
             pages -= math.ceil(self.length / self.rules.page_size)
-        return pages
+        shares = self.rules.shares
+        return pages if shares is None else int(shares[pages][layer][head])
 
     def _dense(self, layer: int) -> bool:
         return self.rules.keep_all or layer < self.rules.dense_layers

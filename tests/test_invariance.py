@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from dead import poisoned
+from pools import poisoned
 from tiny import prompts_of, random_params
 
 import raas_jax

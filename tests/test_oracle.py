@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from tiny import QWEN3, VOCAB, prompts_of, random_params
+from pools import by_heads
+from tiny import QWEN3, VOCAB, allotment_of, prompts_of, random_params
 
 from raas_jax.config import ModelConfig, Rope
 from raas_jax.decode import RowRequest, commit_page, decode_pages, token_step
 from raas_jax.plan import Plan
-from raas_jax.policies import Dense, Evidence, RaaS
+from raas_jax.policies import Allotment, Dense, Evidence, RaaS
 from raas_jax.policies.raas import PAIRWISE
 from raas_jax.sampling import Sampling
 from raas_jax.session import Session
@@ -53,15 +54,25 @@ COMBINATIONS = [
 ]
 
 
-def case(page_size, **options):
+def case(page_size, allotment=None, **options):
     """The policy, and the oracle's rules for it."""
     pages, slots = GEOMETRY[page_size]
     within = options.get("prompt") == "included"
     budget = (pages + 2 if within else slots) * page_size
+    shares = None if allotment is None else shares_of(allotment, budget, page_size, **options)
     return (
-        RaaS(budget, page_size=page_size, **options),
-        oracle.Rules(page_size=page_size, budget=budget, **options),
+        RaaS(budget, page_size=page_size, allotment=allotment, **options),
+        oracle.Rules(page_size=page_size, budget=budget, shares=shares, **options),
     )
+
+
+def shares_of(allotment, budget, page_size, dense_layers=0, granularity="kv_head", **_):
+    """The pages of every layer and head, by how many each has on average: at least two."""
+    allotment = allotment.last(allotment.layers - dense_layers)
+    if granularity == "layer":
+        allotment = allotment.by_layer()
+    shares = [allotment.pages(mean, page_size, 2) for mean in range(budget // page_size + 1)]
+    return np.pad(np.stack(shares), ((0, 0), (dense_layers, 0), (0, 0)))
 
 
 def start(params, plan, prompts, seed):
@@ -130,9 +141,9 @@ class Comparison:
         self.check_open(offset)
 
     def boundary(self):
-        before = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
+        before = self.kept()
         self.state = commit_jit(self.state, plan=self.plan)
-        after = [(np.asarray(g.k), np.asarray(g.v)) for g in self.state.cache.kept]
+        after = self.kept()
         fill = [np.asarray(g.fill) for g in self.state.cache.kept]
         for index, row in enumerate(self.rows):
             for (layer, head), (slot, _) in (chosen := row.boundary()).items():
@@ -152,6 +163,11 @@ class Comparison:
         self.check_stamps(self.meta())
         np.testing.assert_array_equal(self.state.rows.evicted, self.evicted)
         np.testing.assert_array_equal(self.state.rows.generated, [row.drawn for row in self.rows])
+
+    def kept(self):
+        """Keys and values `[L, B, K, S, P, H]` of each group of layers."""
+        both = zip(self.state.cache.kept, self.plan.groups, strict=True)
+        return [tuple(by_heads(x, group.ranges) for x in (g.k, g.v)) for g, group in both]
 
     def meta(self):
         """Stamps `[L, B, K, S]` of each group of layers; None for a dense one."""
@@ -279,6 +295,42 @@ def test_any_shape_and_options_at_every_step():
 
     check()
     assert sum(one.doubtful for one in doubts) <= 0.01 * sum(one.decisions for one in doubts)
+
+
+GREEDY = Allotment([2, 99], np.stack([[[1.0, 0], [0, 0]], [[0, 0], [0, 0]]]))
+
+
+def test_heads_with_budgets_of_their_own_at_every_step():
+    """Each as if it were alone with its pages; by what each prompt leaves, where it counts."""
+    doubts, sizes = [], set()
+
+    # One head may keep all that there will be, so that all others are left with two pages.
+    @few(max_examples=3)
+    @example("llama", COMBINATIONS[0], 1, 0, GREEDY, 5, 2.0, [1, 5, 2])
+    @example("qwen3", COMBINATIONS[7], 1, 0, 3, 6, 2.0, [5, 1, 3])
+    @given(
+        st.sampled_from(sorted(SHAPES)),
+        st.sampled_from(COMBINATIONS),
+        st.sampled_from([1, 2]),
+        st.integers(0, 1),
+        seeds,
+        seeds,
+        sharpnesses,
+        st.lists(st.integers(1, 5), min_size=ROWS, max_size=ROWS),
+    )
+    def check(shape, options, page_size, dense_layers, allotment, seed, sharpness, lengths):
+        if not isinstance(allotment, Allotment):
+            allotment = allotment_of(SHAPES[shape], page_size, allotment)
+        options = {**options, "dense_layers": dense_layers}
+        policy, rules = case(page_size, allotment, **options)
+        pages = pages_to_run(page_size)
+        plan = Plan.create(SHAPES[shape], policy, [1], pages * page_size)
+        sizes.update(plan.groups[-1].counts(SHAPES[shape].num_key_value_heads).flat)
+        doubts.append(compare(policy, rules, shape, lengths, seed, sharpness, pages))
+
+    check()
+    assert_few(doubts)
+    assert {2, 14} <= sizes
 
 
 @pytest.mark.parametrize("score", ["mass", "bound"])

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cheap import start
-from dead import poisoned
 from hlo import written_in_loops
+from pools import poisoned
 from tiny import calibration, prompts_of, random_params
 
 from raas_jax import ModelConfig, policies

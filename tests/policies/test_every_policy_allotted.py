@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 from cheap import CONFIG
-from dead import in_place, poisoned
 from every import EVERY, LENGTHS, NEW, P, decoded, plan_of, tight
+from pools import in_place, poisoned
 from tiny import allotment_of, calibration, prompts_of, random_params
 from tiny_lemma import save_tiny
 

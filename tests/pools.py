@@ -1,4 +1,4 @@
-"""Memory in which no token lies."""
+"""Kept pages as they lie in a pool and by heads, and memory in which no token lies."""
 
 from __future__ import annotations
 
@@ -16,6 +16,18 @@ def in_place(table, ranges):
         return table
     layer, head, slot = ranges.places
     return np.moveaxis(table[layer, :, head, slot], 0, 1)
+
+
+def by_heads(pages, ranges):
+    """Pages as they lie, as `[L, B, K, S, ...]`; zeros beyond a head's range."""
+    pages = np.asarray(pages)
+    if ranges is None:
+        return pages
+    layer, head, slot = ranges.places
+    shape = ranges.layers, len(pages), ranges.heads, ranges.most, *pages.shape[2:]
+    found = np.zeros(shape, pages.dtype)
+    found[layer, :, head, slot] = np.moveaxis(pages, 1, 0)
+    return found
 
 
 def poisoned(state, plan):
