@@ -23,20 +23,31 @@ VERSION = 1
 
 
 def as_arrays(state: DecodeState) -> DecodeState:
-    """The state with key data in the place of typed keys, since Orbax stores numbers."""
-    return _with_keys(state, jax.random.key_data(state.rows.sampler.keys))
+    """What Orbax can store: key data in the place of typed keys, and None of empty arrays."""
+    numbers = _with_keys(state, jax.random.key_data(state.rows.sampler.keys))
+    arrays: DecodeState = jax.tree.map(lambda leaf: leaf if leaf.size else None, numbers)
+    return arrays
 
 
-def from_arrays(state: DecodeState) -> DecodeState:
-    """The inverse of `as_arrays`."""
-    return _with_keys(state, jax.random.wrap_key_data(state.rows.sampler.keys))
+def from_arrays(arrays: DecodeState, shape: DecodeState) -> DecodeState:
+    """The inverse of `as_arrays`, for a state of this shape."""
+
+    def filled(like: Any, leaf: Any) -> jax.Array:
+        found: jax.Array = leaf
+        return jnp.zeros(like.shape, like.dtype, device=like.sharding) if leaf is None else found
+
+    state = _with_keys(arrays, jax.random.wrap_key_data(arrays.rows.sampler.keys))
+    whole: DecodeState = jax.tree.map(filled, shape, state)
+    return whole
 
 
 def arrays_like(shape: DecodeState) -> DecodeState:
     """What Orbax is asked for: shapes and shardings of `as_arrays` of such a state."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
-    def wanted(leaf: Any) -> jax.ShapeDtypeStruct:
+    def wanted(leaf: Any) -> jax.ShapeDtypeStruct | None:
+        if not leaf.size:
+            return None
         like = leaf
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             like = jax.eval_shape(jax.random.key_data, leaf)
@@ -112,7 +123,7 @@ def read_arrays(folder: Path, shape: DecodeState, digest: str) -> DecodeState:
         raise FileError(folder, what)
     if identity.of_arrays(found) != digest:
         raise FileError(folder, "is damaged: its arrays are not those that were saved.")
-    return from_arrays(found)
+    return from_arrays(found, shape)
 
 
 def _said(plan: Plan) -> str:
