@@ -22,8 +22,10 @@ from raas_jax import checks, files, identity, policies
 from raas_jax.decode import DecodeState
 from raas_jax.files import Fields, FileError
 from raas_jax.params import Params
+from raas_jax.plan import Plan
 from raas_jax.policies import Allotment, Policy
 from raas_jax.saved_state import as_arrays, read_arrays
+from raas_jax.suited import suited
 
 COUNTS = ("max_new_tokens", "max_prompt_tokens", "samples", "sync_every", "prefill_rows")
 STATE, HOST_STATE = "state", "book"
@@ -156,11 +158,15 @@ def describe(policy: Policy) -> dict[str, Any]:
     allotment = options.get("allotment")
     if isinstance(allotment, Allotment):
         options["allotment"] = allotment.described()
+    elif allotment is None:
+        options.pop("allotment", None)  # As saves have it that know of none.
     return {"kind": type(policy).__name__, "options": options}
 
 
-def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Path) -> Policy:
-    """The policy of a save; `given`, if that is it.
+def policy_of(
+    host_state: dict[str, Any], given: Policy | None, params: Params, folder: str | Path
+) -> Policy:
+    """The policy of a save, which suits the model; `given`, if that is it.
 
     Raises:
       ValueError: it is another one, or one that has to be given.
@@ -182,7 +188,8 @@ def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Pa
         try:
             if options.get("allotment") is not None:
                 options["allotment"] = Allotment.of(options["allotment"])
-            given = policies.create(kinds[kind], **options)
+            given = suited(policies.create(kinds[kind], **options), params)
+            given.check_model(params.config)
         except (TypeError, ValueError) as error:
             raise damaged(folder, error) from error
     if _plain(describe(given)) != saved:
@@ -190,6 +197,22 @@ def policy_of(host_state: dict[str, Any], given: Policy | None, folder: str | Pa
             f"policy is {given!r}; {folder} was saved with {saved}. Give that one, or none."
         )
     return given
+
+
+def pools_of(plan: Plan) -> list[Any]:
+    """Where the pages of each group's heads lie, as JSON values; None where all have as many."""
+    ranges = [group.ranges for group in plan.groups]
+    return [each and {"counts": each.counts, "parts": each.parts} for each in ranges]
+
+
+def check_pools(host_state: dict[str, Any], plan: Plan, folder: str | Path) -> None:
+    """Raises ValueError if the pages of a save lie elsewhere than this plan's would."""
+    here = _plain(pools_of(plan))
+    if host_state.get("pools", [None] * len(here)) != here:
+        raise ValueError(
+            f"{folder} was saved on a mesh that splits the heads of an allotment otherwise, so "
+            "that they have other budgets; restore it on one with the same model axis."
+        )
 
 
 def model_of(params: Params) -> dict[str, Any]:

@@ -314,23 +314,26 @@ class Engine:
           folder: given to `save`, or to `Engine(save_to=...)`.
           params: the same weights.
           policy: needed only for one that `raas_jax.policies` does not know by name.
-          mesh: as for `Engine`; need not be that of the engine that was saved.
+          mesh: as for `Engine`; need not be that of the engine that was saved, but with an
+            allotment it must split the heads likewise.
           save_to, save_every: as for `Engine`.
 
         Raises:
           FileNotFoundError: there is no complete save.
           FileError: it is damaged, or another version's.
-          ValueError: it belongs to another model or policy, or to rows that the mesh does not
-            divide.
+          ValueError: it belongs to another model or policy, or to rows or heads that the mesh does
+            not divide so.
         """
-        checked(params, policy)
+        suiting = checked(params, policy)
+        given = None if policy is None else suiting
         host_state = checkpoint.read_host_state(folder)
         checkpoint.check_model(host_state, params, folder)
         options = {
             **host_state["options"],
-            "policy": checkpoint.policy_of(host_state, policy, folder),
+            "policy": checkpoint.policy_of(host_state, given, params, folder),
         }
         engine = cls(params, **options, mesh=mesh, save_to=save_to, save_every=save_every)
+        checkpoint.check_pools(host_state, engine.plan, folder)
         engine._model = host_state["model"]
         engine._state = checkpoint.read_state(folder, engine.session.shape, host_state["arrays"])
         try:
@@ -508,6 +511,7 @@ class Engine:
         return {
             "model": self._model,
             "policy": checkpoint.describe(self.plan.policy),
+            "pools": checkpoint.pools_of(self.plan),
             "options": {
                 "rows": self.rows,
                 "max_new_tokens": self.max_new_tokens,
