@@ -6,6 +6,7 @@ on_mesh.py process PORT NUMBER             one of two processes, a device each
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import sys
@@ -13,7 +14,7 @@ import warnings
 
 import jax
 import numpy as np
-from tiny import prompts_of, random_params
+from tiny import allotment_of, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
@@ -40,6 +41,7 @@ def virtual(folder):
     jax.config.update("jax_num_cpu_devices", 8)
     params = random_params(sharpness=3.0)
     check_scores(params)
+    check_allotted(params, f"{folder}-allotted")
     expected = {}
     for name, policy in POLICIES.items():
         expected[name] = answers(Engine(params, policy=policy, **OPTIONS))
@@ -79,6 +81,41 @@ def check_scores(params):
     found = raas_jax.score(params, prompts, continuations, policy=policy, rows=3, mesh=mesh)
     for one, other in zip(alone, found, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def check_allotted(params, folder):
+    """A pool is split where the heads are, and whole where they do not divide: the same answers.
+
+    Both heads have the same curves, in other layers, so that either way they get the same pages.
+    """
+    losses = allotment_of(page_size=4).losses
+    losses = np.stack([losses[:, 0], losses[::-1, 0]], axis=1)
+    allotment = dataclasses.replace(allotment_of(page_size=4), losses=losses)
+    policy = policies.create("h2o", budget=16, prompt="evict", page_size=4, allotment=allotment)
+    alone, split, whole = (
+        Engine(params, policy=policy, **OPTIONS, mesh=mesh)
+        for mesh in (None, make_mesh(data=4, model=2), make_mesh(data=2, model=4))
+    )
+    ranges = [engine.plan.groups[0].ranges for engine in (alone, split, whole)]
+    assert [each.parts for each in ranges] == [1, 2, 1]
+    assert ranges[0] == ranges[2] and ranges[0].counts == ranges[1].counts
+    expected = answers(alone)
+    for engine, of_rows, of_pages in (split, 4, 2), (whole, 2, 1):
+        assert answers(engine) == expected
+        pool = engine._state.cache.kept[0].k
+        shape = 8 // of_rows, ranges[0].total // of_pages, *pool.shape[2:]
+        assert pool.sharding.shard_shape(pool.shape) == shape
+    # The pages of a part lie together, as they do nowhere else; on the same mesh they are taken.
+    split.save(folder)
+    for mesh in (None, make_mesh(data=2, model=4)):
+        try:
+            Engine.restore(folder, params, mesh=mesh)
+        except ValueError as error:
+            assert "restore it on one with the same model axis" in str(error)
+        else:
+            raise AssertionError("restored where pages lie otherwise")
+    again = Engine.restore(folder, params, mesh=make_mesh(data=2, model=2))
+    assert again.plan.groups == split.plan.groups
 
 
 def process(port, number):

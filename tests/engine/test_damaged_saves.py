@@ -6,9 +6,10 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 
 import pytest
-from tiny import prompts_of, random_params
+from tiny import QWEN3, allotment_of, prompts_of, random_params
 
 from raas_jax import Engine, RaaS, Request, identity
 from raas_jax.files import FileError
@@ -68,6 +69,10 @@ def rewritten(change):
     return damage
 
 
+def allotted(value):
+    return rewritten(lambda values: values["policy"]["options"].update(allotment=value))
+
+
 def one_bit(file):
     data = bytearray(file.read_bytes())
     data[len(data) // 2] ^= 1
@@ -108,6 +113,18 @@ DAMAGE = {
     "odd option": (rewritten(lambda v: v["options"].update(mesh=3)), "options have mesh"),
     "policy of nobody": (rewritten(lambda v: v["policy"].update(kind="Mine")), "give policy=Mine"),
     "policy that is a text": (rewritten(lambda v: v["policy"].update(options="x")), "damaged"),
+    "odd allotment": (allotted({"version": 1}), "damaged save .*'model' is missing"),
+    "allotment that is a text": (allotted("/dev/zero"), "damaged"),
+    "allotment that is a number": (allotted(3), "damaged"),
+    "allotment of another shape": (
+        allotted(allotment_of(replace(QWEN3, num_hidden_layers=3)).described()),
+        "damaged save .*model with 3 layers",
+    ),
+    "allotment of another model": (
+        allotted(allotment_of(model="0123").described()),
+        "damaged save .*likeness 0123",
+    ),
+    "other pools": (rewritten(lambda v: v.update(pools=[{"counts": [[1]]}])), "splits the heads"),
     "odd policy": (rewritten(lambda v: v["policy"].update(options={"x": 1})), "damaged"),
 }
 

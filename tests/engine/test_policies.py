@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from tiny import calibration, prompts_of, random_params
+from tiny import allotment_of, calibration, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, Request, Sampling, policies
@@ -20,7 +20,11 @@ PROMPTS = {
     "vase": ("included",), "rkv": ("included",),
     "h2o": ("evict",), "sink": ("evict",), "tova": ("evict",),
 }  # fmt: skip
-EVERY = [(name, prompt) for name in policies.available() for prompt in PROMPTS.get(name, ("",))]
+EVERY = [
+    *((name, prompt) for name in policies.available() for prompt in PROMPTS.get(name, ("",))),
+    ("random", "included", "allotted"),
+    ("h2o", "evict", "allotted"),
+]
 SETTINGS = [Sampling(), Sampling(temperature=1.2), Sampling(temperature=0.9, top_k=9, top_p=0.9)]
 
 
@@ -29,7 +33,7 @@ def params():
     return random_params(sharpness=3.0)
 
 
-def tight(name, prompt):
+def tight(name, prompt, *allotted):
     kind = policies.by_name(name)
     known = {field.name for field in dataclasses.fields(kind)}
     options = {key: value for key, value in TIGHT.items() if key in known}
@@ -37,6 +41,8 @@ def tight(name, prompt):
         options["prompt"] = prompt
     if name == "triattention":
         options["calibration"] = calibration()
+    if allotted:
+        options["allotment"] = allotment_of(page_size=P)
     return kind(page_size=P, **options)
 
 
@@ -66,10 +72,10 @@ def check_against(params, policy, requests, results, new=NEW):
 KEEP_ALL = ("Dense", "Quest")
 
 
-@pytest.mark.parametrize(("name", "prompt"), EVERY, ids=map(" ".join, EVERY))
-def test_a_row_is_what_it_is_alone(params, name, prompt):
+@pytest.mark.parametrize("case", EVERY, ids=" ".join)
+def test_a_row_is_what_it_is_alone(params, case):
     """Seven requests through three rows: they join at different pages, in rows used before."""
-    policy = tight(name, prompt)
+    policy = tight(*case)
     limits = [NEW, 3, 18, NEW, 1, 30, NEW]
     requests = [
         Request(f"{i}", ids, SETTINGS[i % 3], seed=i + 5, max_new_tokens=limit)
