@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import written_in_loops
-from tiny import random_params
+from tiny import allotment_of, random_params
 
 import raas_jax
 from raas_jax import ModelConfig, RaaS
@@ -24,6 +24,8 @@ POLICIES = {
     "mass": RaaS(1024, page_size=P),
     "bound": RaaS(1024, score="bound", granularity="layer", top_fraction=0.5, page_size=P),
     "two kinds of layers": RaaS(1024, dense_layers=2, page_size=P),
+    # No head has more than the 64 pages of the shorter answer.
+    "allotted": RaaS(512, page_size=P, allotment=allotment_of(CONFIG, P, most=60)),
 }
 
 
@@ -59,7 +61,7 @@ def plan_for(policy, new):
     return Plan.create(CONFIG, policy, [PROMPT], new)
 
 
-@pytest.mark.parametrize("name", ["mass", "bound"])
+@pytest.mark.parametrize("name", ["mass", "bound", "allotted"])
 def test_the_allocation_is_the_same_for_1k_and_64k_tokens(name):
     plans = [plan_for(POLICIES[name], new) for new in (1024, 65_536)]
     assert plans[0] == plans[1]

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from pools import by_heads
-from tiny import QWEN3, VOCAB, allotment_of, prompts_of, random_params
+from tiny import QWEN3, VOCAB, allotment_of, prompts_of, random_params, shares_of
 
 from raas_jax.config import ModelConfig, Rope
 from raas_jax.decode import RowRequest, commit_page, decode_pages, token_step
@@ -64,15 +64,6 @@ def case(page_size, allotment=None, **options):
         RaaS(budget, page_size=page_size, allotment=allotment, **options),
         oracle.Rules(page_size=page_size, budget=budget, shares=shares, **options),
     )
-
-
-def shares_of(allotment, budget, page_size, dense_layers=0, granularity="kv_head", **_):
-    """The pages of every layer and head, by how many each has on average: at least two."""
-    allotment = allotment.last(allotment.layers - dense_layers)
-    if granularity == "layer":
-        allotment = allotment.by_layer()
-    shares = [allotment.pages(mean, page_size, 2) for mean in range(budget // page_size + 1)]
-    return np.pad(np.stack(shares), ((0, 0), (dense_layers, 0), (0, 0)))
 
 
 def start(params, plan, prompts, seed):

@@ -5,12 +5,14 @@ On a mesh: `tests/engine/on_mesh.py`.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from tiny import VOCAB, prompts_of, random_params
+from tiny import VOCAB, allotment_of, prompts_of, random_params, shares_of
 
 import raas_jax
 from raas_jax import Dense, RaaS, scoring
@@ -50,7 +52,9 @@ def by_forward(params, prompt, continuation):
 
 def by_oracle(params, policy, prompt, continuation):
     """The same where the cache forgets, by a decode written in NumPy."""
-    rules = oracle.Rules(page_size=P, budget=policy.budget, alpha=policy.alpha)
+    own, budget = policy.allotment, policy.budget
+    shares = None if own is None else shares_of(own, budget, P)
+    rules = oracle.Rules(page_size=P, budget=budget, alpha=policy.alpha, shares=shares)
     network = oracle.Network(
         jax.tree.map(np.asarray, params.weights),
         theta=params.config.rope.theta,
@@ -87,13 +91,15 @@ def test_what_forgets_nothing_is_the_forward_pass(params, policy):
         check(each, by_forward(params, prompt, continuation), continuation, 2e-4)
 
 
-def test_a_small_budget_is_the_oracle_forced(params):
+@pytest.mark.parametrize("allotment", [None, allotment_of()], ids=["alike", "allotted"])
+def test_a_small_budget_is_the_oracle_forced(params, allotment):
     """Token by token, in a ragged batch, and each row as it is alone."""
+    policy = dataclasses.replace(POLICY, allotment=allotment)
     prompts, continuations = texts(3)
-    found = raas_jax.score(params, prompts, continuations, policy=POLICY)
+    found = raas_jax.score(params, prompts, continuations, policy=policy)
     doubtful, forgotten, different = 0, 0, 0
     for index, (prompt, continuation) in enumerate(zip(prompts, continuations, strict=True)):
-        wanted, evicted, doubt = by_oracle(params, POLICY, prompt, continuation)
+        wanted, evicted, doubt = by_oracle(params, policy, prompt, continuation)
         forgotten += evicted
         if doubt.doubtful:
             doubtful += 1
@@ -102,7 +108,7 @@ def test_a_small_budget_is_the_oracle_forced(params):
         dense = by_forward(params, prompt, continuation)
         different += np.abs(wanted - dense).max() > 1e-2
     assert forgotten > 20 and doubtful <= 1 and different >= 3
-    alone = raas_jax.score(params, prompts[1], continuations[1], policy=POLICY)
+    alone = raas_jax.score(params, prompts[1], continuations[1], policy=policy)
     np.testing.assert_allclose(alone.logprobs, found[1].logprobs, atol=1e-4)
 
 

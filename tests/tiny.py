@@ -68,3 +68,12 @@ def allotment_of(config=QWEN3, page_size=4, seed=0, most=14, **options):
     shape = config.num_hidden_layers, config.num_key_value_heads
     losses = np.sort(rng.random((*shape, most)))[..., ::-1] * rng.random((*shape, 1))
     return Allotment(page_size * np.arange(1, most + 1), losses, **options)
+
+
+def shares_of(allotment, budget, page_size, dense_layers=0, granularity="kv_head", **_):
+    """The pages of every layer and head, by how many each has on average: at least two."""
+    allotment = allotment.last(allotment.layers - dense_layers)
+    if granularity == "layer":
+        allotment = allotment.by_layer()
+    shares = [allotment.pages(mean, page_size, 2) for mean in range(budget // page_size + 1)]
+    return np.pad(np.stack(shares), ((0, 0), (dense_layers, 0), (0, 0)))

@@ -147,6 +147,12 @@ def test_version(capsys):
         (["generate", PROMPT, "--model", "MODEL", "--policy", "rass"], "--policy is 'rass'; there"),
         (["generate", PROMPT, "--model", "MODEL", "--policy", "dense", "--alpha", "1"], "--alpha"),
         (["generate", PROMPT, "--model", "MODEL", "--budget", "33"], "--budget is 33,"),
+        (
+            ["generate", PROMPT, "--model", "MODEL", "--allotment", "/no/a"],
+            "--allotment is '/no/a'",
+        ),
+        (["generate", PROMPT, "--model", "MODEL", "--allotment", "BROKEN"], "is not valid JSON"),
+        (["generate", PROMPT, "--model", "MODEL", "--allotment", "auto"], "no allotment.json ("),
         (["generate", PROMPT, "--model", "MODEL", "--temperature", "-1"], "--temperature is -1.0;"),
         (["generate", PROMPT, "--model", "MODEL", "--top-p", "0"], "--top-p is 0.0;"),
         (

@@ -11,7 +11,7 @@ import pytest
 from cheap import start
 from hlo import written_in_loops
 from pools import poisoned
-from tiny import calibration, prompts_of, random_params
+from tiny import allotment_of, calibration, prompts_of, random_params
 
 from raas_jax import ModelConfig, policies
 from raas_jax.decode import decode_pages
@@ -36,6 +36,8 @@ CASES = [
     "quest",
     "raas_quest:prompt_budget=64",
 ]
+# Those that read whole pages of a pool at a boundary, or fill it from the prompt.
+ALLOTTED = ["rkv:every=64", "triattention:every=64:across_layers=false", "h2o:prompt=evict"]
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -56,9 +58,14 @@ def test_every_policy_is_here():
     assert names | {"dense", "raas", "fifo"} == set(policies.available())
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_nothing_is_copied_and_nothing_dead_is_read(case):
-    options = {"page_size": P, "budget": BUDGET}
+@pytest.mark.parametrize(
+    ("case", "more"),
+    [(case, {}) for case in CASES]
+    + [(case, {"allotment": allotment_of(CONFIG, P, most=32)}) for case in ALLOTTED],
+    ids=[*CASES, *(f"{case}, allotted" for case in ALLOTTED)],
+)
+def test_nothing_is_copied_and_nothing_dead_is_read(case, more):
+    options = {"page_size": P, "budget": BUDGET, **more}
     if case.startswith("triattention"):
         options["calibration"] = calibration(CONFIG)
     policy = policies.parse(case, **options)

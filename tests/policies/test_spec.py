@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tyro
+from tiny import allotment_of
 
 from raas_jax import Dense, RaaS, policies
 from raas_jax.cli.options import PolicyOptions
+from raas_jax.lab.runs.experiment import policy_identity
 
 MINE = """
 from __future__ import annotations
@@ -98,6 +102,35 @@ def test_flags():
     assert chosen == policies.RKV(every=64, mix=0.07, page_size=8)
     twice = ["--policy-option", "every=64", "--policy-option", "recent=32"]
     assert options("--policy", "rkv", *twice) == policies.RKV(every=64, recent=32)
+
+
+def test_allotments(tmp_path):
+    """By file, in a text or by a flag; "auto" waits for the model, and results tell one from
+    another and know none where there is none."""
+    allotment, file = allotment_of(), tmp_path / "allotment.json"
+    allotment.write(file)
+    wanted = RaaS(64, allotment=allotment)
+    assert policies.parse(f"raas:allotment={file}:budget=64") == wanted
+    assert policies.parse(f"raas:allotment={file}", budget=64) != RaaS(64)
+    assert options("--allotment", str(file), "--budget", "64") == wanted
+    assert options("--allotment", "auto") == RaaS(allotment="auto")
+    assert policies.parse("raas:allotment=none") == RaaS()
+    for args in ["--policy", f"raas:allotment={file}x"], ["--allotment", f"{file}x"]:
+        with pytest.raises(FileNotFoundError, match="there is no such file. Make it with"):
+            options(*args)
+    file.write_text("{}")
+    with pytest.raises(ValueError, match="allotment.json is no allotment .*'version' is missing"):
+        options("--allotment", str(file))
+    with pytest.raises(ValueError, match="allotment is not an option of the policy dense"):
+        options("--policy", "dense", "--allotment", "auto")
+
+    said = policy_identity(wanted)
+    assert said["allotment"] == repr(allotment) and said["label"].endswith("64")
+    assert said["Policy"] == f"raas (allotment={allotment!r})"
+    json.dumps(said)
+    others = policy_identity(RaaS(64, allotment=allotment_of(seed=1))), policy_identity(RaaS(64))
+    assert len({said["label"], *(other["label"] for other in others)}) == 3
+    assert "allotment" not in others[1]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiles import compiled
-from tiny import QWEN3, prompts_of, random_params
+from pools import by_heads
+from tiny import QWEN3, allotment_of, prompts_of, random_params
 
 import raas_jax
 from raas_jax.decode import RowRequest, cache_bytes, commit_page, token_step
@@ -23,6 +24,7 @@ POLICIES = [
     RaaS(12, page_size=4, alpha=0.1),
     RaaS(8, page_size=2, top_fraction=0.5, dense_layers=1),
     Dense(page_size=4),
+    RaaS(12, page_size=4, alpha=0.1, allotment=allotment_of()),
 ]
 
 
@@ -41,7 +43,7 @@ def pages_by_content(params, prompts, policy):
     written_pages, seen = [], []
     count = -(-(TOKENS - 1) // plan.page_size)
     for page in range(count):
-        keys = np.concatenate([np.asarray(group.k) for group in _padded(state.cache.kept)], axis=0)
+        keys = np.concatenate(_padded(state.cache.kept, plan), axis=0)
         held = [(keys == each[:, :, :, None]).all((-1, -2)).any(-1) for each in written_pages]
         held += [np.ones(keys.shape[:3], bool)]
         held += [np.zeros(keys.shape[:3], bool)] * (count - page - 1)
@@ -53,15 +55,12 @@ def pages_by_content(params, prompts, policy):
     return np.stack(seen)
 
 
-def _padded(groups):
-    """Groups of layers with as many slots each, so that they can be joined."""
-    most = max(group.k.shape[3] for group in groups)
-
-    def grow(k):
-        more = ((0, 0),) * 3 + ((0, most - k.shape[3]),) + ((0, 0),) * 2
-        return jnp.pad(k, more, constant_values=jnp.nan)
-
-    return [type(group)(grow(group.k), group.v, group.fill, None) for group in groups]
+def _padded(kept, plan):
+    """The keys of groups of layers, with as many slots each, so that they can be joined."""
+    most = max(plan.slots)
+    each = [by_heads(k.k, group.ranges) for k, group in zip(kept, plan.groups, strict=True)]
+    more = [((0, 0),) * 3 + ((0, most - k.shape[3]),) + ((0, 0),) * 2 for k in each]
+    return [np.pad(*pair, constant_values=np.nan) for pair in zip(each, more, strict=True)]
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: type(policy).__name__)
