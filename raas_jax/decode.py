@@ -592,6 +592,9 @@ def _progress(
 def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
     """The page boundary: each (layer, row, head) writes its current page over its victim's slot."""
     now, lengths = state.rows.generated, prompt_lengths(state, plan)
+    written = state.rows.committed + 1
+    if plan.policy.evicts_prompt:
+        written += -(-lengths // plan.page_size)
     kept, meta = [], []
     evicted = jnp.zeros(now.shape, jnp.int32)
     for number, group in enumerate(plan.groups):
@@ -608,8 +611,6 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
         )
         slot = policy.victim(state.meta[number], boundary)
         page = Page(state.cache.current.k[group.part], state.cache.current.v[group.part])
-        filled = jnp.take_along_axis(old.fill, slot[..., None], axis=-1)[..., 0] > 0
-        lost = filled.astype(jnp.int32)
         new = commit(old, page.k, page.v, slot, group.ranges, plan.target)
         of_group = policy.commit(state.meta[number], slot, page, now)
         after = boundary._replace(
@@ -619,9 +620,10 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
         )
         emptied = policy.evict_many(of_group, after)
         if emptied is not None:
-            lost = lost + jnp.sum(emptied & (new.fill > 0), axis=-1)
             new = dataclasses.replace(new, fill=jnp.where(emptied, 0, new.fill))
-        evicted = jnp.maximum(evicted, jnp.max(lost, axis=(0, 2)))
+        # Heads of different sizes lose pages at different boundaries, so that only sums compare.
+        held = jnp.sum(new.fill > 0, axis=-1, dtype=jnp.int32)
+        evicted = jnp.maximum(evicted, written - jnp.min(held, axis=(0, 2)))
         kept.append(new)
         meta.append(of_group)
     rows, running = state.rows, ~state.rows.done
@@ -632,7 +634,7 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
         rows=dataclasses.replace(
             rows,
             committed=jnp.where(running, rows.committed + 1, rows.committed),
-            evicted=jnp.where(running, rows.evicted + evicted, rows.evicted),
+            evicted=jnp.where(running, evicted, rows.evicted),
         ),
     )
 

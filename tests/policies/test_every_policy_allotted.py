@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from cheap import CONFIG
-from every import EVERY, LENGTHS, NEW, P, decoded, plan_of, tight
+from every import EVERY, LENGTHS, NEW, PAGES, P, decoded, plan_of, tight
 from pools import in_place, poisoned
 from tiny import allotment_of, calibration, prompts_of, random_params
 from tiny_lemma import save_tiny
@@ -71,6 +73,7 @@ def test_a_pool_is_a_masked_rectangle(name, options):
         same(one.fill, other.fill)
     assert np.all(np.asarray(state.rows.evicted) > 0)
     within_ranges(state, group)
+    assert_evicted(state, policy)
     # A pool has the pages of its ranges, and nothing else is smaller than in the rectangle.
     per_page = 4 * CONFIG.head_dim * (2 * P + 2 * policy.needs_bounds)
     spare = ranges.layers * ranges.heads * ranges.most - ranges.total
@@ -105,6 +108,15 @@ def within_ranges(state, group):
     # Heads of large budgets hold more than those of small ones.
     held = np.sum(fill > 0, axis=-1)
     assert held.max() > held.min() and np.all(held <= np.asarray(ranges.counts)[:, None])
+
+
+def assert_evicted(state, policy):
+    """As many as the head that lost most has no more of all that there were."""
+    there = np.asarray(state.rows.committed)
+    if policy.evicts_prompt:
+        there = there + -(-np.asarray(LENGTHS) // P)
+    held = np.sum(np.asarray(state.cache.kept[-1].fill) > 0, axis=-1)
+    same(state.rows.evicted, there - held.min(axis=(0, 2)))
 
 
 @pytest.mark.parametrize(("name", "options"), CASES, ids=IDS)
@@ -157,6 +169,19 @@ def test_a_short_answer_on_a_mesh():
 @pytest.fixture(scope="module")
 def params():
     return random_params(CONFIG, 0, 3.0)
+
+
+def test_inside_one_jit(params):
+    """The loop in one program draws what `generate` draws."""
+    policy = RaaS(4 * P, page_size=P, alpha=0.12, allotment=allotment_of(CONFIG, P))
+    tokens = jnp.asarray(prompts_of([5, 5], 1), jnp.int32)
+    ask = {"policy": policy, "max_new_tokens": NEW}
+    found = jax.jit(functools.partial(raas_jax.generate_ids, **ask))(params, tokens)
+    outs = raas_jax.generate(params, tokens.tolist(), stop_token_ids=[], **ask)
+    for row, out in enumerate(outs):
+        same(found.tokens[row], out.tokens)
+        # As of the head that keeps least; the last page is still being written.
+        assert (out.stats.kept_pages, out.stats.evicted_pages) == (2, PAGES - 1 - 2)
 
 
 def test_what_cannot_be_combined_is_refused(params):
