@@ -99,7 +99,7 @@ class Recorded(Policy):
 # All that knows nothing of metadata is the inner policy's own.
 for _name in (
     *("needs_bounds", "needs_prompt_bounds", "selects", "evicts_prompt", "prompt_queries"),
-    *("slots", "slots_by_head", "capacity", "check_prompts"),
+    *("slots", "slots_by_head", "capacity", "check_model", "check_prompts"),
 ):
     setattr(Recorded, _name, property(operator.attrgetter(f"inner.{_name}")))
 

@@ -1,5 +1,6 @@
 """The diary of a policy against the bytes of the cache, and recall against its definition."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -174,3 +175,11 @@ def test_recorded_passes_everything_on():
     with pytest.raises(ValueError, match="at least 80"):
         wrapped.check_prompts([72])
     assert hash(wrapped) == hash(Recorded(RaaS(64, page_size=4, score="bound", prompt="included")))
+
+
+def test_a_policy_of_another_model_is_refused(params):
+    """As it is without the diary."""
+    other = dataclasses.replace(QWEN3, num_hidden_layers=3)
+    policy = RaaS(12, page_size=4, allotment=allotment_of(other))
+    with pytest.raises(ValueError, match="allotment is of a model with 3 layers"):
+        next(record(params, prompts_of([5]), [TOKENS], policy, stop_tokens=()))
