@@ -61,7 +61,7 @@ def plan_for(policy, new):
     return Plan.create(CONFIG, policy, [PROMPT], new)
 
 
-@pytest.mark.parametrize("name", ["mass", "bound", "allotted"])
+@pytest.mark.parametrize("name", ["mass", "bound"])
 def test_the_allocation_is_the_same_for_1k_and_64k_tokens(name):
     plans = [plan_for(POLICIES[name], new) for new in (1024, 65_536)]
     assert plans[0] == plans[1]
@@ -75,6 +75,12 @@ def test_the_allocation_is_the_same_for_1k_and_64k_tokens(name):
     assert growth == (65_536 - 1024) * ROWS * 8
     # Besides the cache, a step takes no more than what it reads of one or two layers.
     assert short.temp_size_in_bytes < size(state.cache) / 2
+
+
+def test_the_plan_is_the_same_where_budgets_differ():
+    plan = plan_for(POLICIES["allotted"], 1024)
+    assert plan == plan_for(POLICIES["allotted"], 65_536)
+    assert plan.groups[0].ranges.total == 32 * CONFIG.num_hidden_layers * CONFIG.num_key_value_heads
 
 
 def test_inside_one_jit_only_the_answer_grows(params):

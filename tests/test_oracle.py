@@ -296,7 +296,7 @@ def test_heads_with_budgets_of_their_own_at_every_step():
     doubts, sizes = [], set()
 
     # One head may keep all that there will be, so that all others are left with two pages.
-    @few(max_examples=3)
+    @few(max_examples=2)
     @example("llama", COMBINATIONS[0], 1, 0, GREEDY, 5, 2.0, [1, 5, 2])
     @example("qwen3", COMBINATIONS[7], 1, 0, 3, 6, 2.0, [5, 1, 3])
     @given(

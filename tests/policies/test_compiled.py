@@ -36,8 +36,8 @@ CASES = [
     "quest",
     "raas_quest:prompt_budget=64",
 ]
-# Those that read whole pages of a pool at a boundary, or fill it from the prompt.
-ALLOTTED = ["rkv:every=64", "triattention:every=64:across_layers=false", "h2o:prompt=evict"]
+# One that reads whole pages of a pool at a boundary, and one that fills it from the prompt.
+ALLOTTED = ["triattention:every=64:across_layers=false", "h2o:prompt=evict"]
 
 
 @pytest.fixture(autouse=True, scope="module")

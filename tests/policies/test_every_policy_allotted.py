@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cheap import CONFIG
-from every import EVERY, LENGTHS, NEW, PAGES, P, decoded, plan_of, tight
+from every import LENGTHS, NEW, OPTIONS, PAGES, P, decoded, plan_of, tight
 from pools import in_place, poisoned
 from tiny import allotment_of, calibration, prompts_of, random_params
 from tiny_lemma import save_tiny
@@ -23,18 +23,14 @@ from raas_jax.policies import Allotment, Budgeted
 from raas_jax.session import Session
 from raas_jax.suited import FILE, suited
 
-MORE = [
+# Each as it may evict its prompt, where it may; "fifo" is another name of "recent".
+BUDGETED = {name for name in policies.available() if issubclass(policies.by_name(name), Budgeted)}
+CASES = [(name, OPTIONS.get(name, [{}])[-1]) for name in sorted(BUDGETED - {"fifo"})]
+CASES += [
     ("raas", {"score": "bound", "prompt": "included"}),
     ("raas", {"half_life": 8.0, "granularity": "layer"}),
-    ("vase", {"every": 4, "recent": 4, "window": 4, "prompt": "included"}),
 ]
-# "fifo" is another name of "recent".
-CASES = [
-    (name, options)
-    for name, options in (each.values for each in EVERY)
-    if issubclass(policies.by_name(name), Budgeted) and name != "fifo"
-] + MORE
-ALONE = [("raas", "excluded"), ("raas", "included"), ("h2o", "evict"), ("rkv", "included")]
+ALONE = [("h2o", "evict"), ("rkv", "included")]
 IDS = [", ".join([name, *map(str, options.values())]) for name, options in CASES]
 
 
