@@ -59,6 +59,8 @@ class Allotment:
         )
         if not ascending:
             raise ValueError(f"sizes are {sizes.tolist()}; they must be two or more and ascend.")
+        if sizes[-1] > checks.MOST_TOKENS:
+            raise ValueError(f"sizes go up to {sizes[-1]}; they may to {checks.MOST_TOKENS}.")
         if losses.ndim != 3 or losses.shape[-1] != len(sizes) or not losses.size:
             raise ValueError(
                 f"losses have shape {list(losses.shape)}; it must be [L, K, {len(sizes)}], one for "

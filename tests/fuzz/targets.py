@@ -168,6 +168,18 @@ def use_calibration(folder: Path) -> None:
     policies.create("triattention", budget=256, calibration=str(folder / "centres.safetensors"))
 
 
+def make_allotment(folder: Path) -> None:
+    tiny.allotment_of().write(folder / "allotment.json")
+
+
+def use_allotment(folder: Path) -> None:
+    policy = RaaS(64, page_size=4, allotment=str(folder / "allotment.json"))
+    assert isinstance(policy.allotment, policies.Allotment)
+    for least in (1, 3):
+        pages = policy.allotment.pages(16, 4, least)
+        assert pages.mean() == 16 and pages.min() >= least
+
+
 def make_arguments(folder: Path) -> None:
     tiny_lemma.save_tiny(folder / "model")
 
@@ -253,5 +265,6 @@ TARGETS = {
     "configurations": Target(make_study, use_study, ("*.yaml",)),
     "lines": Target(make_lines, use_lines, ("*.jsonl",)),
     "calibration": Target(make_calibration, use_calibration, ("*.safetensors",)),
+    "allotment": Target(make_allotment, use_allotment, ("*.json",)),
     "arguments": Target(make_arguments, use_arguments, ()),
 }

@@ -183,6 +183,7 @@ def test_arrays_that_are_no_curves_are_refused():
         ({"sizes": [16]}, r"sizes are \[16\]"),
         ({"sizes": [32, 16]}, "they must be two or more and ascend"),
         ({"sizes": [0, 16]}, "ascend"),
+        ({"sizes": [16, 2**62]}, "sizes go up to 4611686018427387904; they may to"),
         ({"sizes": [16.5, 32]}, "sizes are not whole numbers"),
         ({"losses": np.ones((2, 3, 3))}, r"shape \[2, 3, 3\]; it must be \[L, K, 2\]"),
         ({"losses": np.ones((0, 3, 2))}, r"shape \[0, 3, 2\]"),
