@@ -41,10 +41,9 @@ def likeness(params: Params) -> str:
     and biases), the first row of every matrix, and the embeddings of the first tokens. "" where
     there are no numbers, as inside a jit.
     """
-    if not all(
-        isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
-        for leaf in jax.tree.leaves(params.weights)
-    ):
+    leaves = jax.tree.leaves(params.weights)
+    known = [isinstance(x, jax.Array) and not isinstance(x, jax.core.Tracer) for x in leaves]
+    if not known or not all(known):
         return ""
     layers = params.weights["layers"]
     if isinstance(layers, tuple):

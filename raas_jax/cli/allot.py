@@ -56,7 +56,7 @@ class Allot:
             if path.is_dir() or not path.absolute().parent.is_dir():
                 raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
         policy = policies.parse(self.policy)
-        params = load(self.model, dtype=self.dtype)
+        params = load(self.model, dtype=self.dtype, layers="stacked")
         began = time.perf_counter()
         texts, prompt_tokens, kinds = self._texts(params)
         found = allot(params, texts, policy=policy, prompt_tokens=prompt_tokens)

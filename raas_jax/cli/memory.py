@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from raas_jax.cli import options
-from raas_jax.config import ModelConfig
 
 if TYPE_CHECKING:
     from raas_jax.aot.memory import Compiled
@@ -49,10 +48,16 @@ class Memory:
             # Nothing is run, so no device is looked for.
             os.environ.setdefault("JAX_PLATFORMS", "cpu")
         from raas_jax.aot.memory import memory
+        from raas_jax.params import Params
+        from raas_jax.suited import suited
 
+        file = self._file()
+        config = options.read_config(file, self.layers)
+        # Weights are not wanted for an account; the folder may have an allotment.
+        without_weights = Params({}, config, str(Path(file).parent))
         account = memory(
-            self._config(),
-            self.policy.create(),
+            config,
+            suited(self.policy.create(), without_weights),
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             batch=self.batch,
@@ -63,11 +68,11 @@ class Memory:
         print(json.dumps(dataclasses.asdict(account), indent=2) if self.json else table(account))
         return 0
 
-    def _config(self) -> ModelConfig:
+    def _file(self) -> str:
+        """The model's configuration."""
         if (self.config is None) == (self.model is None):
             raise ValueError("give one of --config FILE and --model SOURCE.")
-        file = self.config if self.config is not None else config_file(str(self.model))
-        return options.read_config(file, self.layers)
+        return self.config if self.config is not None else config_file(str(self.model))
 
 
 def config_file(source: str) -> str:

@@ -20,6 +20,7 @@ from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.runner import environment
 from raas_jax.params import Params
 from raas_jax.policies import Dense, Policy
+from raas_jax.suited import suited
 
 BLOCK = 64
 """Tokens whose sums are written as one: the unit of positions that intervals are drawn from."""
@@ -53,6 +54,7 @@ def plan_points(
     Raises:
       ValueError: a policy that cannot work within those bytes, or is named twice.
     """
+    tried = [suited(policy, params) for policy in tried]
     budgeted = [policy for policy in tried if hasattr(policy, "budget")]
     if not budgeted:
         raise ValueError("policies have no budget among them; give at least one that evicts.")

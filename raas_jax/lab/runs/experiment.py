@@ -54,7 +54,7 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
     kinds = {policies.by_name(name): name for name in policies.available()}
     name = kinds.get(type(policy), type(policy).__name__)
     options = [
-        f"{field.name}={getattr(policy, field.name)}"
+        f"{field.name}={_short(getattr(policy, field.name))}"
         for field in dataclasses.fields(policy)
         if field.repr and field.name != "budget" and getattr(policy, field.name) != field.default
     ]
@@ -70,9 +70,13 @@ def _said(policy: Policy) -> dict[str, Any]:
     if options.get("allotment", "") is None:
         del options["allotment"]  # Folders that know of none go on.
     return {
-        name: str(value) if isinstance(value, policies.Allotment) else value
+        name: value.digest if isinstance(value, policies.Allotment) else value
         for name, value in options.items()
     }
+
+
+def _short(value: Any) -> Any:
+    return value.digest[:8] if isinstance(value, policies.Allotment) else value
 
 
 def sampled_digest(params: Params) -> str:

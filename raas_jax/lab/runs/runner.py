@@ -22,6 +22,7 @@ from raas_jax.lab.tasks.grading import GraderPool, Verdict
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import Policy
+from raas_jax.suited import suited
 
 _clear_caches: Callable[[], None] = jax.clear_caches  # Which has no types.
 CELLS_AT_ONCE = 16
@@ -62,7 +63,7 @@ def run(
     decoding = decoding or (RecordedDecoding() if task.records else EngineDecoding())
     cells = [
         Cell(task.name, described["label"], task, policy, decoding, described)
-        for policy in tried
+        for policy in (suited(each, params) for each in tried)
         for described in [policy_identity(policy)]
     ]
     config = {
