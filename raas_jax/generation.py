@@ -338,8 +338,8 @@ class _Run:
 
     def output(self, index: int) -> Output:
         """The answer of a row so far."""
-        row, params = self.rows[index], self.session.params
-        return row.output(row.stats(params.config, params.dtype, self.session.row_bytes))
+        row, session = self.rows[index], self.session
+        return row.output(row.stats(session.params, session.plan, session.row_bytes))
 
     def piece(self, index: int) -> Piece:
         """What a row has had since its last piece."""

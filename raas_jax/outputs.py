@@ -12,11 +12,10 @@ from typing import Any
 import jax
 
 from raas_jax import checks, tokenizer
-from raas_jax.config import ModelConfig
 from raas_jax.decode import Progress, dense_bytes
 from raas_jax.params import Params
 from raas_jax.plan import Plan
-from raas_jax.policies import pages_for
+from raas_jax.policies import Allotment, pages_for
 
 DEFAULT_MAX_NEW_TOKENS = 32_768
 
@@ -30,12 +29,14 @@ class Stats:
       generated_tokens: tokens drawn, the stop token included.
       kept_pages: pages of generated tokens in the cache at the end, per layer and key/value head,
         and of the prompt where the policy may evict it; the page being written is not counted.
-      evicted_pages: pages that had to go.
+      evicted_pages: pages that had to go. Where heads have budgets of their own, kept and evicted
+        pages are those of the head that had to give up most.
       kv_bytes: what the row's share of the cache takes: prompt, kept and current pages, the
         policy's metadata, padding.
       dense_kv_bytes: what the keys and values of all its tokens would take, nothing dropped.
       prefill_seconds: from the call to the first token, compilation included where it was needed.
       decode_seconds: from then to the last.
+      allotment: digest of the `Allotment` in use; None where all heads have the same budget.
     """
 
     prompt_tokens: int
@@ -46,6 +47,7 @@ class Stats:
     dense_kv_bytes: int
     prefill_seconds: float
     decode_seconds: float
+    allotment: str | None = None
 
 
 @partial(
@@ -158,17 +160,20 @@ class Answer:
         if plan.policy.evicts_prompt:
             self.kept_pages += pages_for(len(self.prompt), plan.page_size)
 
-    def stats(self, config: ModelConfig, dtype: Any, kv_bytes: int) -> Stats:
+    def stats(self, params: Params, plan: Plan, kv_bytes: int) -> Stats:
         """What it took; `kv_bytes` is its share of the cache."""
+        tokens = len(self.prompt) + len(self.tokens)
+        allotment = getattr(plan.policy, "allotment", None)
         return Stats(
             prompt_tokens=len(self.prompt),
             generated_tokens=len(self.tokens),
             kept_pages=self.kept_pages,
             evicted_pages=self.evicted_pages,
             kv_bytes=kv_bytes,
-            dense_kv_bytes=dense_bytes(config, len(self.prompt) + len(self.tokens), dtype),
+            dense_kv_bytes=dense_bytes(params.config, tokens, params.dtype),
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
+            allotment=allotment.digest if isinstance(allotment, Allotment) else None,
         )
 
     def output(self, stats: Stats) -> Output:

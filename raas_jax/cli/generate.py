@@ -191,6 +191,7 @@ def as_json(output: raas_jax.Output) -> dict[str, Any]:
         "finish_reason": output.finish_reason,
         **({} if output.error is None else {"error": output.error}),
         **{name: getattr(output.stats, name) for name in (*sizes, "kv_bytes", "dense_kv_bytes")},
+        **({} if output.stats.allotment is None else {"allotment": output.stats.allotment}),
     }
 
 
@@ -211,9 +212,10 @@ def summary(output: raas_jax.Output, speed: float | None = None) -> str:
     rate = "" if speed is None else f", {speed:.0f} tokens/s"
     memory, dense = map(options.readable_bytes, (stats.kv_bytes, stats.dense_kv_bytes))
     beside = f", a dense cache: {dense}" if stats.evicted_pages else ""
+    by_head = f", by head ({stats.allotment})" if stats.allotment else ""
     return (
         f"[{stats.generated_tokens} tokens after a prompt of {stats.prompt_tokens}{rate}; "
         f"{ends.get(str(output.finish_reason), output.finish_reason)}]\n"
-        f"[{stats.kept_pages} pages kept, {stats.evicted_pages or 'none'} forgotten; "
+        f"[{stats.kept_pages} pages kept{by_head}, {stats.evicted_pages or 'none'} forgotten; "
         f"keys and values: {memory}{beside}]"
     )

@@ -481,8 +481,7 @@ class Engine:
         elif tokenizer.has_tokenizer(self.params):
             ended = bool(answer.tokens) and answer.tokens[-1] in answer.stop_ids
             known = tokenizer.decode(self.params, answer.tokens[: len(answer.tokens) - ended])
-        params = self.params
-        stats = answer.stats(params.config, params.dtype, self.session.row_bytes)
+        stats = answer.stats(self.params, self.session.plan, self.session.row_bytes)
         reason = answer.finish_reason or "interrupted"
         made = (answer.tokens, reason, answer.logprobs, stats, answer.error)
         return Result(row.job.id, row.sample, known, *made)
