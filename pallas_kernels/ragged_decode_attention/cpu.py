@@ -15,6 +15,9 @@ from pallas_kernels.arrays import as_bits
 from pallas_kernels.decode_attention.cpu import attend_pairs
 from pallas_kernels.decode_attention.reference import DecodeAttention
 
+MOST_UNROLLED = 4
+"""Heads up to which each has branches of its own: a loop over few costs more than it saves."""
+
 
 def ragged_decode_attention_cpu(
     q: jax.Array,
@@ -62,6 +65,11 @@ def ragged_decode_attention_cpu(
         found: tuple[jax.Array, ...] = jax.lax.switch(kind, branches, *own)
         return found
 
-    found = jax.lax.map(of_head, (kind, by_head, jnp.swapaxes(fill, 0, 1), start))
+    heads = kind, by_head, jnp.swapaxes(fill, 0, 1), start
+    if K <= MOST_UNROLLED:
+        each = [of_head(jax.tree.map(lambda x, head=head: x[head], heads)) for head in range(K)]
+        found = tuple(map(jnp.stack, zip(*each, strict=True)))
+    else:
+        found = jax.lax.map(of_head, heads)
     whole = (jnp.swapaxes(x, 0, 1).reshape(B, N, *x.shape[3:]) for x in found)
     return DecodeAttention(*whole)

@@ -39,14 +39,11 @@ def _draw_curves(axis: Any, allotment: Allotment, tokens: np.ndarray) -> None:
     for place in np.linspace(0, len(order) - 1, CURVES).astype(int):
         layer, head = np.unravel_index(order[place], tokens.shape)
         curve, given = allotment.losses[layer, head], tokens[layer, head]
-        # The last point, where all of a text has room, has no logarithm.
-        (line,) = axis.loglog(
-            allotment.sizes[:-1],
-            np.maximum(curve[:-1], 1e-9),
-            label=f"layer {layer}, head {head}: {given}",
-        )
-        at = np.interp(given, allotment.sizes, curve)
-        axis.plot([given], [max(at, 1e-9)], "o", color=line.get_color())
+        lost = curve > 0  # Where all of a text has room, nothing is, which has no logarithm.
+        label = f"layer {layer}, head {head}: {given}"
+        (line,) = axis.loglog(allotment.sizes[lost], curve[lost], label=label)
+        if (at := np.interp(given, allotment.sizes, curve)) > 0:
+            axis.plot([given], [at], "o", color=line.get_color())
     axis.set(xlabel="Tokens kept", ylabel="Loss, nats per token")
     axis.set_title("What a head loses, and what it is given", fontsize=10)
     axis.legend(fontsize=7)
