@@ -107,6 +107,7 @@ def expected(found: Allotment, page_size: int) -> str:
         given = found.loss(pages, page_size)
         least, most = int(pages.min()) * page_size, int(pages.max()) * page_size
         rows.append([f"{budget}", f"{even:.3g}", f"{given:.3g}", f"{least}-{most}"])
-    return tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows) + (
+    table = tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows)
+    return table.rstrip() + (
         "\n\nExpected KL divergence from the dense model, nats per token, each head for itself."
     )

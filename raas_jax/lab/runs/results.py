@@ -171,6 +171,9 @@ class Results:
             if found.version < VERSION and "fingerprint" in wanted:
                 # What it knows of its weights is in `wanted` too, and is compared.
                 found.config["fingerprint"] = wanted["fingerprint"]
+            elif "fingerprint" in wanted:
+                # It says all; the digest of some weights depends on how a config is written, too.
+                found.config["weights"] = wanted.get("weights")
             for name, keys in (grows or {}).items():
                 here, there_now = (_by_name(each[name], keys) for each in (wanted, found.config))
                 both = [*there_now, *(key for key in here if key not in there_now)]

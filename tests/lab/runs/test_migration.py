@@ -83,6 +83,16 @@ def test_one_weight_that_differs_is_another_run(params, tmp_path):
         ask(other, tmp_path)
 
 
+def test_the_fingerprint_alone_decides(params, tmp_path):
+    """The digest of some weights changes with the fields that a config has in some version."""
+    ask(params, tmp_path)
+    file = tmp_path / "run.json"
+    run = json.loads(file.read_text())
+    file.write_text(json.dumps({**run, "config": {**run["config"], "weights": "of old"}}))
+    ask(params, tmp_path)
+    assert json.loads(file.read_text())["config"] == run["config"]
+
+
 def test_a_study_keeps_the_labels_of_its_file(tmp_path):
     """They are the user's own words, and the file still has them."""
     policy = {"label": "RaaS (share=layer)", "policy": "raas", "share": "layer", "alpha": 0.1}
