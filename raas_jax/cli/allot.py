@@ -25,7 +25,7 @@ BUDGETS = (64, 128, 256, 512, 1024)
 
 @dataclasses.dataclass
 class Allot:
-    """Find how much of a budget each layer and head of a model should have."""
+    """Find how much of a budget each head should have."""
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL", help=options.SOURCE)]
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "allotment.json"
