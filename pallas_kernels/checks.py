@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.ranges import Ranges
+
 
 def check_pages(
     q: jax.Array,
@@ -36,13 +38,9 @@ def check_pages(
             f"k_pages has shape {k_pages.shape} and v_pages {v_pages.shape}; both must be "
             f"[L, {rows}, K, S, P, H]."
         )
-    check_floats("q", q)
-    check_floats("k_pages", k_pages)
-    check_same_dtype("v_pages", v_pages, "k_pages", k_pages)
+    check_numbers(q, k_pages, v_pages, "pages")
     L, B, K, S, P, H = k_pages.shape
-    for name, size in zip("BKPH", (B, K, P, H), strict=True):
-        if size < 1:
-            raise ValueError(f"k_pages has shape {k_pages.shape}; its axis {name} must not be 0.")
+    check_axes("k_pages", k_pages, B=B, K=K, P=P, H=H)
     check_queries(q, "k_pages", k_pages, q.shape[:1] if shared else (B,), K, H)
     if q.shape[0] % B:
         raise ValueError(
@@ -53,6 +51,52 @@ def check_pages(
         raise ValueError(f"fill has shape {fill.shape}; it must be [{B}, {K}, {S}].")
     check_integers("fill", fill, "a count of tokens in each page")
     return jnp.broadcast_to(fill, (B, K, S)).astype(jnp.int32), check_layer(layer, L)
+
+
+def check_pool(
+    q: jax.Array,
+    k_pool: jax.Array,
+    v_pool: jax.Array,
+    fill: jax.Array,
+    layer: jax.Array | int,
+    ranges: Ranges,
+) -> tuple[jax.Array, jax.Array]:
+    """Checks queries against a pool `[B, T, P, H]` of keys, and one of values.
+
+    Returns:
+      `fill [B, K, S]` and `layer`, both int32.
+
+    Raises:
+      ValueError: names the argument, its value, and what it must be.
+    """
+    if k_pool.ndim != 4 or v_pool.shape != k_pool.shape or k_pool.shape[1] != ranges.total:
+        raise ValueError(
+            f"k_pool has shape {k_pool.shape} and v_pool {v_pool.shape}; both must be "
+            f"[B, {ranges.total}, P, H], as many pages as the ranges have."
+        )
+    check_numbers(q, k_pool, v_pool, "pool")
+    B, _, P, H = k_pool.shape
+    check_axes("k_pool", k_pool, B=B, P=P, H=H)
+    check_queries(q, "k_pool", k_pool, (B,), ranges.heads, H)
+    wanted = (B, ranges.heads, ranges.most)
+    if fill.shape != wanted:
+        raise ValueError(f"fill has shape {fill.shape}; it must be {list(wanted)}.")
+    check_integers("fill", fill, "a count of tokens in each page")
+    return fill.astype(jnp.int32), check_layer(layer, ranges.layers)
+
+
+def check_numbers(q: jax.Array, k: jax.Array, v: jax.Array, what: str) -> None:
+    """Raises ValueError unless q, `k_{what}` and `v_{what}` hold floats, k and v the same kind."""
+    check_floats("q", q)
+    check_floats(f"k_{what}", k)
+    check_same_dtype(f"v_{what}", v, f"k_{what}", k)
+
+
+def check_axes(name: str, array: jax.Array, **sizes: int) -> None:
+    """Raises ValueError for an axis of no size."""
+    for axis, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name} has shape {array.shape}; its axis {axis} must not be 0.")
 
 
 def check_queries(

@@ -48,6 +48,15 @@ class Target:
         platform = {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
         return cls(platform, device.device_kind)
 
+    @property
+    def head_ways(self) -> int:
+        """Over how many devices the mesh would split heads."""
+        return 1 if self.mesh is None else int(self.mesh.shape.get(self.heads, 1))
+
+    def in_parts(self, parts: int) -> Target:
+        """The same, whose mesh splits heads into just so many parts, or not at all."""
+        return self if self.head_ways == parts else dataclasses.replace(self, heads="")
+
 
 def load(module: str, name: str) -> Callable[..., Any]:
     """A backend that is imported when it is first called: what is not used costs nothing."""

@@ -119,6 +119,5 @@ class Plan:
 
 def _parts(config: ModelConfig, target: Target | None) -> int:
     """Into how many parts a mesh splits the heads of the cache."""
-    mesh = None if target is None else target.mesh
-    ways = 1 if mesh is None or target is None else int(mesh.shape.get(target.heads, 1))
+    ways = 1 if target is None else target.head_ways
     return ways if config.num_key_value_heads % ways == 0 else 1

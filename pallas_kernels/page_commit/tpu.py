@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,19 +22,34 @@ def page_commit_tpu(
     Raises:
       NotImplementedError: a page is not whole words of 32 bits in every lane.
     """
-    L, B, K, _, P, H = pages.shape
-    check_whole_words(pages)
 
-    def kernel(slot_ref: Any, page_ref: Any, _: Any, pages_ref: Any, done: Any) -> None:
+    def place(pages_ref: Any, layer: Any, row: Any, head: Any, slot: Any) -> Any:
+        return pages_ref.at[layer, row, head, slot]
+
+    return copy_pages(pages, page, slot, place, "page_commit")
+
+
+def copy_pages(
+    buffer: jax.Array, page: jax.Array, at: jax.Array, place: Callable[..., Any], name: str
+) -> jax.Array:
+    """Copies `page [L, B, K, P, H]` into a buffer of pages, in place.
+
+    `place` gives, of the buffer's ref, a layer, row and head, and what `at`, int32 `[L, B, K]`,
+    says of them, the ref of the page to overwrite. `name` is the kernel's.
+
+    Raises:
+      NotImplementedError: a page is not whole words of 32 bits in every lane.
+    """
+    L, B, K, P, H = page.shape
+    check_whole_words(buffer)
+
+    def kernel(at_ref: Any, page_ref: Any, _: Any, buffer_ref: Any, done: Any) -> None:
         layer = pl.program_id(0)
 
         def copy(index: jax.Array) -> Any:
             row, head = jax.lax.div(index, K), jax.lax.rem(index, K)
-            return pltpu.make_async_copy(
-                page_ref.at[layer, row, head],
-                pages_ref.at[layer, row, head, slot_ref[0, 0, index]],
-                done,
-            )
+            target = place(buffer_ref, layer, row, head, at_ref[0, 0, index])
+            return pltpu.make_async_copy(page_ref.at[layer, row, head], target, done)
 
         # All of a layer's copies are under way at once.
         jax.lax.fori_loop(0, B * K, lambda index, _: copy(index).start(), None)
@@ -49,15 +65,15 @@ def page_commit_tpu(
             anywhere,
         ],
         out_specs=anywhere,
-        out_shape=result(*pages.shape, dtype=pages.dtype),
+        out_shape=result(*buffer.shape, dtype=buffer.dtype),
         scratch_shapes=[pltpu.SemaphoreType.DMA],
         input_output_aliases={2: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(
             flops=0,
-            bytes_accessed=2 * L * B * K * P * H * jnp.dtype(pages.dtype).itemsize,
+            bytes_accessed=2 * L * B * K * P * H * jnp.dtype(buffer.dtype).itemsize,
             transcendentals=0,
         ),
-        name="page_commit",
-    )(slot.reshape(L, 1, B * K), page, pages)
+        name=name,
+    )(at.reshape(L, 1, B * K), page, buffer)
     return written

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.checks import (
-    check_floats,
-    check_integers,
-    check_layer,
-    check_queries,
-    check_same_dtype,
-)
+from pallas_kernels.checks import check_pool
 from pallas_kernels.decode_attention.reference import DecodeAttention
 from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Implementation, Target, dispatch, load
@@ -68,17 +61,15 @@ def ragged_decode_attention(
     Raises:
       ValueError: the shapes or dtypes do not fit together, named; or no backend serves them.
     """
-    layer = _check(q, k_pool, v_pool, fill, layer, ranges)
-    target = Target.of() if target is None else target
-    if target.mesh is not None and target.mesh.shape.get(target.heads, 1) != ranges.parts:
-        target = dataclasses.replace(target, heads="")
+    fill, layer = check_pool(q, k_pool, v_pool, fill, layer, ranges)
+    target = (Target.of() if target is None else target).in_parts(ranges.parts)
     return dispatch(
         "ragged_decode_attention",
         _BACKENDS,
         implementation,
         target,
         (
-            *(q, k_pool, v_pool, fill.astype(jnp.int32)),
+            *(q, k_pool, v_pool, fill),
             *(jnp.asarray(ranges.starts), jnp.asarray(ranges.counts, jnp.int32), layer),
         ),
         _AXES,
@@ -88,32 +79,3 @@ def ragged_decode_attention(
         sizes=ranges.sizes,
         scale=q.shape[-1] ** -0.5 if scale is None else scale,
     )
-
-
-def _check(
-    q: jax.Array,
-    k_pool: jax.Array,
-    v_pool: jax.Array,
-    fill: jax.Array,
-    layer: jax.Array | int,
-    ranges: Ranges,
-) -> jax.Array:
-    """The layer as an int32 scalar; raises ValueError for what does not fit together."""
-    if k_pool.ndim != 4 or v_pool.shape != k_pool.shape or k_pool.shape[1] != ranges.total:
-        raise ValueError(
-            f"k_pool has shape {k_pool.shape} and v_pool {v_pool.shape}; both must be "
-            f"[B, {ranges.total}, P, H], as many pages as the ranges have."
-        )
-    check_floats("q", q)
-    check_floats("k_pool", k_pool)
-    check_same_dtype("v_pool", v_pool, "k_pool", k_pool)
-    B, _, P, H = k_pool.shape
-    for name, size in zip("BPH", (B, P, H), strict=True):
-        if size < 1:
-            raise ValueError(f"k_pool has shape {k_pool.shape}; its axis {name} must not be 0.")
-    check_queries(q, "k_pool", k_pool, (B,), ranges.heads, H)
-    wanted = (B, ranges.heads, ranges.most)
-    if fill.shape != wanted:
-        raise ValueError(f"fill has shape {fill.shape}; it must be {list(wanted)}.")
-    check_integers("fill", fill, "a count of tokens in each page")
-    return check_layer(layer, ranges.layers)

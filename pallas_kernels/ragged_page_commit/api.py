@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import jax
@@ -63,9 +62,7 @@ def ragged_page_commit(
             f"slot is {slot.dtype}{list(slot.shape)}; it must be int32{list(leading)}."
         )
     check_integers("slot", slot, "the slot of each page")
-    target = Target.of() if target is None else target
-    if target.mesh is not None and target.mesh.shape.get(target.heads, 1) != ranges.parts:
-        target = dataclasses.replace(target, heads="")
+    target = (Target.of() if target is None else target).in_parts(ranges.parts)
     return dispatch(
         "ragged_page_commit",
         _BACKENDS,
