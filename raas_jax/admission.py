@@ -137,9 +137,8 @@ def _insert(
         def joined(ranges: Ranges | None, old: Kept, of_part: Kept) -> Kept:
             fill = row(1, old.fill, of_part.fill)
             if not plan.policy.evicts_prompt:
-                return dataclasses.replace(
-                    old, fill=fill
-                )  # What lies in empty slots is never read.
+                # What lies in empty slots is never read.
+                return dataclasses.replace(old, fill=fill)
             # A pool begins with the rows, all else with the layers.
             pages = ((each.k, each.v, each.bounds) for each in (old, of_part))
             k, v, bounds = jax.tree.map(partial(row, 1 if ranges is None else 0), *pages)

@@ -142,7 +142,7 @@ def commit(
     bounds = kept.bounds
     if bounds is not None:
         page = page_bounds(page_k, jnp.full(slot.shape, P))
-        bounds = jax.tree.map(partial(_commit_bound, slot, chosen, ranges), page, bounds)
+        bounds = jax.tree.map(partial(_commit_bound, chosen, ranges), page, bounds)
     if ranges is None:
         write = partial(page_commit, slot=slot, target=target)
     else:
@@ -152,14 +152,14 @@ def commit(
 
 
 def _commit_bound(
-    slot: jax.Array, chosen: jax.Array, ranges: Ranges | None, page: jax.Array, old: jax.Array
+    chosen: jax.Array, ranges: Ranges | None, page: jax.Array, old: jax.Array
 ) -> jax.Array:
-    """Puts a page's keys `[L, B, K, H]` in its place."""
+    """Puts a page's keys `[L, B, K, H]` into the slots that are chosen, `[L, B, K, S]`."""
     if ranges is None:
         return jnp.where(chosen[..., None], page[:, :, :, None], old)
-    layer, head, place = ranges.places
-    wanted = slot[layer, :, head] == place[:, None]
-    return jnp.where(wanted.T[..., None], jnp.moveaxis(page[layer, :, head], 0, 1), old)
+    layer, head, _ = ranges.places
+    of_head = jnp.moveaxis(page[layer, :, head], 0, 1)
+    return jnp.where(as_pool(chosen, ranges)[..., None], of_head, old)
 
 
 def layer_pages(pages: jax.Array, layer: jax.Array, ranges: Ranges | None) -> jax.Array:

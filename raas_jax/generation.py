@@ -195,7 +195,7 @@ def generate_ids(
       `Sampled`: tokens int32 `[B' * samples, max_new_tokens]`, -1 after the end of a row, and their
       float32 log-probabilities.
     """
-    policy = checked(params, policy)
+    policy = suited(checked(params, policy), params)
     _check_ids("tokens", tokens, "[B', T], with at least one token", 2)
     if lengths is not None:
         _check_ids("lengths", lengths, f"[{len(tokens)}]", 1, len(tokens))
@@ -258,11 +258,7 @@ def _generate_traced(
 
 
 def checked(params: Any, policy: Any) -> Policy:
-    """The policy, or the default one, for this model.
-
-    Raises:
-      TypeError: no model, or no policy. FileNotFoundError, ValueError: see `suited`.
-    """
+    """The policy, or the default one. Raises TypeError for what is no model or no policy."""
     if not isinstance(params, Params):
         raise TypeError(
             f"params is a {type(params).__name__}; expected what raas_jax.load returns."
@@ -272,7 +268,7 @@ def checked(params: Any, policy: Any) -> Policy:
         raise TypeError(
             f"policy is {policy!r}; expected a policy such as raas_jax.RaaS(budget=1024)."
         )
-    return suited(policy, params)
+    return policy
 
 
 class _Run:

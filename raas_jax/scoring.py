@@ -27,6 +27,7 @@ from raas_jax.policies import Dense, Policy, bucket, pages_for
 from raas_jax.sampling import log_probability
 from raas_jax.session import Session
 from raas_jax.sharding import check_mesh, place_weights, target_of
+from raas_jax.suited import suited
 from raas_jax.tokenizer import Prompt, Prompts, PromptT
 
 SHORTEST = 64  # Tokens; shorter texts are padded to it, and longer ones to a power of two.
@@ -102,7 +103,7 @@ def score(
     Raises:
       TypeError, ValueError: names the argument, its value and the remedy. Nothing was computed.
     """
-    policy = checked(params, policy)
+    policy = suited(checked(params, policy), params)
     check_mesh(mesh)
     rows = checks.integer("rows", rows, 1)
     prompts, single = tokenizer.encode(params, prompt)

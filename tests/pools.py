@@ -52,3 +52,21 @@ def poisoned(state, plan):
         current=jax.tree.map(lambda x: nan(x, True), cache.current),
     )
     return dataclasses.replace(state, cache=cache)
+
+
+def living(rng, ranges, layer, fill, dtype, H, G, P):
+    """Operands of attention over a pool that holds nothing but the living tokens of one layer.
+
+    Of the fill `[B, K, S]` what lies beyond a head's range is left out.
+    """
+    B, counts = len(fill), np.asarray(ranges.counts)
+    fill = np.where(np.arange(ranges.most) < counts[layer][:, None], fill, 0)
+    k, v = (np.full((B, ranges.total, P, H), np.nan) for _ in range(2))
+    for row, head, slot in np.argwhere(fill):
+        page, count = ranges.starts[layer, head] + slot, fill[row, head, slot]
+        for x in (k, v):
+            x[row, page, :count] = rng.normal(size=(count, H))
+    q = rng.normal(size=(B, ranges.heads * G, H))
+    arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    numbers = [jnp.asarray(x, jnp.int32) for x in (fill, ranges.starts, counts, layer)]
+    return *arrays, *numbers

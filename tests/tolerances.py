@@ -38,3 +38,16 @@ def assert_same_attention(got, wanted, dtype):
     assert_close(got.sum, wanted.sum, dtype, "sum")
     assert_close(got.out, wanted.out, dtype, "out")
     assert_close(got.page_lse, wanted.page_lse, dtype, "scores")
+
+
+def assert_same_on_hopper(got, wanted, dtype):
+    """Each part of two `DecodeAttention`s, or the like, as close as the kernels come."""
+    tolerance = HOPPER_TOLERANCES[jnp.dtype(dtype).name]
+    for name, one, other in zip(wanted._fields, got, wanted, strict=True):
+        one, other = np.asarray(one), np.asarray(other)
+        np.testing.assert_array_equal(np.isneginf(one), np.isneginf(other), err_msg=name)
+        finite = np.isfinite(other)
+        scale = np.abs(other[finite]).max(initial=1)
+        np.testing.assert_allclose(
+            one[finite], other[finite], rtol=0, atol=tolerance[name] * scale, err_msg=name
+        )

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax import identity
-from raas_jax.allotting.simulate import Seen, simulate, simulated
+from raas_jax import checks, identity
+from raas_jax.allotting.simulate import Seen, Sums, simulate, simulated
 from raas_jax.model import Layer, ends, rope_rotation, run_layers
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Policy, RaaS
@@ -52,15 +52,18 @@ def allot(
       policy: decides what a head keeps; `RaaS` by default. Its budget does not matter.
       prompt_tokens: how many of the first tokens are the prompt, which is kept.
       seed: of the tokens that are drawn.
+      temperature: of the draws and of the likelihood, above 0; above 1 also counts what a model
+        loses that is sure of its tokens.
       progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
       ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
         simulated.
     """
+    temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
     tried = simulated(RaaS() if policy is None else policy)
     P = tried.page_size
-    tokens, prompt, sizes = _checked(texts, prompt_tokens, P, tried.reserve()[0])
+    tokens, prompt, sizes = _checked(texts, prompt_tokens, P, tried.least_pages)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
     L = params.config.num_hidden_layers
@@ -83,10 +86,10 @@ def allot(
                 x = of_text.pop()
                 back[row], layer = _backward(params, x, back[row], jnp.int32(number))
                 found.append(_by_page(*layer, prompt=prompt, P=P))
-            mass = jax.tree.map(lambda *x: jnp.stack(x), *(each for each, _ in found))
-            held = simulate(tried, sizes, mass)
-            for row, each in enumerate(found):
-                losses[number] += np.asarray(_losses(*each, held[:, row])).T
+            seen = jax.tree.map(lambda *x: jnp.stack(x), *(each for each, _ in found))
+            held = simulate(tried, sizes, seen)
+            for row, (of_text, worth) in enumerate(found):
+                losses[number] += np.asarray(_losses(of_text.mass, worth, held[:, row])).T
             bar.update()
     # With room for all of it, nothing of a text is lost.
     whole = (T - prompt) // P
@@ -98,12 +101,13 @@ def allot(
         "prompt_tokens": prompt,
         "measure": "nats",
         "seed": seed,
+        "temperature": temperature,
     }
     return Allotment(np.asarray([*sizes, whole]) * P, curves, identity.likeness(params), made)
 
 
 def _checked(
-    texts: Sequence[Sequence[int]], prompt_tokens: int, P: int, reserve: int
+    texts: Sequence[Sequence[int]], prompt_tokens: int, P: int, least: int
 ) -> tuple[np.ndarray, int, tuple[int, ...]]:
     """The tokens `[B, T]`, whole pages after the prompt; the prompt, whole pages; and the sizes."""
     lengths = {len(text) for text in texts}
@@ -113,11 +117,11 @@ def _checked(
         )
     prompt = -(-max(prompt_tokens, 1) // P) * P
     pages = (lengths.pop() - prompt) // P
-    sizes = tuple(size for size in PAGES if reserve < size < pages)
+    sizes = tuple(size for size in PAGES if least <= size < pages)
     if len(sizes) < 2:
         raise ValueError(
             f"texts have {pages} pages of {P} tokens after the prompt; give longer ones, at least "
-            f"{prompt + (reserve + 4) * P} tokens, or use a smaller page_size."
+            f"{prompt + (least + 3) * P} tokens, or use a smaller page_size."
         )
     return np.asarray(texts, np.int32)[:, : prompt + pages * P], prompt, sizes
 
@@ -203,8 +207,8 @@ def _by_page(
     *,
     prompt: int,
     P: int,
-) -> tuple[Seen, Seen]:
-    """What the tokens after the prompt see of each page: attention, and its part in `g · out`."""
+) -> tuple[Seen, Sums]:
+    """What the tokens after the prompt see of each page, and each page's part in `g · out`."""
     shares = _shares(q, k, prompt)
     K, G, t, _ = shares.shape
     grouped = gradient[prompt:].reshape(t, K, G, -1)
@@ -213,16 +217,15 @@ def _by_page(
     def in_pages(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x[prompt:], 0, 1).reshape(K, -1, P, x.shape[-1])
 
-    def summed(x: jax.Array) -> Seen:
+    def summed(x: jax.Array) -> Sums:
         pages = x[..., prompt:].reshape(K, G, t, -1, P)
-        of_prompt = jnp.sum(x[..., :prompt], axis=-1)
-        return Seen(of_prompt, jnp.sum(pages, axis=-1), in_pages(k), in_pages(v))
+        return Sums(jnp.sum(x[..., :prompt], axis=-1), jnp.sum(pages, axis=-1))
 
-    return summed(shares), summed(worth)
+    return Seen(summed(shares), in_pages(k), in_pages(v)), summed(worth)
 
 
 @jax.jit
-def _losses(mass: Seen, worth: Seen, held: jax.Array) -> jax.Array:
+def _losses(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
     """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
     t, n = mass.page.shape[2:]
     written = jnp.arange(t) // (t // n)
@@ -232,8 +235,8 @@ def _losses(mass: Seen, worth: Seen, held: jax.Array) -> jax.Array:
         visible = (held | jnp.eye(n, dtype=bool)[:, None])[written]
         visible = jnp.swapaxes(visible, 0, 1)[:, None]
 
-        def left(seen: Seen) -> jax.Array:
-            return seen.prompt + jnp.sum(jnp.where(visible, seen.page, 0.0), axis=-1)
+        def left(sums: Sums) -> jax.Array:
+            return sums.prompt + jnp.sum(jnp.where(visible, sums.page, 0.0), axis=-1)
 
         # The heads of a group lose the same pages: what they cost, they cost together.
         effect = jnp.sum(left(worth) / left(mass) - dense, axis=1)

@@ -20,17 +20,27 @@ from raas_jax.policies import Allotment, Boundary, Budgeted, Evidence, Page, Tri
 from raas_jax.policies.base import Metadata
 
 
-class Seen(NamedTuple):
-    """What the tokens after the prompt, `t` of them on `n` pages, see in one layer of a dense pass.
+class Sums(NamedTuple):
+    """Of the tokens after the prompt, `t` of them on `n` pages: sums over what they attend to.
 
     Attributes:
-      prompt: float32 `[B, K, G, t]`, sum over the whole prompt, of the softmax or of what it bears.
-      page: float32 `[B, K, G, t, n]`, the same of each page of later tokens.
-      k, v: `[B, K, n, P, H]`, keys and values of these pages.
+      prompt: float32 `[B, K, G, t]`, over the whole prompt.
+      page: float32 `[B, K, G, t, n]`, over each page of later tokens.
     """
 
     prompt: jax.Array
     page: jax.Array
+
+
+class Seen(NamedTuple):
+    """What the tokens after the prompt see in one layer of a dense pass.
+
+    Attributes:
+      mass: of the softmax.
+      k, v: `[B, K, n, P, H]`, keys and values of the pages of later tokens.
+    """
+
+    mass: Sums
     k: jax.Array
     v: jax.Array
 
@@ -80,7 +90,7 @@ def simulate(policy: Budgeted, sizes: tuple[int, ...], seen: Seen) -> jax.Array:
       bool `[n, B, sizes, K, n]`: `[i, ..., j]` says whether page j can be read while page i is
       written. The current page, which always can, is not among them.
     """
-    B, K, _, _, n = seen.page.shape
+    B, K, _, _, n = seen.mass.page.shape
     P, heads, S = seen.k.shape[3], len(sizes) * K, max(sizes) + policy.buffer_pages
     policy = dataclasses.replace(policy, allotment=_Sizes.of(sizes, K))
     lengths = jnp.ones(B, jnp.int32)  # Of prompts, which lie beside the budget.
@@ -109,7 +119,7 @@ def simulate(policy: Budgeted, sizes: tuple[int, ...], seen: Seen) -> jax.Array:
 
         def step(meta: Metadata, offset: jax.Array) -> tuple[Metadata, None]:
             token = current * P + offset
-            mass, of_prompt = at(seen.page, token), at(seen.prompt, token)
+            mass, of_prompt = at(seen.mass.page, token), at(seen.mass.prompt, token)
             of_current = jax.lax.dynamic_index_in_dim(mass, current, 3, keepdims=False)
             kept = jnp.take_along_axis(mass, jnp.maximum(number, 0)[:, :, None], axis=-1)
             kept = jnp.where((number >= 0)[:, :, None], kept, 0.0)
@@ -128,7 +138,8 @@ def simulate(policy: Budgeted, sizes: tuple[int, ...], seen: Seen) -> jax.Array:
             return Boundary(now, fill[None], allowed, k, v, keys, lengths)
 
         slot = policy.victim(meta, boundary(fill, number))
-        written = (jax.lax.dynamic_index_in_dim(x, current, 2, keepdims=False) for x in seen[2:])
+        pages = (seen.k, seen.v)
+        written = (jax.lax.dynamic_index_in_dim(x, current, 2, keepdims=False) for x in pages)
         meta = policy.commit(meta, slot, Page(*(by_head(x)[None] for x in written)), now)
         after = jnp.where(jnp.arange(S) == slot[0, ..., None], current, number)
         emptied = policy.evict_many(meta, boundary(jnp.where(after >= 0, P, 0), after))

@@ -5,17 +5,17 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from raas_jax.cli import options, tables
+from raas_jax.cli.prompts import demo_prompts
 from raas_jax.lab.limits import MOST_PROBLEMS
 
 if TYPE_CHECKING:
     from raas_jax.params import Params
-    from raas_jax.policies import Allotment
+    from raas_jax.policies import Allotment, Budgeted
 
 DEMO_PROMPT, DEMO_LENGTH = 272, 560
 """Tokens: what the longest prompt takes, and half of the demo's answers reach."""
@@ -48,14 +48,11 @@ class Allot:
     def run(self) -> int:
         """Writes the file, and says what it is expected to save."""
         from raas_jax import load, policies
-        from raas_jax.allotting import allot
+        from raas_jax.allotting import allot, simulated
 
-        # Before anything is computed.
-        for flag, file in (("--out", self.out), ("--picture", self.picture)):
-            path = Path(file or self.out)
-            if path.is_dir() or not path.absolute().parent.is_dir():
-                raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
-        policy = policies.parse(self.policy)
+        options.check_out("--out", self.out)
+        options.check_out("--picture", self.picture or self.out)
+        policy = simulated(policies.parse(self.policy))
         params = load(self.model, dtype=self.dtype, layers="stacked")
         began = time.perf_counter()
         texts, prompt_tokens, kinds = self._texts(params)
@@ -65,13 +62,13 @@ class Allot:
         seconds = time.perf_counter() - began
         print(
             f"{self.out}: {found.layers} layers x {found.heads} heads, {len(texts)} texts of "
-            f"{self.length} tokens ({', '.join(kinds)}), {seconds:.0f} s\n"
+            f"{len(texts[0])} tokens ({', '.join(kinds)}), {seconds:.0f} s\n"
         )
-        print(expected(found, policy.page_size))
+        print(expected(found, policy))
         if self.picture is not None:
             from raas_jax.lab.allotments import draw
 
-            draw(found, self.picture, policy.page_size)
+            draw(found, self.picture, policy)
             print(f"\n{self.picture}: pages by layer and head")
         return 0
 
@@ -90,22 +87,20 @@ def _derivations(params: Params) -> list[Sequence[int]]:
     """The demo's own answers to problems of its validation set, cut to one length."""
     from raas_jax import tokenizer
     from raas_jax.lab.runs.planning import with_answers
-    from raas_jax.lab.tasks.lemma import Knobs, draw
 
-    problems = [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(24)]
-    prompts, _ = tokenizer.encode(params, problems)
+    prompts, _ = tokenizer.encode(params, demo_prompts(24))
     answered = with_answers(params, prompts, DEMO_LENGTH)
     return [ids[:DEMO_LENGTH] for ids in answered if len(ids) >= DEMO_LENGTH]
 
 
-def expected(found: Allotment, page_size: int) -> str:
+def expected(found: Allotment, policy: Budgeted) -> str:
     """A table of what budgets are expected to cost, shared out evenly and by the allotment."""
     rows = []
     for budget in BUDGETS:
-        pages = found.pages(budget // page_size, page_size, 2)
-        even = found.loss(pages * 0 + budget // page_size, page_size)
-        given = found.loss(pages, page_size)
-        least, most = int(pages.min()) * page_size, int(pages.max()) * page_size
+        P = policy.page_size
+        pages = found.pages(budget // P, P, policy.least_pages)
+        even, given = (found.loss(each, P) for each in (pages * 0 + budget // P, pages))
+        least, most = int(pages.min()) * P, int(pages.max()) * P
         rows.append([f"{budget}", f"{even:.3g}", f"{given:.3g}", f"{least}-{most}"])
     table = tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows)
     return table.rstrip() + (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from raas_jax.checks import MOST_TOKENS
-from raas_jax.cli.options import Dtype, File, Model, Within
-from raas_jax.cli.prompts import Prompt, read_prompts
+from raas_jax.cli.options import Dtype, File, Model, Within, check_out
+from raas_jax.cli.prompts import Prompt, demo_prompts, read_prompts
 
 
 @dataclasses.dataclass
@@ -33,9 +32,7 @@ class Calibrate:
         from raas_jax.calibrate import calibrate
         from raas_jax.lab.runs.planning import with_answers
 
-        # Before anything is computed.
-        if Path(self.out).is_dir() or not Path(self.out).absolute().parent.is_dir():
-            raise ValueError(f"--out is {self.out!r}; give a file in a folder that is there.")
+        check_out("--out", self.out)
         prompts = self._prompts()
         params = raas_jax.load(self.model, dtype=self.dtype)
         sequences, _ = tokenizer.encode(params, prompts)
@@ -49,6 +46,4 @@ class Calibrate:
             return read_prompts(self.prompts)
         if self.model != "demo":
             raise ValueError("--prompts is not given; only the demo has prompts of its own.")
-        from raas_jax.lab.tasks.lemma import Knobs, draw
-
-        return [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(16)]
+        return demo_prompts(16)

@@ -185,6 +185,13 @@ def parse_range(text: str) -> tuple[int, int]:
     return smallest, largest
 
 
+def check_out(flag: str, file: str) -> None:
+    """Raises ValueError for a file that could not be written, before anything is computed."""
+    path = Path(file)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
+
+
 def split_names(text: str) -> list[str]:
     """The parts between the commas."""
     return [part.strip() for part in text.split(",") if part.strip()]

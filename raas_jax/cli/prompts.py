@@ -13,6 +13,13 @@ Prompt = str | list[int] | list[dict[str, str]]
 """Text, token ids, or the messages of a chat."""
 
 
+def demo_prompts(count: int) -> list[Prompt]:
+    """Problems that the demo was not trained on, and that no table of it is made of."""
+    from raas_jax.lab.tasks.lemma import Knobs, draw
+
+    return [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(count)]
+
+
 def read_prompts(file: str) -> list[Prompt]:
     """Reads every line before anything is computed; `-` is standard input, blank lines are skipped.
 

@@ -154,12 +154,10 @@ def _newest(folder: str | Path) -> Path:
 
 def describe(policy: Policy) -> dict[str, Any]:
     """A policy as JSON values."""
-    options = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    allotment = options.get("allotment")
-    if isinstance(allotment, Allotment):
-        options["allotment"] = allotment.described()
-    elif allotment is None:
-        options.pop("allotment", None)  # As saves have it that know of none.
+    options = {
+        name: value.described() if isinstance(value, Allotment) else value
+        for name, value in policy.options().items()
+    }
     return {"kind": type(policy).__name__, "options": options}
 
 
@@ -186,7 +184,7 @@ def policy_of(
             name: tuple(value) if isinstance(value, list) else value for name, value in said.items()
         }
         try:
-            if options.get("allotment") is not None:
+            if "allotment" in options:
                 options["allotment"] = Allotment.of(options["allotment"])
             given = suited(policies.create(kinds[kind], **options), params)
             given.check_model(params.config)

@@ -29,6 +29,7 @@ from raas_jax.policies import Policy, pages_for
 from raas_jax.sampling import Sampler
 from raas_jax.session import Session
 from raas_jax.sharding import place_weights, target_of
+from raas_jax.suited import suited
 from raas_jax.tokenizer import Prompt
 
 SMALLEST_BUCKET = 64  # Tokens. Shorter prompts gain little from a program of their own.
@@ -132,7 +133,7 @@ class Engine:
         Raises:
           TypeError, ValueError: names the argument, its value and the remedy.
         """
-        policy = checked(params, policy)
+        policy = suited(checked(params, policy), params)
         if max_new_tokens is None:
             max_new_tokens = default_limit(params, 1)
         numbers = {
@@ -324,8 +325,8 @@ class Engine:
           ValueError: it belongs to another model or policy, or to rows or heads that the mesh does
             not divide so.
         """
-        suiting = checked(params, policy)
-        given = None if policy is None else suiting
+        usual = checked(params, policy)
+        given = None if policy is None else suited(usual, params)
         host_state = checkpoint.read_host_state(folder)
         checkpoint.check_model(host_state, params, folder)
         options = {

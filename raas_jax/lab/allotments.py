@@ -8,20 +8,21 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from raas_jax.policies import Allotment
+from raas_jax.policies import Allotment, Budgeted
 
 BUDGET = 256
 """Mean tokens per layer and head, shared out in the picture."""
 CURVES = 6
 
 
-def draw(allotment: Allotment, file: str | Path, page_size: int, budget: int = BUDGET) -> None:
+def draw(allotment: Allotment, file: str | Path, policy: Budgeted, budget: int = BUDGET) -> None:
     """Writes a PNG. Raises OSError if that fails."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     shares, curves = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    pages = allotment.pages(budget // page_size, page_size, 2)
-    _draw_shares(figure, shares, pages * page_size, budget)
-    _draw_curves(curves, allotment, pages * page_size)
+    P = policy.page_size
+    tokens = P * allotment.pages(budget // P, P, policy.least_pages)
+    _draw_shares(figure, shares, tokens, budget)
+    _draw_curves(curves, allotment, tokens)
     figure.savefig(file, dpi=130)
 
 

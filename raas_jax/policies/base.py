@@ -157,6 +157,10 @@ class Policy:
         """The number of last tokens of the prompt that `PromptPages.mass` sums; 0 costs nothing."""
         return 0
 
+    def options(self) -> dict[str, Any]:
+        """What it was made of, by name, as saves and run folders keep it."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         """(number of layers, policy) for consecutive groups of layers, first layers first."""
         return ((num_layers, self),)

@@ -83,6 +83,11 @@ class Budgeted(Policy):
         return 1, "by design"
 
     @property
+    def least_pages(self) -> int:
+        """Pages without which the policy has none to choose from."""
+        return self.reserve()[0] + 1
+
+    @property
     def buffer_pages(self) -> int:
         """Pages on top of the budget that pile up between two evictions."""
         return 0
@@ -90,6 +95,12 @@ class Budgeted(Policy):
     @property
     def evicts_prompt(self) -> bool:
         return self.prompt == "evict"
+
+    def options(self) -> dict[str, Any]:
+        found = super().options()
+        if self.allotment is None:
+            del found["allotment"]  # As those have it that know of none.
+        return found
 
     def groups(self, num_layers: int) -> tuple[tuple[int, Policy], ...]:
         return dense_first(self, self.dense_layers, num_layers)
@@ -185,12 +196,12 @@ class Budgeted(Policy):
         allotment = self.allotment.last(layers)
         if self.granularity == "layer":
             allotment = allotment.by_layer()
-        return allotment.pages(mean, self.page_size, self.reserve()[0] + 1)
+        return allotment.pages(mean, self.page_size, self.least_pages)
 
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
         if self.prompt != "included":
             return
-        P, least = self.page_size, max(2, self.reserve()[0] + 1)
+        P, least = self.page_size, max(2, self.least_pages)
         pages = pages_for(max(prompt_tokens), P)
         if self.budget // P - pages < least:
             raise ValueError(
@@ -264,6 +275,11 @@ class Batched(Budgeted):
 
     def reserve(self) -> tuple[int, str]:
         return pages_for(self.recent, self.page_size), f"with recent={self.recent}"
+
+    @property
+    def least_pages(self) -> int:
+        """Pages without which the policy has none to choose from."""
+        return self.reserve()[0] + 1
 
     @property
     def buffer_pages(self) -> int:

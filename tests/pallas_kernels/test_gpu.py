@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from tolerances import HOPPER_TOLERANCES
+from tolerances import HOPPER_TOLERANCES, assert_same_on_hopper
 
 from pallas_kernels import Target, decode_attention, page_bound, selected_decode_attention
 from pallas_kernels.decode_attention.gpu import decode_attention_gpu
@@ -55,15 +55,7 @@ def case(B, K, G, S, P, H, prompts=None, fill=None, dtype=BF16):
 
 
 def check(got, wanted, dtype=BF16):
-    tolerance = HOPPER_TOLERANCES[jnp.dtype(dtype).name]
-    for name, one, other in zip(wanted._fields, got, wanted, strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        np.testing.assert_array_equal(np.isneginf(one), np.isneginf(other), err_msg=name)
-        finite = np.isfinite(other)
-        scale = np.abs(other[finite]).max(initial=1)
-        np.testing.assert_allclose(
-            one[finite], other[finite], rtol=0, atol=tolerance[name] * scale, err_msg=name
-        )
+    assert_same_on_hopper(got, wanted, dtype)
 
 
 def exact(*arrays):

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from tolerances import HOPPER_TOLERANCES
+from pools import living
+from tolerances import assert_same_on_hopper
 
 from pallas_kernels import Target, ragged_decode_attention
 from pallas_kernels.arrays import result
@@ -38,32 +39,10 @@ interpreted = pytest.mark.skipif(
 def drawn(ranges, layer, dtype, H, G, P, B):
     """Operands whose pools hold nothing but living tokens; pages are empty, full and partly so."""
     rng = np.random.default_rng(layer)
-    counts = np.asarray(ranges.counts)
     fill = rng.integers(0, P + 1, (B, ranges.heads, ranges.most))
     fill[rng.random(fill.shape) < 0.3] = 0
     fill[rng.random(fill.shape) < 0.3] = P
-    fill = np.where(np.arange(ranges.most) < counts[layer][:, None], fill, 0)
-    k, v = (np.full((B, ranges.total, P, H), np.nan) for _ in range(2))
-    for row, head, slot in np.argwhere(fill):
-        page, count = ranges.starts[layer, head] + slot, fill[row, head, slot]
-        for x in (k, v):
-            x[row, page, :count] = rng.normal(size=(count, H))
-    q = rng.normal(size=(B, ranges.heads * G, H))
-    arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    numbers = [jnp.asarray(x, jnp.int32) for x in (fill, ranges.starts, counts, layer)]
-    return *arrays, *numbers
-
-
-def check(got, wanted, dtype):
-    tolerance = HOPPER_TOLERANCES[jnp.dtype(dtype).name]
-    for name, one, other in zip(wanted._fields, got, wanted, strict=True):
-        one, other = np.asarray(one), np.asarray(other)
-        np.testing.assert_array_equal(np.isneginf(one), np.isneginf(other), err_msg=name)
-        finite = np.isfinite(other)
-        scale = np.abs(other[finite]).max(initial=1)
-        np.testing.assert_allclose(
-            one[finite], other[finite], rtol=0, atol=tolerance[name] * scale, err_msg=name
-        )
+    return living(rng, ranges, layer, fill, dtype, H, G, P)
 
 
 # Ranges shorter than a tile (the pool's last one too), and of several; tiles moved back.
@@ -93,7 +72,7 @@ def test_attention(dtype, H, G, P, B, counts):
         operands = drawn(ranges, layer, dtype, H, G, P, B)
         exact = [x.astype(F32) for x in operands[:3]]
         wanted = ragged_decode_attention_reference(*exact, *operands[3:], **options)
-        check(attend(*operands), wanted, dtype)
+        assert_same_on_hopper(attend(*operands), wanted, dtype)
 
 
 @interpreted
@@ -107,7 +86,7 @@ def test_attention_in_a_part_of_the_pool():
     got = ragged_decode_attention_gpu(
         *mine, **options, device_kind=H100, interpret=plgpu.InterpretGPUParams()
     )
-    check(got, type(wanted)(*(x[:, 4:] for x in wanted)), F32)
+    assert_same_on_hopper(got, type(wanted)(*(x[:, 4:] for x in wanted)), F32)
 
 
 @pytest.mark.parametrize("P", [1, 2, 8, 16, 64, 128])

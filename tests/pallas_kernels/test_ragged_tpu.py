@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
-from jax.experimental.pallas import tpu as pltpu
+from pools import living
 from tolerances import assert_same_attention
 
 from pallas_kernels.decode_attention import tuning
@@ -31,37 +30,14 @@ from pallas_kernels.ranges import Ranges
 f32, bf16 = jnp.float32, jnp.bfloat16
 
 
-@pytest.fixture
-def checked():
-    """Runs a function in the interpreter; any race fails."""
-
-    def run(function, *args, **kwargs):
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-            out = jax.block_until_ready(function(*args, **kwargs))
-        assert interpreter.races is not None and not interpreter.races.races_found
-        return out
-
-    return run
-
-
 def drawn(ranges, layer, dtype, H, G, P, *, B=2, fill=None):
     """Operands whose pools hold nothing but living tokens; one head of several rows is empty."""
     rng = np.random.default_rng(layer)
-    counts = np.asarray(ranges.counts)
     if fill is None:
         fill = rng.integers(0, P + 1, (B, ranges.heads, ranges.most))
         fill[rng.random(fill.shape) < 0.3] = P
         fill[:-1, 0] = 0
-    fill = np.where(np.arange(ranges.most) < counts[layer][:, None], fill, 0)
-    k, v = (np.full((B, ranges.total, P, H), np.nan) for _ in range(2))
-    for row, head, slot in np.argwhere(fill):
-        page, count = ranges.starts[layer, head] + slot, fill[row, head, slot]
-        for x in (k, v):
-            x[row, page, :count] = rng.normal(size=(count, H))
-    q = rng.normal(size=(B, ranges.heads * G, H))
-    arrays = [jnp.asarray(x, dtype) for x in (q, k, v)]
-    numbers = [jnp.asarray(x, jnp.int32) for x in (fill, ranges.starts, counts, layer)]
-    return *arrays, *numbers
+    return living(rng, ranges, layer, fill, dtype, H, G, P)
 
 
 # Ranges of one page and of many, units that fill a range or not, heads and rows in every grouping.

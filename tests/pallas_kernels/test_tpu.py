@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter
 from jax.experimental.pallas import tpu as pltpu
 from tolerances import assert_close, assert_same_attention
 
@@ -32,19 +31,6 @@ from pallas_kernels.selected_decode_attention.reference import selected_decode_a
 from pallas_kernels.selected_decode_attention.tpu import selected_decode_attention_tpu
 
 LAYER = jnp.int32(1)
-
-
-@pytest.fixture
-def checked():
-    """Runs a function in the interpreter; any race fails."""
-
-    def run(function, *args, **kwargs):
-        with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams(detect_races=True)):
-            out = jax.block_until_ready(function(*args, **kwargs))
-        assert interpreter.races is not None and not interpreter.races.races_found
-        return out
-
-    return run
 
 
 def normal(rng, dtype, *shape):

@@ -59,20 +59,13 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
         if field.repr and field.name != "budget" and getattr(policy, field.name) != field.default
     ]
     name += f" ({', '.join(options)})" if options else ""
+    said = {
+        name: value.digest if isinstance(value, policies.Allotment) else value
+        for name, value in policy.options().items()
+    }
     budget = str(getattr(policy, "budget", "–"))
     label = name if budget == "–" else f"{name} {budget}"
-    return {"label": label, "Policy": name, "Budget": budget, **_said(policy)}
-
-
-def _said(policy: Policy) -> dict[str, Any]:
-    """Its options as JSON values; an allotment by its digest, where it has one."""
-    options = {field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)}
-    if options.get("allotment", "") is None:
-        del options["allotment"]  # Folders that know of none go on.
-    return {
-        name: value.digest if isinstance(value, policies.Allotment) else value
-        for name, value in options.items()
-    }
+    return {"label": label, "Policy": name, "Budget": budget, **said}
 
 
 def _short(value: Any) -> Any:
