@@ -11,7 +11,7 @@ import pytest
 from tiny import QWEN3, VOCAB, random_params
 
 import raas_jax
-from raas_jax.allotting import losses
+from raas_jax.allotting import dense, losses
 from raas_jax.allotting.simulate import simulate, simulated
 from raas_jax.lab.inspect.recording import record
 from raas_jax.model import ends, rope_rotation, run_layers
@@ -28,9 +28,9 @@ def params():
 
 def first_layer(params, tokens):
     """What `allot` hands to the simulation of the first layer."""
-    x = losses._embed(params, jnp.asarray(tokens))
-    _, layer = losses._backward(params, x, jnp.ones_like(x), jnp.int32(0))
-    return losses._by_page(*layer, prompt=PROMPT, P=P)
+    x = dense.embed(params, jnp.asarray(tokens))
+    found = dense.backward(params, x, jnp.ones_like(x), jnp.int32(0), prompt=PROMPT, P=P)
+    return found.seen
 
 
 @pytest.mark.parametrize(
@@ -51,8 +51,8 @@ def test_what_is_simulated_is_what_a_decode_holds(params, policy):
     prompt = np.random.default_rng(0).integers(0, VOCAB, PROMPT).tolist()
     new = PAGES * P + 1
     ((_, recording),) = record(params, [prompt], [new], policy, stop_tokens=())
-    mass, _ = first_layer(params, np.asarray([*prompt, *recording.tokens[:-1]]))
-    seen = jax.tree.map(lambda x: x[None], mass)
+    seen = first_layer(params, np.asarray([*prompt, *recording.tokens[:-1]]))
+    seen = jax.tree.map(lambda x: x[None], seen)
     held = simulate(simulated(policy), (4, 6), seen)[:, 0, 0]
     now = np.arange(PAGES)
     wanted = recording.present[:, 0].copy()
@@ -91,8 +91,11 @@ def attention(q, k, v):
     return jnp.einsum("nts,snh->tnh", shares, v), shares
 
 
-def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch):
-    """Layer by layer and page by page, they are half of (g · change)², as it is defined."""
+@pytest.mark.parametrize("queries", [7, dense.QUERIES])
+def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch, queries):
+    """Layer by layer and block by block, they are half of (g · change)², as it is defined."""
+    monkeypatch.setattr(dense, "QUERIES", queries)
+    jax.clear_caches()  # Of programs with other blocks.
     tokens = np.random.default_rng(1).integers(0, VOCAB, PROMPT + PAGES * P)
     drawn = np.random.default_rng(2).integers(0, VOCAB, len(tokens))
     monkeypatch.setattr(

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +21,15 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax import checks, identity
-from raas_jax.allotting.simulate import Seen, Sums, simulate, simulated
-from raas_jax.model import Layer, ends, rope_rotation, run_layers
+from raas_jax.allotting.dense import backward, embed, forward
+from raas_jax.allotting.simulate import Sums, simulate, simulated
+from raas_jax.model import ends
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Policy, RaaS
 from raas_jax.scoring import in_blocks
 
 PAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes at which heads are looked at, as far as the texts go."""
-_NEVER = -1e30
 
 
 def allot(
@@ -69,10 +68,10 @@ def allot(
     L = params.config.num_hidden_layers
     hidden = None if progress is None else not progress
     with tqdm(total=2 * L, unit="layer", disable=hidden) as bar:
-        inputs = [[_embed(params, jnp.asarray(row))] for row in tokens]
+        inputs = [[embed(params, jnp.asarray(row))] for row in tokens]
         for number in range(L):
             for of_text in inputs:
-                of_text.append(_forward(params, of_text[-1], jnp.int32(number)))
+                of_text.append(forward(params, of_text[-1], jnp.int32(number)))
             bar.update()
         root = jax.random.key(seed)
         back = [
@@ -83,13 +82,13 @@ def allot(
         for number in reversed(range(L)):
             found = []
             for row, of_text in enumerate(inputs):
-                x = of_text.pop()
-                back[row], layer = _backward(params, x, back[row], jnp.int32(number))
-                found.append(_by_page(*layer, prompt=prompt, P=P))
-            seen = jax.tree.map(lambda *x: jnp.stack(x), *(each for each, _ in found))
+                x, of_layer = of_text.pop(), jnp.int32(number)
+                found.append(backward(params, x, back[row], of_layer, prompt=prompt, P=P))
+                back[row] = found[-1].at_input
+            seen = jax.tree.map(lambda *x: jnp.stack(x), *(each.seen for each in found))
             held = simulate(tried, sizes, seen)
-            for row, (of_text, worth) in enumerate(found):
-                losses[number] += np.asarray(_losses(of_text.mass, worth, held[:, row])).T
+            for row, each in enumerate(found):
+                losses[number] += np.asarray(_losses(each.seen.mass, each.worth, held[:, row])).T
             bar.update()
     # With room for all of it, nothing of a text is lost.
     whole = (T - prompt) // P
@@ -127,56 +126,6 @@ def _checked(
 
 
 @jax.jit
-def _embed(params: Params, tokens: jax.Array) -> jax.Array:
-    return ends(params.config, params.weights).embed(tokens)[None]
-
-
-def _layer(
-    params: Params, number: jax.Array, x: jax.Array, change: Any
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """x `[1, T, D]` through one layer, whose attention gives `change` more; and its q, k, v."""
-    config, T = params.config, x.shape[1]
-    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T, dtype=jnp.int32)[None])
-
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        q, k, v = layer.block.qkv(x, rotation)
-        q, k, v = (each[0].astype(jnp.float32) for each in (q, k, v))
-        shares = _shares(q, k, 0)
-        K, G, H = *shares.shape[:2], q.shape[-1]
-        out = jnp.einsum("kgts,skh->tkgh", shares, v).reshape(T, K * G, H)
-        changed = (out + change)[None].astype(x.dtype)
-        return layer.block.finish(x, changed), (q, k, v)
-
-    x, found = run_layers(config, params.weights, body, x, first=number, count=1)
-    return x, jax.tree.map(lambda each: each[0], found)
-
-
-def _shares(q: jax.Array, k: jax.Array, first: int) -> jax.Array:
-    """Causal softmax of q `[T, N, H]` from `first` on over k `[T, K, H]`: `[K, G, t, T]`."""
-    (T, N, H), K = q.shape, k.shape[1]
-    grouped = q[first:].reshape(T - first, K, N // K, H) * H**-0.5
-    scores = jnp.einsum("tkgh,skh->kgts", grouped, k)
-    return jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool)[first:], scores, _NEVER), axis=-1)
-
-
-@jax.jit
-def _forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
-    return _layer(params, number, x, 0.0)[0]
-
-
-@jax.jit
-def _backward(
-    params: Params, x: jax.Array, back: jax.Array, number: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    """From the gradient at a layer's output that at its input; q, k, v and their attention's."""
-    N, H = params.config.num_attention_heads, params.config.head_dim
-    none = jnp.zeros((x.shape[1], N, H), jnp.float32)
-    _, pull, found = jax.vjp(partial(_layer, params, number), x, none, has_aux=True)
-    at_input, at_attention = pull(back)
-    return at_input, (*found, at_attention)
-
-
-@jax.jit
 def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: float) -> jax.Array:
     """Gradient, at the last layer's outputs `[1, T, D]`, of the likelihood of drawn next tokens."""
     model = ends(params.config, params.weights)
@@ -184,44 +133,15 @@ def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: f
     def of_block(block: tuple[jax.Array, jax.Array]) -> jax.Array:
         x, number = block
         keys = jax.vmap(partial(jax.random.fold_in, key))(number[:, 0])
-        drawn = jax.vmap(jax.random.categorical)(keys, model.logits(x[:, 0]) / temperature)
-
-        def likelihood(x: jax.Array) -> jax.Array:
-            logs = jax.nn.log_softmax(model.logits(x[:, 0]) / temperature, axis=-1)
-            return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1))
-
-        gradient: jax.Array = jax.grad(likelihood)(x)
+        logits, pull = jax.vjp(lambda x: model.logits(x[:, 0]), x)
+        drawn = jax.vmap(jax.random.categorical)(keys, logits / temperature)
+        above = jax.nn.one_hot(drawn, logits.shape[-1]) - jax.nn.softmax(logits / temperature)
+        (gradient,) = pull(above / temperature)
         return gradient
 
     by_token = jnp.swapaxes(x, 0, 1)
     found: jax.Array = in_blocks(of_block, (by_token, jnp.arange(len(by_token))[:, None]))
     return jnp.swapaxes(found, 0, 1)
-
-
-@partial(jax.jit, static_argnames=("prompt", "P"))
-def _by_page(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    gradient: jax.Array,
-    *,
-    prompt: int,
-    P: int,
-) -> tuple[Seen, Sums]:
-    """What the tokens after the prompt see of each page, and each page's part in `g · out`."""
-    shares = _shares(q, k, prompt)
-    K, G, t, _ = shares.shape
-    grouped = gradient[prompt:].reshape(t, K, G, -1)
-    worth = shares * jnp.einsum("tkgh,skh->kgts", grouped, v)
-
-    def in_pages(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x[prompt:], 0, 1).reshape(K, -1, P, x.shape[-1])
-
-    def summed(x: jax.Array) -> Sums:
-        pages = x[..., prompt:].reshape(K, G, t, -1, P)
-        return Sums(jnp.sum(x[..., :prompt], axis=-1), jnp.sum(pages, axis=-1))
-
-    return Seen(summed(shares), in_pages(k), in_pages(v)), summed(worth)
 
 
 @jax.jit

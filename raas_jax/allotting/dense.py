@@ -1,0 +1,168 @@
+"""Dense passes through one layer: forwards, and backwards with what its attention saw.
+
+Attention is taken in blocks of queries, each with the keys up to its end: half of the square, and
+never all of it at once. Its derivative is written out, since the shares and `g · v` of every pair
+of tokens, which it needs, are also what the losses are made of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax.allotting.simulate import Seen, Sums
+from raas_jax.model import Layer, ends, rope_rotation, run_layers
+from raas_jax.params import Params
+
+QUERIES = 512
+"""Tokens of a block, about."""
+_NEVER = -1e30
+
+
+@jax.jit
+def embed(params: Params, tokens: jax.Array) -> jax.Array:
+    """Token ids `[T]` → the first layer's input `[1, T, D]`."""
+    return ends(params.config, params.weights).embed(tokens)[None]
+
+
+@jax.jit
+def forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
+    """x `[1, T, D]` through layer `number`."""
+    rotation = _rotation(params, x)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        out = _attention(*_float32(layer.block.qkv(x, rotation)))
+        return layer.block.finish(x, out.astype(x.dtype)), None
+
+    return _one_layer(params, body, x, number)[0]
+
+
+class Backward(NamedTuple):
+    """A layer's pass backwards.
+
+    Attributes:
+      at_input: gradient at the layer's input, `[1, T, D]`.
+      seen: of the tokens after the prompt.
+      worth: each page's part of `g · out`, g being the gradient at what the attention gives.
+    """
+
+    at_input: jax.Array
+    seen: Seen
+    worth: Sums
+
+
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def backward(
+    params: Params, x: jax.Array, back: jax.Array, number: jax.Array, *, prompt: int, P: int
+) -> Backward:
+    """From a layer's input and the gradient at its output, both `[1, T, D]`.
+
+    `prompt`, the number of the first tokens that are one, and `T` are whole pages of `P` tokens.
+    """
+    rotation = _rotation(params, x)
+
+    def body(
+        layer: Layer, back: jax.Array, _: None
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Pulled]]:
+        qkv, pull_qkv = jax.vjp(lambda x: layer.block.qkv(x, rotation), x)
+        q, k, v = _float32(qkv)
+        out = _attention(q, k, v).astype(x.dtype)
+        _, pull = jax.vjp(layer.block.finish, x, out)
+        residual, at_attention = pull(back)
+        pulled = _pull_attention(q, k, v, at_attention[0].astype(jnp.float32), prompt, P)
+        (through,) = pull_qkv(tuple(each[None].astype(x.dtype) for each in pulled.at_qkv))
+        return residual + through, (k, v, pulled)
+
+    at_input, found = _one_layer(params, body, back, number)
+    k, v, pulled = jax.tree.map(lambda each: each[0], found)
+
+    def in_pages(x: jax.Array) -> jax.Array:
+        return jnp.swapaxes(x[prompt:], 0, 1).reshape(x.shape[1], -1, P, x.shape[-1])
+
+    return Backward(at_input, Seen(pulled.mass, in_pages(k), in_pages(v)), pulled.worth)
+
+
+def _rotation(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
+    return rope_rotation(params.config.rope, params.config.head_dim, positions)
+
+
+def _float32(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Of one row, without its axis."""
+    return tuple(each[0].astype(jnp.float32) for each in arrays)
+
+
+def _one_layer(params: Params, body: Any, carry: Any, number: jax.Array) -> Any:
+    return run_layers(params.config, params.weights, body, carry, first=number, count=1)
+
+
+class _Block(NamedTuple):
+    """Queries from `first` to before `end`, `[t, K, G, H]`, and their shares `[K, G, t, end]`."""
+
+    first: int
+    end: int
+    q: jax.Array
+    shares: jax.Array
+
+
+def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[_Block]:
+    """Causal attention of q `[T, N, H]` over k `[T, K, H]`."""
+    (T, N, H), K = q.shape, k.shape[1]
+    for first in range(0, T, size):
+        end = min(first + size, T)
+        grouped = q[first:end].reshape(end - first, K, N // K, H)
+        scores = jnp.einsum("tkgh,skh->kgts", grouped * H**-0.5, k[:end])
+        causal = jnp.arange(end) <= jnp.arange(first, end)[:, None]
+        yield _Block(first, end, grouped, jax.nn.softmax(jnp.where(causal, scores, _NEVER)))
+
+
+def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """`[1, T, N, H]`."""
+    out = [
+        jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end])
+        for block in _blocks(q, k, QUERIES)
+    ]
+    return jnp.concatenate(out).reshape(1, *q.shape)
+
+
+class _Pulled(NamedTuple):
+    at_qkv: tuple[jax.Array, jax.Array, jax.Array]
+    mass: Sums
+    worth: Sums
+
+
+def _pull_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, prompt: int, P: int
+) -> _Pulled:
+    """From the gradient at the attention's output, `[T, N, H]`, those at q, k and v."""
+    T, N, H = q.shape
+    at_q, at_k, at_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
+    masses, worths = [], []
+    for first, end, queries, shares in _blocks(q, k, -(-QUERIES // P) * P):
+        given = g[first:end].reshape(queries.shape)
+        worth = shares * jnp.einsum("tkgh,skh->kgts", given, v[:end])
+        at_scores = (worth - shares * jnp.sum(worth, axis=-1, keepdims=True)) * H**-0.5
+        at_q.append(jnp.einsum("kgts,skh->tkgh", at_scores, k[:end]).reshape(-1, N, H))
+        at_k = at_k.at[:end].add(jnp.einsum("kgts,tkgh->skh", at_scores, queries))
+        at_v = at_v.at[:end].add(jnp.einsum("kgts,tkgh->skh", shares, given))
+        if end > prompt:
+            own = slice(max(prompt - first, 0), None)
+            pages = (T - prompt) // P
+            masses.append(_by_page(shares[:, :, own], prompt, P, pages))
+            worths.append(_by_page(worth[:, :, own], prompt, P, pages))
+    joined = (
+        Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*each, strict=True)))
+        for each in (masses, worths)
+    )
+    return _Pulled((jnp.concatenate(at_q), at_k, at_v), *joined)
+
+
+def _by_page(x: jax.Array, prompt: int, P: int, pages: int) -> Sums:
+    """Sums over the prompt, and over each of so many pages, of `[K, G, t, tokens so far]`."""
+    later = jnp.sum(x[..., prompt:].reshape(*x.shape[:3], -1, P), axis=-1)
+    missing = pages - later.shape[-1]
+    return Sums(jnp.sum(x[..., :prompt], axis=-1), jnp.pad(later, ((0, 0),) * 3 + ((0, missing),)))
