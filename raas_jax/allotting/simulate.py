@@ -83,7 +83,7 @@ def simulate(policy: Budgeted, sizes: tuple[int, ...], seen: Seen) -> jax.Array:
 
     Args:
       policy: of `simulated`.
-      sizes: budgets in pages, each at least one more than the policy never evicts.
+      sizes: budgets in pages, each at least the policy's `least_pages`.
       seen: the dense attention of one layer.
 
     Returns:

@@ -84,8 +84,8 @@ class Budgeted(Policy):
 
     @property
     def least_pages(self) -> int:
-        """Pages without which the policy has none to choose from."""
-        return self.reserve()[0] + 1
+        """Pages that an allotment gives every head: those that are never evicted."""
+        return self.reserve()[0]
 
     @property
     def buffer_pages(self) -> int:
@@ -201,7 +201,7 @@ class Budgeted(Policy):
     def check_prompts(self, prompt_tokens: Sequence[int]) -> None:
         if self.prompt != "included":
             return
-        P, least = self.page_size, max(2, self.least_pages)
+        P, least = self.page_size, self.reserve()[0] + 1
         pages = pages_for(max(prompt_tokens), P)
         if self.budget // P - pages < least:
             raise ValueError(
@@ -275,11 +275,6 @@ class Batched(Budgeted):
 
     def reserve(self) -> tuple[int, str]:
         return pages_for(self.recent, self.page_size), f"with recent={self.recent}"
-
-    @property
-    def least_pages(self) -> int:
-        """Pages without which the policy has none to choose from."""
-        return self.reserve()[0] + 1
 
     @property
     def buffer_pages(self) -> int:
