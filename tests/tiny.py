@@ -71,9 +71,9 @@ def allotment_of(config=QWEN3, page_size=4, seed=0, most=14, **options):
 
 
 def shares_of(allotment, budget, page_size, dense_layers=0, granularity="kv_head", **_):
-    """The pages of every layer and head, by how many each has on average: at least two."""
+    """The pages of every layer and head, by how many each has on average: at least one."""
     allotment = allotment.last(allotment.layers - dense_layers)
     if granularity == "layer":
         allotment = allotment.by_layer()
-    shares = [allotment.pages(mean, page_size, 2) for mean in range(budget // page_size + 1)]
+    shares = [allotment.pages(mean, page_size, 1) for mean in range(budget // page_size + 1)]
     return np.pad(np.stack(shares), ((0, 0), (dense_layers, 0), (0, 0)))

@@ -66,7 +66,7 @@ class Allot:
         )
         print(expected(found, policy))
         if self.picture is not None:
-            from raas_jax.lab.allotments import draw
+            from raas_jax.lab.allotments.picture import draw
 
             draw(found, self.picture, policy)
             print(f"\n{self.picture}: pages by layer and head")

@@ -122,7 +122,8 @@ class Allotment:
         """Shares out `mean * L * K` pages.
 
         A larger mean gives no head less. Heads whose next pages save the same share them evenly,
-        and so do all where the curves end or are level.
+        and so do all where the curves end or are level. No head is given less than the smallest
+        size: what it would lose is not known.
 
         Args:
           mean: pages per layer and head.
@@ -132,7 +133,8 @@ class Allotment:
         Returns:
           int64 `[L, K]`, of mean `mean` in every part.
         """
-        sizes, least = self.sizes / page_size, min(least, mean)
+        sizes, least = self.sizes / page_size, max(least, -(-int(self.sizes[0]) // page_size))
+        least = min(least, mean)
         if self.together:
             of_layer = np.sum(self.losses, axis=1, keepdims=True)
             given = least + _shared(sizes, of_layer, least, mean - least)

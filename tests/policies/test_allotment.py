@@ -49,6 +49,17 @@ def test_sums_are_exact_and_more_is_more_for_all(allotment, mean, least, page_si
     assert np.all(given[1] >= given[0])
 
 
+@pytest.mark.parametrize(("page_size", "known"), [(16, 2), (32, 1), (12, 3)])
+def test_no_head_has_less_than_what_is_known(page_size, known):
+    """Below the smallest size a curve says nothing, unless the mean is smaller itself."""
+    losses = np.zeros((1, 2, 2))
+    losses[0, 0, 0] = 1
+    allotment = Allotment([32, 320], losses)
+    assert allotment.pages(5, page_size).tolist() == [[10 - known, known]]
+    assert allotment.pages(5, page_size, least=4).tolist() == [[6, 4]]
+    assert allotment.pages(1, 4).tolist() == [[1, 1]]
+
+
 @given(allotments(), st.integers(1, 9), st.integers(1, 9))
 def test_short_answers_leave_parts_of_equal_size(allotment, mean, most):
     """Cut to what an answer needs, and filled up again where one part was cut more."""

@@ -135,13 +135,13 @@ def test_the_mean_is_the_budget():
     for options in ({}, {"granularity": "layer"}, {"score": "bound"}):
         policy = RaaS(6 * P, page_size=P, allotment=allotment, **options)
         counts = Plan.create(CONFIG, policy, LENGTHS, 10_000).groups[0].counts(2)
-        assert counts.mean() == 6 and counts.min() >= 2
+        assert counts.mean() == 6 and counts.min() == 1
         assert np.all(counts == counts[:, :1]) == ("granularity" in options)
         assert Plan.create(CONFIG, policy, LENGTHS, 5).slots == (3,)
     policy = RaaS(6 * P, page_size=P, allotment=allotment, dense_layers=1)
     dense, rest = Plan.create(CONFIG, policy, LENGTHS, 10_000).groups
     assert rest.counts(2).mean() == 6 and dense.ranges is None
-    same(rest.counts(2), allotment.last(CONFIG.num_hidden_layers - 1).pages(6, P, 2))
+    same(rest.counts(2), allotment.last(CONFIG.num_hidden_layers - 1).pages(6, P))
     # Two pages that pile up come on top, for each head alike.
     batched = policies.create(
         "random", budget=6 * P, every=4, recent=4, page_size=P, allotment=allotment
@@ -177,7 +177,7 @@ def test_inside_one_jit(params):
     for row, out in enumerate(outs):
         same(found.tokens[row], out.tokens)
         # As of the head that keeps least; the last page is still being written.
-        assert (out.stats.kept_pages, out.stats.evicted_pages) == (2, PAGES - 1 - 2)
+        assert (out.stats.kept_pages, out.stats.evicted_pages) == (1, PAGES - 1 - 1)
 
 
 def test_what_cannot_be_combined_is_refused(params):

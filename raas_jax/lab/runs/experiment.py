@@ -69,7 +69,9 @@ def policy_identity(policy: Policy) -> dict[str, Any]:
 
 
 def _short(value: Any) -> Any:
-    return value.digest[:8] if isinstance(value, policies.Allotment) else value
+    if not isinstance(value, policies.Allotment):
+        return value
+    return " ".join([*filter(None, [value.made.get("rule")]), value.digest[:8]])
 
 
 def sampled_digest(params: Params) -> str:

@@ -1,0 +1,1 @@
+"""What is said of allotments, and what they are compared with."""

@@ -1,0 +1,66 @@
+"""What rivals' rules ask of a model: where its attention goes on texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from raas_jax.allotting.dense import Block, embed, look
+from raas_jax.params import Params
+
+
+def most_attended(
+    params: Params, texts: Sequence[Sequence[int]], pages: int, page_size: int
+) -> np.ndarray:
+    """Of a layer's `K * pages` most attended pages, how many are each head's, on average.
+
+    Of every token that has more pages than `pages` before its own; a group's attention is its mean.
+    Float64 `[L, K]`, of mean `pages` in every layer.
+    """
+
+    def see(block: Block, tokens: jax.Array) -> jax.Array:
+        ends, P = block.end // page_size, page_size
+        mass = jnp.mean(block.shares[..., : ends * P], axis=1)
+        mass = jnp.sum(mass.reshape(*mass.shape[:2], ends, P), axis=-1)  # [K, t, pages]
+        number = jnp.arange(block.first, block.end) // P
+        before = jnp.arange(ends) < number[:, None]
+        by_token = jnp.moveaxis(jnp.where(before, mass, -1.0), 1, 0).reshape(len(number), -1)
+        K = mass.shape[0]
+        most = jax.lax.top_k(by_token, min(K * pages, by_token.shape[-1]))[1] // ends
+        count = jax.nn.one_hot(most, K).sum(axis=1)
+        return jnp.sum(jnp.where(number[:, None] > pages, count, 0.0), axis=0)
+
+    found = _summed(params, texts, see)
+    return pages * found / np.mean(found, axis=1, keepdims=True)
+
+
+def copying(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
+    """Attention to earlier places of the token that comes next, the mean of tokens: `[L, K]`.
+
+    What retrieval heads are known by (2404.15574), on any text; the mean over a group's heads.
+    """
+
+    def see(block: Block, tokens: jax.Array) -> jax.Array:
+        following = jnp.append(tokens[1:], -1)[block.first : block.end, None]
+        same = tokens[: block.end] == following
+        return jnp.sum(jnp.where(same, block.shares, 0.0), axis=(1, 2, 3)) / block.shares.shape[1]
+
+    return _summed(params, texts, see) / sum(map(len, texts))
+
+
+def _summed(params: Params, texts: Sequence[Sequence[int]], see: Any) -> np.ndarray:
+    """What is seen, of all blocks and texts together, by layer."""
+    layers = range(params.config.num_hidden_layers)
+    params, found = params.stacked(), []
+    for text in texts:
+        tokens = jnp.asarray(text, jnp.int32)
+        x, of_layers = embed(params, tokens), []
+        for number in layers:
+            x, of_blocks = look(params, x, jnp.int32(number), see, tokens)
+            of_layers.append(sum(np.asarray(each, np.float64) for each in of_blocks))
+        found.append(of_layers)
+    return np.sum(found, axis=0)
