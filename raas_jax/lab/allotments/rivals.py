@@ -1,7 +1,8 @@
 """Writes allotments by other rules, to be compared at equal bytes with one that was found.
 
-python -m raas_jax.lab.allotments.rivals MODEL allotment.json --out DIR --text gsm8k=test.jsonl
-raas-jax eval fidelity MODEL --policies raas,raas:allotment=DIR/pyramid.json --out ...
+    python -m raas_jax.lab.allotments.rivals MODEL allotment.json --out DIR --text gsm8k=test.jsonl
+
+`raas-jax eval fidelity MODEL --policies raas,raas:allotment=DIR/pyramid.json` then compares them.
 """
 
 from __future__ import annotations
