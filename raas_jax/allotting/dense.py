@@ -1,4 +1,4 @@
-"""Dense passes through one layer: forwards, and backwards with what its attention saw.
+"""Dense passes through one layer: forwards and backwards, with what its attention saw.
 
 Attention is taken in blocks of queries, each with the keys up to its end: half of the square, and
 never all of it at once. Its derivative is written out, since the shares and `g · v` of every pair
@@ -39,6 +39,37 @@ def forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
         return layer.block.finish(x, out.astype(x.dtype)), None
 
     return _one_layer(params, body, x, number)[0]
+
+
+@partial(jax.jit, static_argnames="pages")
+def forward_with_mass(
+    params: Params, x: jax.Array, number: jax.Array, page: jax.Array, *, pages: int
+) -> tuple[jax.Array, jax.Array]:
+    """As `forward`, with the attention that pages of tokens pay to each other.
+
+    Args:
+      params, x, number: see `forward`.
+      page: int32 `[T]`, number of each token's page; -1 for a token that is on none.
+      pages: how many there are, `n`.
+
+    Returns:
+      The layer's output, and float32 `[K, n, n]`: `[k, i, j]` is the mass of the softmax that the
+      tokens of page i spend on page j, over all query heads of the group.
+    """
+    rotation = _rotation(params, x)
+    member = jax.nn.one_hot(page, pages)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+        q, k, v = _float32(layer.block.qkv(x, rotation))
+        out, mass = [], jnp.zeros((k.shape[1], pages, pages))
+        for block in _blocks(q, k, QUERIES):
+            out.append(_read(block, v))
+            mass += _between_pages(block, member)
+        joined = jnp.concatenate(out).reshape(1, *q.shape)
+        return layer.block.finish(x, joined.astype(x.dtype)), mass
+
+    x, (mass,) = _one_layer(params, body, x, number)
+    return x, mass
 
 
 class Backward(NamedTuple):
@@ -122,11 +153,20 @@ def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[_Block]:
 
 def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """`[1, T, N, H]`."""
-    out = [
-        jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end])
-        for block in _blocks(q, k, QUERIES)
-    ]
+    out = [_read(block, v) for block in _blocks(q, k, QUERIES)]
     return jnp.concatenate(out).reshape(1, *q.shape)
+
+
+def _read(block: _Block, v: jax.Array) -> jax.Array:
+    """`[t, K, G, H]`."""
+    return jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end])
+
+
+def _between_pages(block: _Block, member: jax.Array) -> jax.Array:
+    """Sums of the shares by page of the query and of the key, `[K, n, n]`, of member `[T, n]`."""
+    shares = jnp.sum(block.shares, axis=1)
+    queries, keys = member[block.first : block.end], member[: block.end]
+    return jnp.einsum("kts,ti,sj->kij", shares, queries, keys, precision="highest")
 
 
 class _Pulled(NamedTuple):

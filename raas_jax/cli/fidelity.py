@@ -23,7 +23,7 @@ class Fidelity:
     """Folder for what is found of each text, and the tables; it may get more of both later."""
     text: options.Texts = ()
     policies: Annotated[str, tyro.conf.arg(metavar="NAMES")] = USUAL
-    """Policies with commas, each with its options; the first one's bytes are those of all."""
+    """Policies with commas, each with its options, or oracle; the first's bytes are all's."""
     budgets: Annotated[str, tyro.conf.arg(metavar="INTS")] = "256"
     """Budgets of the first policy, with commas."""
     page_sizes: Annotated[str, tyro.conf.arg(metavar="INTS")] = "16"
@@ -44,6 +44,7 @@ class Fidelity:
         """Runs what is missing, then prints the tables and saves them in the folder."""
         from raas_jax import load
         from raas_jax.cli.eval import print_report, resumable
+        from raas_jax.lab.fidelity.oracle import NAMES
         from raas_jax.lab.fidelity.run import plan_points, run
         from raas_jax.lab.fidelity.texts import texts_in_turns
 
@@ -58,7 +59,7 @@ class Fidelity:
         tried = [
             policy
             for size in sizes
-            for policy in options.parse_policies(self.policies, self.budgets, size)
+            for policy in options.parse_policies(self.policies, self.budgets, size, NAMES)
         ]
         params = load(self.model, dtype=self.dtype)
         points = plan_points(params, tried, self.prompt_tokens, self.length)

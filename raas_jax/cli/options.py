@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
@@ -135,13 +136,16 @@ class PolicyOptions:
             raise ValueError(re.sub("^prompt is", "--prompt-pages is", str(error))) from error
 
 
-def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Policy]:
+def parse_policies(
+    names: str, budgets: str, page_size: int | None, more: Mapping[str, type[Policy]] = {}
+) -> list[Policy]:
     """Every named policy, once for each budget if it has one.
 
     Args:
       names: names with commas, each with options, as in `dense,raas:alpha=0.01:granularity=layer`.
       budgets: whole numbers with commas.
       page_size: tokens per page where a policy does not name its own; None is its default.
+      more: policies that have a name here beside the available ones.
 
     Raises:
       ValueError: for an unknown policy or option (near matches), and for a wrong value.
@@ -153,12 +157,12 @@ def parse_policies(names: str, budgets: str, page_size: int | None) -> list[Poli
     for spec in split_names(names):
         own = {part.partition("=")[0].strip().replace("-", "_") for part in spec.split(":")[1:]}
         given = {} if page_size is None or "page_size" in own else {"page_size": page_size}
-        kind = policies.by_name(":".join(part for part in spec.split(":") if "=" not in part))
+        kind = policies.by_name(":".join(part for part in spec.split(":") if "=" not in part), more)
         has_budget = any(field.name == "budget" for field in dataclasses.fields(kind))
         if has_budget and "budget" not in own:
-            found += [policies.parse(spec, budget=budget, **given) for budget in sizes]
+            found += [policies.parse(spec, more, budget=budget, **given) for budget in sizes]
         else:
-            found.append(policies.parse(spec, **given))
+            found.append(policies.parse(spec, more, **given))
     if not found:
         raise ValueError(f"--policies is {names!r}; name at least one, as in dense,raas.")
     return found

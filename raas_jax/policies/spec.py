@@ -10,7 +10,7 @@ import importlib.util
 import sys
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +57,19 @@ def available() -> tuple[str, ...]:
     return tuple(sorted(_BY_NAME))
 
 
-def by_name(name: str) -> type[Policy]:
+def by_name(name: str, more: Mapping[str, type[Policy]] = {}) -> type[Policy]:
     """The class of a named policy, or of `module:Class` and `path/to/file.py:Class`.
 
-    Modules are found as Python finds them, and in the current folder. Raises ValueError, with near
-    matches for an unknown name.
+    Modules are found as Python finds them, and in the current folder; `more` are names beside the
+    `available` ones. Raises ValueError, with near matches for an unknown name.
     """
+    known = _BY_NAME | dict(more)
     if ":" in name:
-        return _import(name)
-    if name not in _BY_NAME:
-        known = ", ".join(available())
-        raise ValueError(
-            f"policy is {checks.short(name)}; there are {known}.{_near(name, _BY_NAME)}"
-        )
-    return _BY_NAME[name]
+        return _import(name, known)
+    if name not in known:
+        names = ", ".join(sorted(known))
+        raise ValueError(f"policy is {checks.short(name)}; there are {names}.{_near(name, known)}")
+    return known[name]
 
 
 def create(name: str, **options: Any) -> Policy:
@@ -78,11 +77,12 @@ def create(name: str, **options: Any) -> Policy:
     return by_name(name)(**options)
 
 
-def parse(text: str, **options: Any) -> Policy:
+def parse(text: str, more: Mapping[str, type[Policy]] = {}, /, **options: Any) -> Policy:
     """A policy as the command line takes it: `h2o:recent_fraction=0.25`, `file.py:Mine:budget=64`.
 
     Args:
       text: a name, or an import path as in `by_name`, and options.
+      more: see `by_name`.
       options: more options, by the names of the policy's fields.
 
     Raises:
@@ -90,7 +90,7 @@ def parse(text: str, **options: Any) -> Policy:
         option given twice, and whatever the policy refuses.
     """
     parts = text.split(":")
-    kind = by_name(":".join(part for part in parts if "=" not in part))
+    kind = by_name(":".join(part for part in parts if "=" not in part), more)
     for pair in parts:
         name, given, value = pair.partition("=")
         name = name.strip().replace("-", "_")
@@ -125,9 +125,9 @@ def _literal(text: str) -> Any:
         return text
 
 
-def _import(path: str) -> type[Policy]:
+def _import(path: str, named: Iterable[str]) -> type[Policy]:
     module_name, _, name = path.rpartition(":")
-    if module_name.partition(":")[0] in _BY_NAME:
+    if module_name.partition(":")[0] in named:
         raise ValueError(f"policy is {path!r}; write its options as NAME:OPTION=VALUE.")
     is_file = module_name.endswith(".py")
     if is_file and not Path(module_name).is_file():

@@ -76,6 +76,17 @@ def test_what_is_wrong_is_named(text, said):
         policies.parse(text)
 
 
+def test_more_names_are_known_where_they_are_given():
+    more = {"mine": policies.Sink}
+    assert policies.parse("mine:budget=64", more) == policies.Sink(64)
+    with pytest.raises(ValueError, match="lazy_eviction, mine, quest.*Did you mean mine"):
+        policies.parse("mien", more)
+    with pytest.raises(ValueError, match="write its options as NAME:OPTION=VALUE"):
+        policies.parse("mine:budget", more)
+    with pytest.raises(ValueError, match="policy is 'mine'"):
+        policies.parse("mine")
+
+
 def test_a_policy_of_ones_own(tmp_path, monkeypatch):
     """By file from anywhere, by module from its folder; as often as wanted, always the same."""
     (tmp_path / "my_policy.py").write_text(MINE)

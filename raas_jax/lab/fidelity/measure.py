@@ -19,6 +19,7 @@ import numpy as np
 
 from raas_jax.decode import RowRequest
 from raas_jax.generation import TOKENS_PER_SYNC
+from raas_jax.lab.fidelity.oracle import foresee
 from raas_jax.model import ends, hidden_states
 from raas_jax.params import Params
 from raas_jax.policies import Policy
@@ -109,6 +110,7 @@ def follow(
     # No row may end on its way, whatever it is fed.
     request = RowRequest.create([padded + 2] * rows)
     state, _ = session.start(prompts, request, force=tokens[0])
+    state = foresee(params, session.plan, state, texts, prompt_tokens)
     found = []
     for first in range(0, padded, steps):
         following = tokens[first + 1 : first + 1 + steps]

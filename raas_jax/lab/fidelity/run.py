@@ -11,6 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.lab.fidelity.measure import Differences, Followed, dense_outputs, follow
+from raas_jax.lab.fidelity.oracle import NAMES
 from raas_jax.lab.fidelity.texts import Text
 from raas_jax.lab.inspect.recording import row_bytes
 from raas_jax.lab.runs.equal_bytes import fitted
@@ -62,7 +63,7 @@ def plan_points(
     for policy in tried:
         if isinstance(policy, Dense):
             continue  # What all are compared with.
-        described = policy_identity(policy)
+        described = policy_identity(policy, NAMES)
         label = described["label"]
         if label in points:
             raise ValueError(f"policies repeat: {label}; name each once.")
@@ -95,7 +96,7 @@ def _at_equal_bytes(
         # What keeps all, and only reads less of it, has no budget of bytes.
         if bytes_under(at(nominal), 16 * nominal) != bytes_under(at(2 * nominal), 16 * nominal):
             most = bytes_under(dataclasses.replace(reference, budget=nominal))
-            name = policy_identity(reference)["Policy"]
+            name = policy_identity(reference, NAMES)["Policy"]
             own = fitted(at, bytes_under, nominal // step * step, step, most, name)
     return own, bytes_under(own)
 

@@ -44,9 +44,14 @@ class Scripted(Budgeted):
         return jnp.zeros((*shape[:3], self.boundaries), jnp.int32)
 
     def victim(self, meta: jax.Array, boundary: Boundary) -> jax.Array:
-        # Prefill draws token 0; each page of P steps feeds P tokens and draws as many.
-        index = jnp.clip((boundary.now - 1) // self.page_size - 1, 0, self.boundaries - 1)
-        return jnp.take_along_axis(meta, index[None, :, None, None], axis=-1)[..., 0]
+        return scripted_slot(meta, boundary.now, self.page_size)
+
+
+def scripted_slot(script: jax.Array, now: jax.Array, page_size: int) -> jax.Array:
+    """The entry of each row's boundary, int32 `[L, B, K]`, of `[L, B, K, boundaries]`."""
+    # Prefill draws token 0; each page of P steps feeds P tokens and draws as many.
+    index = jnp.clip((now - 1) // page_size - 1, 0, script.shape[-1] - 1)
+    return jnp.take_along_axis(script, index[None, :, None, None], axis=-1)[..., 0]
 
 
 def accesses(stamps: np.ndarray) -> np.ndarray:

@@ -46,12 +46,13 @@ def model_identity(params: Params, model: str) -> dict[str, str]:
     }
 
 
-def policy_identity(policy: Policy) -> dict[str, Any]:
+def policy_identity(policy: Policy, more: Mapping[str, type[Policy]] = {}) -> dict[str, Any]:
     """A policy as JSON values, and what tables call it.
 
-    "Policy" names the options that differ from their defaults; "label" adds the budget.
+    "Policy" names the options that differ from their defaults; "label" adds the budget. `more` are
+    names of policies beside the available ones.
     """
-    kinds = {policies.by_name(name): name for name in policies.available()}
+    kinds = {policies.by_name(name, more): name for name in (*policies.available(), *more)}
     name = kinds.get(type(policy), type(policy).__name__)
     options = [
         f"{field.name}={_short(getattr(policy, field.name))}"
