@@ -7,7 +7,7 @@ of tokens, which it needs, are also what the losses are made of.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -29,47 +29,34 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
     return ends(params.config, params.weights).embed(tokens)[None]
 
 
-@jax.jit
+class Block(NamedTuple):
+    """Queries from `first` to before `end`, `[t, K, G, H]`, and their shares `[K, G, t, end]`."""
+
+    first: int
+    end: int
+    q: jax.Array
+    shares: jax.Array
+
+
 def forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
     """x `[1, T, D]` through layer `number`."""
+    found: jax.Array = look(params, x, number, _nothing)[0]
+    return found
+
+
+@partial(jax.jit, static_argnames="see")
+def look(
+    params: Params, x: jax.Array, number: jax.Array, see: Callable[..., Any], *data: Any
+) -> tuple[jax.Array, list[Any]]:
+    """x `[1, T, D]` through layer `number`, and what `see(block, *data)` gives of every `Block`."""
     rotation = _rotation(params, x)
 
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        out = _attention(*_float32(layer.block.qkv(x, rotation)))
-        return layer.block.finish(x, out.astype(x.dtype)), None
-
-    return _one_layer(params, body, x, number)[0]
-
-
-@partial(jax.jit, static_argnames="pages")
-def forward_with_mass(
-    params: Params, x: jax.Array, number: jax.Array, page: jax.Array, *, pages: int
-) -> tuple[jax.Array, jax.Array]:
-    """As `forward`, with the attention that pages of tokens pay to each other.
-
-    Args:
-      params, x, number: see `forward`.
-      page: int32 `[T]`, number of each token's page; -1 for a token that is on none.
-      pages: how many there are, `n`.
-
-    Returns:
-      The layer's output, and float32 `[K, n, n]`: `[k, i, j]` is the mass of the softmax that the
-      tokens of page i spend on page j, over all query heads of the group.
-    """
-    rotation = _rotation(params, x)
-    member = jax.nn.one_hot(page, pages)
-
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, list[Any]]:
         q, k, v = _float32(layer.block.qkv(x, rotation))
-        out, mass = [], jnp.zeros((k.shape[1], pages, pages))
-        for block in _blocks(q, k, QUERIES):
-            out.append(_read(block, v))
-            mass += _between_pages(block, member)
-        joined = jnp.concatenate(out).reshape(1, *q.shape)
-        return layer.block.finish(x, joined.astype(x.dtype)), mass
+        out, seen = _attend(q, k, v, see, *data)
+        return layer.block.finish(x, out.astype(x.dtype)), seen
 
-    x, (mass,) = _one_layer(params, body, x, number)
-    return x, mass
+    return _one_layer(params, body, x, number)
 
 
 class Backward(NamedTuple):
@@ -101,15 +88,14 @@ def backward(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Pulled]]:
         qkv, pull_qkv = jax.vjp(lambda x: layer.block.qkv(x, rotation), x)
         q, k, v = _float32(qkv)
-        out = _attention(q, k, v).astype(x.dtype)
-        _, pull = jax.vjp(layer.block.finish, x, out)
+        out = _attend(q, k, v, _nothing)[0].astype(x.dtype)
+        pull = jax.vjp(layer.block.finish, x, out)[1]
         residual, at_attention = pull(back)
         pulled = _pull_attention(q, k, v, at_attention[0].astype(jnp.float32), prompt, P)
         (through,) = pull_qkv(tuple(each[None].astype(x.dtype) for each in pulled.at_qkv))
         return residual + through, (k, v, pulled)
 
-    at_input, found = _one_layer(params, body, back, number)
-    k, v, pulled = jax.tree.map(lambda each: each[0], found)
+    at_input, (k, v, pulled) = _one_layer(params, body, back, number)
 
     def in_pages(x: jax.Array) -> jax.Array:
         return jnp.swapaxes(x[prompt:], 0, 1).reshape(x.shape[1], -1, P, x.shape[-1])
@@ -127,20 +113,12 @@ def _float32(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     return tuple(each[0].astype(jnp.float32) for each in arrays)
 
 
-def _one_layer(params: Params, body: Any, carry: Any, number: jax.Array) -> Any:
-    return run_layers(params.config, params.weights, body, carry, first=number, count=1)
+def _one_layer(params: Params, body: Any, carry: Any, number: jax.Array) -> tuple[jax.Array, Any]:
+    carry, found = run_layers(params.config, params.weights, body, carry, first=number, count=1)
+    return carry, jax.tree.map(lambda each: each[0], found)
 
 
-class _Block(NamedTuple):
-    """Queries from `first` to before `end`, `[t, K, G, H]`, and their shares `[K, G, t, end]`."""
-
-    first: int
-    end: int
-    q: jax.Array
-    shares: jax.Array
-
-
-def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[_Block]:
+def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[Block]:
     """Causal attention of q `[T, N, H]` over k `[T, K, H]`."""
     (T, N, H), K = q.shape, k.shape[1]
     for first in range(0, T, size):
@@ -148,25 +126,22 @@ def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[_Block]:
         grouped = q[first:end].reshape(end - first, K, N // K, H)
         scores = jnp.einsum("tkgh,skh->kgts", grouped * H**-0.5, k[:end])
         causal = jnp.arange(end) <= jnp.arange(first, end)[:, None]
-        yield _Block(first, end, grouped, jax.nn.softmax(jnp.where(causal, scores, _NEVER)))
+        yield Block(first, end, grouped, jax.nn.softmax(jnp.where(causal, scores, _NEVER)))
 
 
-def _attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """`[1, T, N, H]`."""
-    out = [_read(block, v) for block in _blocks(q, k, QUERIES)]
-    return jnp.concatenate(out).reshape(1, *q.shape)
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, see: Callable[..., Any], *data: Any
+) -> tuple[jax.Array, list[Any]]:
+    """Output `[1, T, N, H]`, and what is seen of every block."""
+    out, seen = [], []
+    for block in _blocks(q, k, QUERIES):
+        out.append(jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end]))
+        seen.append(see(block, *data))
+    return jnp.concatenate(out).reshape(1, *q.shape), seen
 
 
-def _read(block: _Block, v: jax.Array) -> jax.Array:
-    """`[t, K, G, H]`."""
-    return jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end])
-
-
-def _between_pages(block: _Block, member: jax.Array) -> jax.Array:
-    """Sums of the shares by page of the query and of the key, `[K, n, n]`, of member `[T, n]`."""
-    shares = jnp.sum(block.shares, axis=1)
-    queries, keys = member[block.first : block.end], member[: block.end]
-    return jnp.einsum("kts,ti,sj->kij", shares, queries, keys, precision="highest")
+def _nothing(block: Block) -> None:
+    """Sees nothing."""
 
 
 class _Pulled(NamedTuple):

@@ -116,11 +116,12 @@ def _checked(
         )
     prompt = -(-max(prompt_tokens, 1) // P) * P
     pages = (lengths.pop() - prompt) // P
-    sizes = tuple(size for size in PAGES if least <= size < pages)
+    possible = [size for size in PAGES if size >= least]
+    sizes = tuple(size for size in possible if size < pages)
     if len(sizes) < 2:
         raise ValueError(
             f"texts have {pages} pages of {P} tokens after the prompt; give longer ones, at least "
-            f"{prompt + (least + 3) * P} tokens, or use a smaller page_size."
+            f"{prompt + (possible[1] + 1) * P} tokens, or use a smaller page_size."
         )
     return np.asarray(texts, np.int32)[:, : prompt + pages * P], prompt, sizes
 
@@ -136,7 +137,7 @@ def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: f
         logits, pull = jax.vjp(lambda x: model.logits(x[:, 0]), x)
         drawn = jax.vmap(jax.random.categorical)(keys, logits / temperature)
         above = jax.nn.one_hot(drawn, logits.shape[-1]) - jax.nn.softmax(logits / temperature)
-        (gradient,) = pull(above / temperature)
+        gradient: jax.Array = pull(above / temperature)[0]
         return gradient
 
     by_token = jnp.swapaxes(x, 0, 1)

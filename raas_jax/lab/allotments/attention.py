@@ -19,8 +19,14 @@ def most_attended(
     """Of a layer's `K * pages` most attended pages, how many are each head's, on average.
 
     Of every token that has more pages than `pages` before its own; a group's attention is its mean.
-    Float64 `[L, K]`, of mean `pages` in every layer.
+    Float64 `[L, K]`, of mean `pages` in every layer. Raises ValueError where there is none such.
     """
+    longest = max(map(len, texts))
+    if longest <= (pages + 1) * page_size:
+        raise ValueError(
+            f"no token has more than {pages} pages of {page_size} tokens before its own; the longest "
+            f"text has {longest} tokens."
+        )
 
     def see(block: Block, tokens: jax.Array) -> jax.Array:
         ends, P = block.end // page_size, page_size
@@ -35,7 +41,8 @@ def most_attended(
         return jnp.sum(jnp.where(number[:, None] > pages, count, 0.0), axis=0)
 
     found = _summed(params, texts, see)
-    return pages * found / np.mean(found, axis=1, keepdims=True)
+    count: np.ndarray = pages * found / np.mean(found, axis=1, keepdims=True)
+    return count
 
 
 def copying(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -49,18 +56,19 @@ def copying(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
         same = tokens[: block.end] == following
         return jnp.sum(jnp.where(same, block.shares, 0.0), axis=(1, 2, 3)) / block.shares.shape[1]
 
-    return _summed(params, texts, see) / sum(map(len, texts))
+    score: np.ndarray = _summed(params, texts, see) / sum(map(len, texts))
+    return score
 
 
 def _summed(params: Params, texts: Sequence[Sequence[int]], see: Any) -> np.ndarray:
     """What is seen, of all blocks and texts together, by layer."""
-    layers = range(params.config.num_hidden_layers)
-    params, found = params.stacked(), []
+    config = params.config
+    found = np.zeros((config.num_hidden_layers, config.num_key_value_heads))
+    params = params.stacked()  # One program serves all layers.
     for text in texts:
         tokens = jnp.asarray(text, jnp.int32)
-        x, of_layers = embed(params, tokens), []
-        for number in layers:
+        x = embed(params, tokens)
+        for number in range(len(found)):
             x, of_blocks = look(params, x, jnp.int32(number), see, tokens)
-            of_layers.append(sum(np.asarray(each, np.float64) for each in of_blocks))
-        found.append(of_layers)
-    return np.sum(found, axis=0)
+            found[number] += np.sum(np.asarray(of_blocks, np.float64), axis=0)
+    return found

@@ -117,22 +117,24 @@ def ranked(found: dict[Place, float], allotment: Allotment, tokens: int) -> tupl
 
     NaN where there are fewer than three.
     """
-    at = np.asarray([np.interp(tokens, allotment.sizes, curve) for curve in _flat(allotment)])
-    losses = at.reshape(allotment.losses.shape[:2])
+    losses = losses_at(allotment, tokens)
     heads = [(losses[layer, head], kl) for (layer, head), kl in found.items() if head is not None]
     layers = [(losses[layer].sum(), kl) for (layer, head), kl in found.items() if head is None]
     return _spearman(heads), _spearman(layers)
 
 
-def _flat(allotment: Allotment) -> np.ndarray:
-    return allotment.losses.reshape(-1, allotment.losses.shape[-1])
+def losses_at(allotment: Allotment, tokens: int) -> np.ndarray:
+    """What each head loses with so many tokens, `[L, K]`."""
+    curves = allotment.losses.reshape(-1, len(allotment.sizes))
+    at = [np.interp(tokens, allotment.sizes, curve) for curve in curves]
+    return np.asarray(at).reshape(allotment.losses.shape[:2])
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float:
     if len(pairs) < 3:
         return float("nan")
     ranks = np.argsort(np.argsort(np.asarray(pairs), axis=0), axis=0)
-    return float(np.corrcoef(ranks.T)[0, 1])
+    return float(np.corrcoef(ranks[:, 0], ranks[:, 1])[0, 1])
 
 
 def main() -> None:
@@ -157,7 +159,7 @@ def main() -> None:
     if out.exists():
         known = dict(map(_read, out.read_text(encoding="utf-8").splitlines()))
     places = _places(files[given.files[0]], given.heads, given.pages * page_size)
-    left = [place for place in places if any((place, n) not in known for n in range(len(texts)))]
+    left = [place for place in places if not all((place, n) in known for n in range(len(texts)))]
     asked = effects(
         params,
         [text.tokens for text in texts],
@@ -171,7 +173,9 @@ def main() -> None:
         known[place, number] = kl
         with out.open("a", encoding="utf-8") as lines:
             lines.write(json.dumps([*place, number, kl]) + "\n")
-    found = {place: float(np.mean([known[place, n] for n in range(len(texts))])) for place in places}
+    found = {
+        place: float(np.mean([known[place, n] for n in range(len(texts))])) for place in places
+    }
     print("| File | Heads | Layers |\n|---|---:|---:|")
     for file, allotment in files.items():
         heads, layers = ranked(found, allotment, given.pages * page_size)
@@ -185,8 +189,7 @@ def _read(line: str) -> tuple[tuple[Place, int], float]:
 
 def _places(allotment: Allotment, heads: int, tokens: int) -> list[Place]:
     """All layers, and heads spread evenly over the order of their losses."""
-    losses = [np.interp(tokens, allotment.sizes, curve) for curve in _flat(allotment)]
-    order = np.argsort(losses, kind="stable")
+    order = np.argsort(losses_at(allotment, tokens), axis=None, kind="stable")
     some = order[np.unique(np.linspace(0, len(order) - 1, heads).round().astype(int))]
     chosen: list[Place] = [(int(n) // allotment.heads, int(n) % allotment.heads) for n in some]
     return [*chosen, *((layer, None) for layer in range(allotment.layers))]

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.decode import RowRequest
+from raas_jax.decode import DecodeState, RowRequest
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.lab.fidelity.oracle import foresee
 from raas_jax.model import ends, hidden_states
@@ -79,6 +79,7 @@ def follow(
     texts: Sequence[Sequence[int]],
     outputs: Sequence[np.ndarray],
     prompt_tokens: int,
+    prepare: Callable[[DecodeState], DecodeState] | None = None,
 ) -> Iterator[int | list[Followed]]:
     """Feeds texts through a decode under a policy, as rows of one batch.
 
@@ -88,6 +89,7 @@ def follow(
       texts: token ids, each longer than `prompt_tokens + 1`.
       outputs: of `dense_outputs` for each of them.
       prompt_tokens: how many of the first tokens are the prompt.
+      prepare: changes the state before the first step.
 
     Yields:
       After every few pages how many tokens of each row were fed; in the end what was found of each
@@ -111,6 +113,7 @@ def follow(
     request = RowRequest.create([padded + 2] * rows)
     state, _ = session.start(prompts, request, force=tokens[0])
     state = foresee(params, session.plan, state, texts, prompt_tokens)
+    state = state if prepare is None else prepare(state)
     found = []
     for first in range(0, padded, steps):
         following = tokens[first + 1 : first + 1 + steps]

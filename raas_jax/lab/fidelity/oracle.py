@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.allotting.dense import embed, forward, forward_with_mass
+from raas_jax.allotting.dense import Block, embed, forward, look
 from raas_jax.decode import DecodeState
 from raas_jax.lab.inspect.ceiling import scripted_slot
 from raas_jax.params import Params
@@ -80,7 +80,7 @@ def _of_text(
     tokens[: len(ids)] = ids
     page = np.full(longest, -1, np.int32)
     page[prompt_tokens : len(ids)] = np.arange(len(ids) - prompt_tokens) // plan.page_size
-    x = embed(params, jnp.asarray(tokens))
+    x, member = embed(params, jnp.asarray(tokens)), jax.nn.one_hot(page, n)
     script = np.zeros((params.config.num_hidden_layers, K, n), np.int32)
     for group in plan.groups:
         slots = _slots(group, K, prompt_tokens)
@@ -88,12 +88,22 @@ def _of_text(
             if not isinstance(group.policy, Oracle):
                 x = forward(params, x, jnp.int32(number))
                 continue
-            x, found = forward_with_mass(params, x, jnp.int32(number), jnp.asarray(page), pages=n)
-            mass = np.asarray(found, np.float64)
+            x, found = look(params, x, jnp.int32(number), between_pages, member)
+            mass = np.sum([np.asarray(each, np.float64) for each in found], axis=0)
             if group.policy.granularity == "layer":
                 mass = np.broadcast_to(np.sum(mass, axis=0), mass.shape)
             script[number] = least_to_come(mass, slots[number - group.first])
     return script
+
+
+def between_pages(block: Block, member: jax.Array) -> jax.Array:
+    """Mass that each page's tokens spend on each page, float32 `[K, n, n]`, over the group's heads.
+
+    `member`, float32 `[T, n]`, is 1 where a token is on a page.
+    """
+    shares = jnp.sum(block.shares, axis=1)
+    queries, keys = member[block.first : block.end], member[: block.end]
+    return jnp.einsum("kts,ti,sj->kij", shares, queries, keys, precision="highest")
 
 
 def _slots(group: Group, heads: int, prompt_tokens: int) -> np.ndarray:
