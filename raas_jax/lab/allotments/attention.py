@@ -24,8 +24,8 @@ def most_attended(
     longest = max(map(len, texts))
     if longest <= (pages + 1) * page_size:
         raise ValueError(
-            f"no token has more than {pages} pages of {page_size} tokens before its own; the longest "
-            f"text has {longest} tokens."
+            f"no token has more than {pages} pages of {page_size} tokens before its own; the "
+            f"longest text has {longest} tokens."
         )
 
     def see(block: Block, tokens: jax.Array) -> jax.Array:
