@@ -1,7 +1,8 @@
 """Times every operation: `python -m pallas_kernels.bench`.
 
 Each is timed against the reference as XLA compiles it, and against the bandwidth of a large copy,
-measured on the same device in the same run. Shapes are those of real models. One program runs an
+measured on the same device in the same run; over ranges of a pool also against the same operation
+over a rectangle that holds as many pages. Shapes are those of real models. One program runs an
 operation many times, each time on another layer of its buffers, so that launching it does not count
 and what one call left in the cache does not help the next; programs take turns, and medians are
 printed, each as soon as it is known.
@@ -23,14 +24,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels import (
+    Ranges,
     Target,
     decode_attention,
     page_bound,
     page_commit,
     prefill_attention,
+    ragged_decode_attention,
+    ragged_page_commit,
     selected_decode_attention,
 )
 
@@ -51,6 +56,8 @@ COPIED_BYTES = {"cpu": 2**28}
 """What the large copy reads, and writes; 2^30 where not named."""
 MOST_PREFILLED = 8
 """Rows of a prefill; with more, the inputs alone would fill a device."""
+SPREAD = (1 / 8, 4, 1 / 4, 1 / 2, 1 / 8, 7 / 4, 1 / 4, 1)
+"""Pages of heads that differ, as shares of the mean; a few of them already differ a lot."""
 BATCHES = (1, 8, 32, 128, 256)
 BUDGETS = (512, 1024, 2048, 8192)
 
@@ -87,8 +94,10 @@ class Measurement:
       operation, shape: names.
       bytes: read and written by a call.
       ms: median milliseconds of a call by the kernel; None where none serves it here.
-      xla_ms: the same by XLA's path.
+      xla_ms: the same by XLA's path; None where that does not fit into memory.
       over_xla: `xla_ms / ms`, above 1 where the kernel is faster.
+      over_rectangle: `ms` (or else `xla_ms`) over the time that the operation takes where all heads
+        have the mean number of pages: what it costs that they differ. None for other operations.
       copy_bandwidth: bytes that a large copy reads and writes in a second, measured in turn.
       of_bandwidth: bytes over `ms` (or else `xla_ms`), as a share of the copy bandwidth; None where
         arithmetic is the bound.
@@ -99,8 +108,9 @@ class Measurement:
     shape: str
     bytes: int
     ms: float | None
-    xla_ms: float
+    xla_ms: float | None
     over_xla: float | None
+    over_rectangle: float | None
     copy_bandwidth: float
     of_bandwidth: float | None
     why: str | None
@@ -120,6 +130,22 @@ def _buffers(
     return layers, q, one, other
 
 
+def _ranges(layers: int, heads: int, mean: int) -> Ranges:
+    """Ranges of so many pages on average, of which heads have very different shares."""
+    count = layers * heads
+    shares = np.random.default_rng(0).permutation(np.resize(SPREAD, count))
+    # Every head has one; the others are shared out.
+    ends = np.rint((mean - 1) * count * np.cumsum(shares) / np.sum(shares)).astype(int)
+    counts = 1 + np.diff(ends, prepend=0)
+    return Ranges(tuple(map(tuple, counts.reshape(layers, heads).tolist())))
+
+
+def _pool(pages: jax.Array) -> tuple[jax.Array, Ranges]:
+    """As many random pages `[layers, B, K, S, P, H]` as a pool, and whose they are."""
+    layers, B, K, S = pages.shape[:4]
+    return pages.reshape(B, -1, *pages.shape[4:]), _ranges(layers, K, S)
+
+
 def _add(total: jax.Array, part: Any) -> jax.Array:
     """A carry that needs every result of a call."""
     return total + sum(jnp.sum(leaf, dtype=jnp.float32) for leaf in jax.tree.leaves(part))
@@ -130,11 +156,16 @@ def _summed(operation: Callable[..., Any], how: dict[str, Any]) -> Callable[...,
     return lambda total, arrays, layer: _add(total, operation(*arrays, layer, **how))
 
 
+def _attention_bytes(q: jax.Array, pages: int, fill: jax.Array) -> int:
+    """Of a call that reads so many bytes of pages, and gives back the softmax of each."""
+    results = 4 * q.size + 4 * q.shape[0] * q.shape[1] * (2 + fill.shape[-1])
+    return pages + q.nbytes + 4 * math.prod(fill.shape[-3:]) + results
+
+
 def _decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
     layers, q, k, v = _buffers(shape, dtype, key, PAGE)
     fill = jnp.full(k.shape[1:4], PAGE, jnp.int32)
-    results = 4 * q.size + 4 * q.shape[0] * q.shape[1] * (2 + k.shape[3])
-    size = 2 * k.nbytes // layers + q.nbytes + fill.nbytes + results
+    size = _attention_bytes(q, 2 * k.nbytes // layers, fill)
     return Case(_summed(decode_attention, how), jnp.zeros(()), (q, k, v, fill), layers, size)
 
 
@@ -150,6 +181,23 @@ def _selected_decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: 
     return Case(step, jnp.zeros(()), (q, k, v, fill, slots), layers, size)
 
 
+def _ragged_decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
+    """As many pages, on average over the layers that calls take turns on."""
+    layers, q, k, v = _buffers(shape, dtype, key, PAGE)
+    (k, ranges), (v, _) = _pool(k), _pool(v)
+    own = np.arange(ranges.most) < np.asarray(ranges.counts)[..., None]
+    fill = jnp.asarray(np.repeat(PAGE * own[:, None], shape.batch, axis=1), jnp.int32)
+
+    def step(total: jax.Array, arrays: Any, layer: jax.Array) -> jax.Array:
+        q, k, v, fill = arrays
+        of_layer = lax.dynamic_index_in_dim(fill, layer, 0, keepdims=False)
+        part = ragged_decode_attention(q, k, v, of_layer, layer, ranges=ranges, **how)
+        return _add(total, part)
+
+    size = _attention_bytes(q, 2 * k.nbytes // layers, fill)
+    return Case(step, jnp.zeros(()), (q, k, v, fill), layers, size)
+
+
 def _page_bound(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
     layers, q, low, high = _buffers(shape, dtype, key)
     size = 2 * low.nbytes // layers + q.nbytes + 4 * q.shape[0] * q.shape[1] * low.shape[3]
@@ -157,16 +205,32 @@ def _page_bound(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
 
 
 def _page_commit(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
-    """All layers at once, as at a page boundary, each time into other slots."""
     _, _, k, _ = _buffers(shape, dtype, key, PAGE)
-    page = k[:, :, :, 0]
-    S = k.shape[3]
+    return _commits(partial(page_commit, **how), k, k[:, :, :, 0], k.shape[3], k.shape[3])
+
+
+def _ragged_page_commit(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
+    _, _, k, _ = _buffers(shape, dtype, key, PAGE)
+    pool, ranges = _pool(k)
+    counts = jnp.asarray(ranges.counts, jnp.int32)[:, None]
+    commit = partial(ragged_page_commit, ranges=ranges, **how)
+    return _commits(commit, pool, k[:, :, :, 0], counts, k.shape[3])
+
+
+def _commits(
+    commit: Callable[..., jax.Array],
+    pages: jax.Array,
+    page: jax.Array,
+    counts: jax.Array | int,
+    turns: int,
+) -> Case:
+    """All layers at once, as at a page boundary, each time into other ones of `counts` slots."""
 
     def step(pages: jax.Array, arrays: Any, number: jax.Array) -> jax.Array:
-        slot = jnp.broadcast_to((number * 7) % S, pages.shape[:3])
-        return page_commit(pages, arrays, slot, **how)
+        slot = jnp.broadcast_to((number * 7) % counts, arrays.shape[:3])
+        return commit(pages, arrays, slot)
 
-    return Case(step, k, page, S, 2 * page.nbytes)
+    return Case(step, pages, page, turns, 2 * page.nbytes)
 
 
 def _prefill_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
@@ -187,10 +251,17 @@ def _prefill_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> 
 OPERATIONS: dict[str, Callable[..., Case]] = {
     "decode_attention": _decode_attention,
     "selected_decode_attention": _selected_decode_attention,
+    "ragged_decode_attention": _ragged_decode_attention,
     "page_bound": _page_bound,
     "page_commit": _page_commit,
+    "ragged_page_commit": _ragged_page_commit,
     "prefill_attention": _prefill_attention,
 }
+RECTANGLES = {
+    "ragged_decode_attention": "decode_attention",
+    "ragged_page_commit": "page_commit",
+}
+"""The same where all heads have equally many pages."""
 
 
 class Program:
@@ -248,47 +319,83 @@ def bench(
     for shape, name in itertools.product(shapes, operations):
         if name == "prefill_attention" and SHAPES[shape].batch > MOST_PREFILLED:
             continue
-        build = partial(OPERATIONS[name], SHAPES[shape], dtype, jax.random.key(0), target=target)
-        programs, why = {"xla": Program(build(implementation="xla"), least), "copy": copy}, None
+        if (row := _measured(name, shape, dtype, target, copy, least, repetitions)) is not None:
+            yield row
+        else:
+            print(f"{name}, {shape}: out of memory", file=sys.stderr)
+
+
+def _measured(
+    name: str,
+    shape: str,
+    dtype: str,
+    target: Target,
+    copy: Program,
+    least: float,
+    repetitions: int,
+) -> Measurement | None:
+    """None where nothing fits into memory."""
+    programs, missing = {"copy": copy}, {}
+    wanted: dict[str, tuple[str, Any]] = {"xla": (name, "xla"), "own": (name, target.platform)}
+    if name in RECTANGLES:
+        wanted["rectangle"] = (RECTANGLES[name], None)
+    for each, (operation, implementation) in wanted.items():
+        how = {"implementation": implementation, "target": target}
+        build = partial(OPERATIONS[operation], SHAPES[shape], dtype, jax.random.key(0), **how)
         try:
-            programs["own"] = Program(build(implementation=target.platform), least)
+            programs[each] = Program(build(), least)
         except ValueError as error:
-            why = str(error).rpartition(f"{target.platform}: ")[2].rstrip(".")
-        times: dict[str, list[float]] = {each: [] for each in programs}
-        for _ in range(repetitions):
-            for each, program in programs.items():
-                times[each].append(program.seconds())
-        seconds = {each: statistics.median(of) for each, of in times.items()}
-        xla, own = seconds["xla"], seconds.get("own")
-        size, bandwidth = programs["xla"].case.bytes, copy.case.bytes / seconds["copy"]
-        by_arithmetic = name == "prefill_attention"
-        yield Measurement(
-            operation=name,
-            shape=shape,
-            bytes=size,
-            ms=None if own is None else 1e3 * own,
-            xla_ms=1e3 * xla,
-            over_xla=None if own is None else xla / own,
-            copy_bandwidth=bandwidth,
-            of_bandwidth=None if by_arithmetic else size / (own or xla) / bandwidth,
-            why=why,
-        )
+            missing[each] = str(error).rpartition(f"{target.platform}: ")[2].rstrip(".")
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            missing[each] = "out of memory"
+    if (timed := programs.get("own", programs.get("xla"))) is None:
+        return None
+    times: dict[str, list[float]] = {each: [] for each in programs}
+    for _ in range(repetitions):
+        for each, program in programs.items():
+            times[each].append(program.seconds())
+    seconds = {each: statistics.median(of) for each, of in times.items()}
+    xla, own = seconds.get("xla"), seconds.get("own")
+    size, bandwidth = timed.case.bytes, copy.case.bytes / seconds["copy"]
+    of_bandwidth = _over(size / bandwidth, own or xla)
+    return Measurement(
+        operation=name,
+        shape=shape,
+        bytes=size,
+        ms=_over(own, 1e-3),
+        xla_ms=_over(xla, 1e-3),
+        over_xla=_over(xla, own),
+        over_rectangle=_over(own or xla, seconds.get("rectangle")),
+        copy_bandwidth=bandwidth,
+        of_bandwidth=None if name == "prefill_attention" else of_bandwidth,
+        why=missing.get("own"),
+    )
+
+
+def _over(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or whole is None else part / whole
 
 
 TABLE = """
-| operation | shape | MB | kernel ms | XLA ms | faster | of copy bandwidth |
-|---|---|---:|---:|---:|---:|---:|"""
+| operation | shape | MB | kernel ms | XLA ms | faster | over rectangle | of copy bandwidth |
+|---|---|---:|---:|---:|---:|---:|---:|"""
 
 
 def table_line(row: Measurement) -> str:
     """The row as Markdown."""
-    own = "-" if row.ms is None else f"{row.ms:.4f}"
-    share = "-" if row.of_bandwidth is None else f"{row.of_bandwidth:.0%}"
-    faster = "-" if row.over_xla is None else f"{row.over_xla:.2f} x"
-    return (
-        f"| {row.operation} | {row.shape} | {row.bytes / 1e6:.1f} | {own} | {row.xla_ms:.4f} "
-        f"| {faster} | {share} |"
-    )
+
+    def cell(value: float | None, form: str) -> str:
+        return "-" if value is None else form.format(value)
+
+    cells = [
+        *(row.operation, row.shape, f"{row.bytes / 1e6:.1f}"),
+        *(cell(ms, "{:.4f}") for ms in (row.ms, row.xla_ms)),
+        *(cell(ratio, "{:.2f} x") for ratio in (row.over_xla, row.over_rectangle)),
+        cell(row.of_bandwidth, "{:.0%}"),
+    ]
+    return f"| {' | '.join(cells)} |"
 
 
 def names_of(known: Mapping[str, Any]) -> Callable[[str], list[str]]:
@@ -339,7 +446,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         line = json.dumps(about | dataclasses.asdict(row)) if given.json else table_line(row)
         print(line, flush=True)
         rows.append(row)
-    if not given.json:
+    if rows and not given.json:
         bandwidth = statistics.median(row.copy_bandwidth for row in rows)
         print(f"\nA copy reads and writes {bandwidth / 1e9:,.1f} GB/s.")
         for reason in sorted({f"{row.operation}: {row.why}" for row in rows if row.why}):
