@@ -25,7 +25,7 @@ from raas_jax.allotting.dense import backward, embed, forward
 from raas_jax.allotting.simulate import Sums, simulate, simulated
 from raas_jax.model import ends
 from raas_jax.params import Params
-from raas_jax.policies import Allotment, Policy, RaaS
+from raas_jax.policies import Allotment, Budgeted, Policy, RaaS
 from raas_jax.scoring import in_blocks
 
 PAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
@@ -62,7 +62,7 @@ def allot(
     temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
     tried = simulated(RaaS() if policy is None else policy)
     P = tried.page_size
-    tokens, prompt, sizes = _checked(texts, prompt_tokens, P, tried.least_pages)
+    tokens, prompt, sizes = _checked(texts, prompt_tokens, tried)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
     L = params.config.num_hidden_layers
@@ -105,8 +105,35 @@ def allot(
     return Allotment(np.asarray([*sizes, whole]) * P, curves, identity.likeness(params), made)
 
 
+def room(length: int, prompt_tokens: int, policy: Budgeted) -> tuple[int, int, tuple[int, ...]]:
+    """What texts of so many tokens have room for.
+
+    Returns:
+      Tokens of the prompt, whole pages; pages after it; and the sizes that can be looked at, pages.
+
+    Raises:
+      ValueError: there are fewer than two such sizes, whatever the texts or in these.
+    """
+    P, least = policy.page_size, policy.least_pages
+    prompt = -(-max(prompt_tokens, 1) // P) * P
+    pages = max(0, length - prompt) // P
+    possible = [size for size in PAGES if size >= least]
+    if len(possible) < 2:
+        raise ValueError(
+            f"policy is {policy!r}, which never evicts {least} pages of a head; sizes up to "
+            f"{PAGES[-1]} are looked at. Use a larger page_size, or reserve less."
+        )
+    sizes = tuple(size for size in possible if size < pages)
+    if len(sizes) < 2:
+        raise ValueError(
+            f"texts have {pages} pages of {P} tokens after the prompt; give longer ones, of a "
+            f"length of at least {prompt + (possible[1] + 1) * P}, or use a smaller page_size."
+        )
+    return prompt, pages, sizes
+
+
 def _checked(
-    texts: Sequence[Sequence[int]], prompt_tokens: int, P: int, least: int
+    texts: Sequence[Sequence[int]], prompt_tokens: int, policy: Budgeted
 ) -> tuple[np.ndarray, int, tuple[int, ...]]:
     """The tokens `[B, T]`, whole pages after the prompt; the prompt, whole pages; and the sizes."""
     lengths = {len(text) for text in texts}
@@ -114,16 +141,9 @@ def _checked(
         raise ValueError(
             f"texts have the lengths {sorted(lengths)}; give at least one, all of one length."
         )
-    prompt = -(-max(prompt_tokens, 1) // P) * P
-    pages = (lengths.pop() - prompt) // P
-    possible = [size for size in PAGES if size >= least]
-    sizes = tuple(size for size in possible if size < pages)
-    if len(sizes) < 2:
-        raise ValueError(
-            f"texts have {pages} pages of {P} tokens after the prompt; give longer ones, at least "
-            f"{prompt + (possible[1] + 1) * P} tokens, or use a smaller page_size."
-        )
-    return np.asarray(texts, np.int32)[:, : prompt + pages * P], prompt, sizes
+    prompt, pages, sizes = room(lengths.pop(), prompt_tokens, policy)
+    whole = prompt + pages * policy.page_size
+    return np.asarray(texts, np.int32)[:, :whole], prompt, sizes
 
 
 @jax.jit

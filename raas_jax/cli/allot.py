@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 DEMO_PROMPT, DEMO_LENGTH = 272, 560
 """Tokens: what the longest prompt takes, and half of the demo's answers reach."""
 BUDGETS = (64, 128, 256, 512, 1024)
-"""Tokens, for which the table says what to expect."""
+"""Tokens, for which the table says what to expect; in whole pages."""
 
 
 @dataclasses.dataclass
@@ -51,11 +52,18 @@ class Allot:
         from raas_jax.allotting import allot, simulated
 
         options.check_out("--out", self.out)
-        options.check_out("--picture", self.picture or self.out)
+        if self.picture is not None:
+            options.check_out("--picture", self.picture)
+            if Path(self.picture).resolve() == Path(self.out).resolve():
+                raise ValueError(f"--picture is {self.picture!r}, as is --out; give another file.")
+            # Before the work, as matplotlib may not be there.
+            from raas_jax.lab.allotments.picture import draw
         policy = simulated(policies.parse(self.policy))
+        self._check_lengths(policy)
         params = load(self.model, dtype=self.dtype, layers="stacked")
         began = time.perf_counter()
-        texts, prompt_tokens, kinds = self._texts(params)
+        texts, kinds = self._texts(params)
+        prompt_tokens = DEMO_PROMPT if self._of_demo else self.prompt_tokens
         found = allot(params, texts, policy=policy, prompt_tokens=prompt_tokens)
         found = dataclasses.replace(found, made={**found.made, "kinds": kinds})
         found.write(self.out)
@@ -66,21 +74,38 @@ class Allot:
         )
         print(expected(found, policy))
         if self.picture is not None:
-            from raas_jax.lab.allotments.picture import draw
-
             draw(found, self.picture, policy)
             print(f"\n{self.picture}: pages by layer and head")
         return 0
 
-    def _texts(self, params: Params) -> tuple[list[Sequence[int]], int, list[str]]:
-        """Texts of one length, how many of their tokens are the prompt, and their kinds."""
-        if self.model == "demo" and not self.text:
-            return _derivations(params), DEMO_PROMPT, ["derivations"]
+    @property
+    def _of_demo(self) -> bool:
+        return self.model == "demo" and not self.text
+
+    def _check_lengths(self, policy: Budgeted) -> None:
+        """Raises ValueError for texts that are too short, and for what would not be heeded."""
+        from raas_jax.allotting import room
+
+        if not self._of_demo:
+            room(self.length, self.prompt_tokens, policy)
+            return
+        for name in ("texts", "skip", "length", "prompt_tokens"):
+            if (given := getattr(self, name)) != getattr(Allot, name):
+                raise ValueError(
+                    f"{name} is {given}, but without --text the demo reads derivations of its own, "
+                    f"of {DEMO_LENGTH} tokens. Leave it out."
+                )
+        room(DEMO_LENGTH, DEMO_PROMPT, policy)
+
+    def _texts(self, params: Params) -> tuple[list[Sequence[int]], list[str]]:
+        """Texts of one length, and their kinds."""
+        if self._of_demo:
+            return _derivations(params), ["derivations"]
         from raas_jax.lab.fidelity.texts import texts_in_turns
 
         texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
         kinds = sorted({text.kind for text in texts})
-        return [text.tokens for text in texts], self.prompt_tokens, kinds
+        return [text.tokens for text in texts], kinds
 
 
 def _derivations(params: Params) -> list[Sequence[int]]:
@@ -95,13 +120,12 @@ def _derivations(params: Params) -> list[Sequence[int]]:
 
 def expected(found: Allotment, policy: Budgeted) -> str:
     """A table of what budgets are expected to cost, shared out evenly and by the allotment."""
-    rows = []
-    for budget in BUDGETS:
-        P = policy.page_size
-        pages = found.pages(budget // P, P, policy.least_pages)
-        even, given = (found.loss(each, P) for each in (pages * 0 + budget // P, pages))
+    rows, P, reserve = [], policy.page_size, policy.least_pages
+    for mean in sorted({max(reserve + 1, budget // P) for budget in BUDGETS}):
+        pages = found.pages(mean, P, reserve)
+        even, given = (found.loss(each, P) for each in (pages * 0 + mean, pages))
         least, most = int(pages.min()) * P, int(pages.max()) * P
-        rows.append([f"{budget}", f"{even:.3g}", f"{given:.3g}", f"{least}-{most}"])
+        rows.append([f"{mean * P}", f"{even:.3g}", f"{given:.3g}", f"{least}-{most}"])
     table = tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows)
     return table.rstrip() + (
         "\n\nExpected KL divergence from the dense model, nats per token, each head for itself."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -194,6 +195,11 @@ def check_out(flag: str, file: str) -> None:
     path = Path(file)
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise ValueError(f"{flag} is {file!r}; give a file in a folder that is there.")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        why = f"nothing can be written into its folder ({error.strerror})"
+        raise ValueError(f"{flag} is {file!r}, but {why}; give another.") from None
 
 
 def split_names(text: str) -> list[str]:

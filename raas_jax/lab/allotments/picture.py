@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
 
+from raas_jax import files
 from raas_jax.policies import Allotment, Budgeted
 
 BUDGET = 256
@@ -19,11 +21,14 @@ def draw(allotment: Allotment, file: str | Path, policy: Budgeted, budget: int =
     """Writes a PNG. Raises OSError if that fails."""
     figure = Figure(figsize=(9, 4.2), layout="constrained")
     shares, curves = figure.subplots(1, 2, width_ratios=(1.5, 1))
-    P = policy.page_size
-    tokens = P * allotment.pages(budget // P, P, policy.least_pages)
-    _draw_shares(figure, shares, tokens, budget)
+    P, least = policy.page_size, policy.least_pages
+    mean = max(least + 1, budget // P)
+    tokens = P * allotment.pages(mean, P, least)
+    _draw_shares(figure, shares, tokens, mean * P)
     _draw_curves(curves, allotment, tokens)
-    figure.savefig(file, dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=130, format="png")
+    files.replace_bytes(file, drawn.getvalue())
 
 
 def _draw_shares(figure: Figure, axis: Any, tokens: np.ndarray, budget: int) -> None:
@@ -37,7 +42,7 @@ def _draw_shares(figure: Figure, axis: Any, tokens: np.ndarray, budget: int) -> 
 def _draw_curves(axis: Any, allotment: Allotment, tokens: np.ndarray) -> None:
     """Heads from the one that is given the most to the one that is given the least."""
     order = np.argsort(-tokens, axis=None, kind="stable")
-    for place in np.linspace(0, len(order) - 1, CURVES).astype(int):
+    for place in np.unique(np.linspace(0, len(order) - 1, CURVES).astype(int)):
         layer, head = np.unravel_index(order[place], tokens.shape)
         curve, given = allotment.losses[layer, head], tokens[layer, head]
         lost = curve > 0  # Where all of a text has room, nothing is, which has no logarithm.

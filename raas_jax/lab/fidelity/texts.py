@@ -94,9 +94,10 @@ def windows(
         if number >= skip:
             found.append(Text(kind, f"{kind} {number}", tuple(tokens)))
     if len(found) < count:
+        passed = f", {skip} of them to be passed over" if skip else ""
         raise ValueError(
             f"text of the kind {kind!r} has {skip + len(found)} windows of {length} tokens; "
-            f"{wanted} are wanted. Give more files, fewer texts or a smaller length."
+            f"{wanted} are wanted{passed}. Give more files, fewer texts or a smaller length."
         )
     return found
 
