@@ -8,7 +8,7 @@ import pytest
 from tiny import QWEN3, VOCAB, random_params
 
 from raas_jax.allotting import dense
-from raas_jax.lab.allotments import effect, rivals
+from raas_jax.lab.allotments import effect, ranking, rivals
 from raas_jax.lab.allotments.attention import copying, most_attended
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
 from raas_jax.model import rope_rotation, run_layers
@@ -80,10 +80,12 @@ def test_a_shrunken_place(params):
     """As under an allotment that gives just this place few pages; the rest forgets nothing."""
     texts = np.random.default_rng(1).integers(0, VOCAB, (2, 62)).tolist()
     L, K, prompt, pages = *sizes_of(params), 6, 2
-    asked = {"pages": pages, "page_size": P, "prompt_tokens": prompt, "rows": 5}
+    asked = {"prompt_tokens": prompt, "rows": 5}
     places = [(1, 0), (0, 1), (0, None), (1, None)]
     found = {place: {} for place in places}
-    for place, number, kl in effect.effects(params, texts, places, **asked):
+    for place, number, kl in effect.effects(
+        params, texts, places, RaaS(8, page_size=P), pages, **asked
+    ):
         found[place][number] = kl
     outputs = [dense_outputs(params, text) for text in texts]
     for layer, head in places:
@@ -108,10 +110,10 @@ class Given(Allotment):
 def test_ranks():
     found = {(0, 0): 3.0, (0, 1): 1.0, (1, 0): 2.0, (0, None): 1.0, (1, None): 2.0}
     losses = np.asarray([[9.0, 1.0], [2.0, 0.5]])[..., None] * [2.0, 0.0]
-    heads, layers = effect.ranked(found, Allotment([16, 32], losses), 24)
+    heads, layers = ranking.ranked(found, Allotment([16, 32], losses), 24)
     assert heads == pytest.approx(1) and np.isnan(layers)
     upside = Allotment([16, 32], losses.max() - losses[..., :1] * [1.0, 1.0])
-    assert effect.ranked(found, upside, 24)[0] == pytest.approx(-1)
+    assert ranking.ranked(found, upside, 24)[0] == pytest.approx(-1)
 
 
 def test_every_rule_is_an_allotment(params, texts, monkeypatch):

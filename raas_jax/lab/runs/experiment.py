@@ -60,13 +60,17 @@ def policy_identity(policy: Policy, more: Mapping[str, type[Policy]] = {}) -> di
         if field.repr and field.name != "budget" and getattr(policy, field.name) != field.default
     ]
     name += f" ({', '.join(options)})" if options else ""
-    said = {
+    budget = str(getattr(policy, "budget", "–"))
+    label = name if budget == "–" else f"{name} {budget}"
+    return {"label": label, "Policy": name, "Budget": budget, **options_as_json(policy)}
+
+
+def options_as_json(policy: Policy) -> dict[str, Any]:
+    """What a policy was made of, an allotment by its digest."""
+    return {
         name: value.digest if isinstance(value, policies.Allotment) else value
         for name, value in policy.options().items()
     }
-    budget = str(getattr(policy, "budget", "–"))
-    label = name if budget == "–" else f"{name} {budget}"
-    return {"label": label, "Policy": name, "Budget": budget, **said}
 
 
 def _short(value: Any) -> Any:

@@ -18,7 +18,7 @@ from raas_jax.lab.inspect.ceiling import ceiling
 from raas_jax.lab.inspect.recording import record, row_bytes
 from raas_jax.lab.runs.decoding import RecordedDecoding
 from raas_jax.lab.runs.equal_bytes import fitted
-from raas_jax.lab.runs.experiment import Cell, model_identity
+from raas_jax.lab.runs.experiment import Cell, model_identity, options_as_json
 from raas_jax.lab.runs.points import MAIN
 from raas_jax.lab.runs.results import Results
 from raas_jax.lab.runs.runner import run_cells
@@ -167,7 +167,7 @@ class _TaskPlan:
             "label": label,
             **given,
             "own_budget": getattr(policy, "budget", 0),
-            "policy": {"name": type(policy).__name__, **dataclasses.asdict(policy)},
+            "policy": {"name": type(policy).__name__, **options_as_json(policy)},
         }
         self.cells[label] = Cell(task.label, label, task.task, policy, decoding, described)
 
