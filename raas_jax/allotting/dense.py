@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from raas_jax.allotting.simulate import Seen, Sums
 from raas_jax.model import Layer, ends, rope_rotation, run_layers
@@ -30,12 +31,32 @@ def embed(params: Params, tokens: jax.Array) -> jax.Array:
 
 
 class Block(NamedTuple):
-    """Queries from `first` to before `end`, `[t, K, G, H]`, and their shares `[K, G, t, end]`."""
+    """Queries from `first` to before `end`.
+
+    Attributes:
+      q: `[t, K, G, H]`.
+      shares: of the softmax over all tokens so far, `[K, G, t, end]`.
+      read: the same over those that are visible.
+    """
 
     first: int
     end: int
     q: jax.Array
     shares: jax.Array
+    read: jax.Array
+
+
+class Visible(NamedTuple):
+    """What a decode that forgets can see.
+
+    Attributes:
+      held: bool `[n, K, n]`: `[i, :, j]` says whether page j can be read while page i is written.
+      prompt: the number of the first tokens that are one, whole pages of `P`.
+    """
+
+    held: jax.Array
+    prompt: int
+    P: int
 
 
 def forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
@@ -75,12 +96,22 @@ class Backward(NamedTuple):
 
 @partial(jax.jit, static_argnames=("prompt", "P"))
 def backward(
-    params: Params, x: jax.Array, back: jax.Array, number: jax.Array, *, prompt: int, P: int
+    params: Params,
+    x: jax.Array,
+    back: jax.Array,
+    number: jax.Array,
+    held: jax.Array | None = None,
+    *,
+    prompt: int,
+    P: int,
 ) -> Backward:
     """From a layer's input and the gradient at its output, both `[1, T, D]`.
 
     `prompt`, the number of the first tokens that are one, and `T` are whole pages of `P` tokens.
+    `held`, see `Visible`, says what the layer could read where that was not all; the sums are of
+    attention to all in any case.
     """
+    visible = None if held is None else Visible(held, prompt, P)
     rotation = _rotation(params, x)
 
     def body(
@@ -88,19 +119,58 @@ def backward(
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Pulled]]:
         qkv, pull_qkv = jax.vjp(lambda x: layer.block.qkv(x, rotation), x)
         q, k, v = _float32(qkv)
-        out = _attend(q, k, v, _nothing)[0].astype(x.dtype)
+        out = _attend(q, k, v, _nothing, visible=visible)[0].astype(x.dtype)
         pull = jax.vjp(layer.block.finish, x, out)[1]
         residual, at_attention = pull(back)
-        pulled = _pull_attention(q, k, v, at_attention[0].astype(jnp.float32), prompt, P)
+        given = at_attention[0].astype(jnp.float32)
+        pulled = _pull_attention(q, k, v, given, prompt, P, visible)
         (through,) = pull_qkv(tuple(each[None].astype(x.dtype) for each in pulled.at_qkv))
         return residual + through, (k, v, pulled)
 
     at_input, (k, v, pulled) = _one_layer(params, body, back, number)
+    k, v = (_in_pages(each, prompt, P) for each in (k, v))
+    return Backward(at_input, Seen(pulled.mass, k, v), pulled.worth)
 
-    def in_pages(x: jax.Array) -> jax.Array:
-        return jnp.swapaxes(x[prompt:], 0, 1).reshape(x.shape[1], -1, P, x.shape[-1])
 
-    return Backward(at_input, Seen(pulled.mass, in_pages(k), in_pages(v)), pulled.worth)
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def pages_seen(params: Params, x: jax.Array, number: jax.Array, *, prompt: int, P: int) -> Seen:
+    """What the tokens after the prompt would see in a layer, had all been kept there."""
+    rotation = _rotation(params, x)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Seen]:
+        q, k, v = _float32(layer.block.qkv(x, rotation))
+        pages = (x.shape[1] - prompt) // P
+        masses = [
+            _by_page(block.shares[:, :, max(prompt - block.first, 0) :], prompt, P, pages)
+            for block in _blocks(q, k, -(-QUERIES // P) * P)
+            if block.end > prompt
+        ]
+        mass = Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*masses, strict=True)))
+        return x, Seen(mass, _in_pages(k, prompt, P), _in_pages(v, prompt, P))
+
+    found: Seen = _one_layer(params, body, x, number)[1]
+    return found
+
+
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def forward_seeing(
+    params: Params, x: jax.Array, number: jax.Array, held: jax.Array, *, prompt: int, P: int
+) -> jax.Array:
+    """`forward` of a decode that forgets, all tokens at once; `held`: see `Visible`."""
+    rotation, visible = _rotation(params, x), Visible(held, prompt, P)
+
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+        q, k, v = _float32(layer.block.qkv(x, rotation))
+        out = _attend(q, k, v, _nothing, visible=visible)[0]
+        return layer.block.finish(x, out.astype(x.dtype)), None
+
+    x, _ = _one_layer(params, body, x, number)
+    return x
+
+
+def _in_pages(x: jax.Array, prompt: int, P: int) -> jax.Array:
+    """`[T, K, H]` → the pages after the prompt, `[K, n, P, H]`."""
+    return jnp.swapaxes(x[prompt:], 0, 1).reshape(x.shape[1], -1, P, x.shape[-1])
 
 
 def _rotation(params: Params, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,7 +188,9 @@ def _one_layer(params: Params, body: Any, carry: Any, number: jax.Array) -> tupl
     return carry, jax.tree.map(lambda each: each[0], found)
 
 
-def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[Block]:
+def _blocks(
+    q: jax.Array, k: jax.Array, size: int, visible: Visible | None = None
+) -> Iterator[Block]:
     """Causal attention of q `[T, N, H]` over k `[T, K, H]`."""
     (T, N, H), K = q.shape, k.shape[1]
     for first in range(0, T, size):
@@ -126,16 +198,33 @@ def _blocks(q: jax.Array, k: jax.Array, size: int) -> Iterator[Block]:
         grouped = q[first:end].reshape(end - first, K, N // K, H)
         scores = jnp.einsum("tkgh,skh->kgts", grouped * H**-0.5, k[:end])
         causal = jnp.arange(end) <= jnp.arange(first, end)[:, None]
-        yield Block(first, end, grouped, jax.nn.softmax(jnp.where(causal, scores, _NEVER)))
+        shares = read = jax.nn.softmax(jnp.where(causal, scores, _NEVER))
+        if visible is not None:
+            left = jnp.where(_among(visible, first, end), shares, 0.0)
+            read = left / jnp.sum(left, axis=-1, keepdims=True)
+        yield Block(first, end, grouped, shares, read)
+
+
+def _among(visible: Visible, first: int, end: int) -> jax.Array:
+    """Whether tokens from `first` to before `end` can read those before `end`: `[K, 1, t, end]`."""
+    page = (np.arange(end) - visible.prompt) // visible.P  # Below 0 in the prompt, which is kept.
+    own = (page < 0) | (page == page[first:, None])
+    held = visible.held[np.maximum(page[first:], 0)][..., np.maximum(page, 0)]
+    return jnp.moveaxis(held, 1, 0)[:, None] | own
 
 
 def _attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, see: Callable[..., Any], *data: Any
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    see: Callable[..., Any],
+    *data: Any,
+    visible: Visible | None = None,
 ) -> tuple[jax.Array, list[Any]]:
     """Output `[1, T, N, H]`, and what is seen of every block."""
     out, seen = [], []
-    for block in _blocks(q, k, QUERIES):
-        out.append(jnp.einsum("kgts,skh->tkgh", block.shares, v[: block.end]))
+    for block in _blocks(q, k, QUERIES, visible):
+        out.append(jnp.einsum("kgts,skh->tkgh", block.read, v[: block.end]))
         seen.append(see(block, *data))
     return jnp.concatenate(out).reshape(1, *q.shape), seen
 
@@ -151,24 +240,31 @@ class _Pulled(NamedTuple):
 
 
 def _pull_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, prompt: int, P: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    g: jax.Array,
+    prompt: int,
+    P: int,
+    visible: Visible | None,
 ) -> _Pulled:
     """From the gradient at the attention's output, `[T, N, H]`, those at q, k and v."""
     T, N, H = q.shape
     at_q, at_k, at_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
     masses, worths = [], []
-    for first, end, queries, shares in _blocks(q, k, -(-QUERIES // P) * P):
+    for first, end, queries, shares, read in _blocks(q, k, -(-QUERIES // P) * P, visible):
         given = g[first:end].reshape(queries.shape)
-        worth = shares * jnp.einsum("tkgh,skh->kgts", given, v[:end])
-        at_scores = (worth - shares * jnp.sum(worth, axis=-1, keepdims=True)) * H**-0.5
+        at_shares = jnp.einsum("tkgh,skh->kgts", given, v[:end])
+        pulled = read * at_shares
+        at_scores = (pulled - read * jnp.sum(pulled, axis=-1, keepdims=True)) * H**-0.5
         at_q.append(jnp.einsum("kgts,skh->tkgh", at_scores, k[:end]).reshape(-1, N, H))
         at_k = at_k.at[:end].add(jnp.einsum("kgts,tkgh->skh", at_scores, queries))
-        at_v = at_v.at[:end].add(jnp.einsum("kgts,tkgh->skh", shares, given))
+        at_v = at_v.at[:end].add(jnp.einsum("kgts,tkgh->skh", read, given))
         if end > prompt:
             own = slice(max(prompt - first, 0), None)
             pages = (T - prompt) // P
             masses.append(_by_page(shares[:, :, own], prompt, P, pages))
-            worths.append(_by_page(worth[:, :, own], prompt, P, pages))
+            worths.append(_by_page((shares * at_shares)[:, :, own], prompt, P, pages))
     joined = (
         Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*each, strict=True)))
         for each in (masses, worths)

@@ -62,7 +62,7 @@ def allot(
     temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
     tried = simulated(RaaS() if policy is None else policy)
     P = tried.page_size
-    tokens, prompt, sizes = _checked(texts, prompt_tokens, tried)
+    tokens, prompt, sizes = checked(texts, prompt_tokens, tried)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
     L = params.config.num_hidden_layers
@@ -132,7 +132,7 @@ def room(length: int, prompt_tokens: int, policy: Budgeted) -> tuple[int, int, t
     return prompt, pages, sizes
 
 
-def _checked(
+def checked(
     texts: Sequence[Sequence[int]], prompt_tokens: int, policy: Budgeted
 ) -> tuple[np.ndarray, int, tuple[int, ...]]:
     """The tokens `[B, T]`, whole pages after the prompt; the prompt, whole pages; and the sizes."""
@@ -168,9 +168,18 @@ def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: f
 @jax.jit
 def _losses(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
     """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
+    dense = jnp.sum(worth.prompt + jnp.sum(worth.page, axis=-1), axis=1)
+    return jnp.mean((read_under(mass, worth, held) - dense) ** 2, axis=-1) / 2
+
+
+@jax.jit
+def read_under(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
+    """`g · out` of each head under each size: `[sizes, K, t]`, of held `[n, sizes, K, n]`.
+
+    The heads of a group hold the same pages: what they read, they read together.
+    """
     t, n = mass.page.shape[2:]
     written = jnp.arange(t) // (t // n)
-    dense = worth.prompt + jnp.sum(worth.page, axis=-1)
 
     def of_size(held: jax.Array) -> jax.Array:
         visible = (held | jnp.eye(n, dtype=bool)[:, None])[written]
@@ -179,9 +188,7 @@ def _losses(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
         def left(sums: Sums) -> jax.Array:
             return sums.prompt + jnp.sum(jnp.where(visible, sums.page, 0.0), axis=-1)
 
-        # The heads of a group lose the same pages: what they cost, they cost together.
-        effect = jnp.sum(left(worth) / left(mass) - dense, axis=1)
-        return jnp.mean(effect**2, axis=-1) / 2
+        return jnp.sum(left(worth) / left(mass), axis=1)
 
     found: jax.Array = jax.lax.map(of_size, jnp.swapaxes(held, 0, 1))
     return found

@@ -24,6 +24,8 @@ from raas_jax import checks, files
 
 VERSION = 1
 """Of the file."""
+_TOKENS = 16 * np.unique(np.geomspace(1, 2048, 160).astype(int))
+"""Sizes of curves that stand for shares."""
 _REMEDY = "Make it anew with `raas-jax allot`."
 
 
@@ -73,6 +75,16 @@ class Allotment:
         for name, array in (("sizes", sizes), ("losses", losses)):
             array.setflags(write=False)
             object.__setattr__(self, name, array)
+
+    @classmethod
+    def proportional(cls, weights: np.ndarray, model: str, made: Mapping[str, Any]) -> Allotment:
+        """Gives every head pages in proportion to its weight, 0 or more, `[L, K]`.
+
+        Going down curves of `-weight * log(tokens)`, the next page saves all heads the same when
+        their pages are as their weights.
+        """
+        weights = np.asarray(weights, np.float64)
+        return cls(_TOKENS, weights[..., None] * np.log(_TOKENS[-1] / _TOKENS), model, made)
 
     @functools.cached_property
     def digest(self) -> str:

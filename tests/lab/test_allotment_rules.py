@@ -26,14 +26,14 @@ def pages(allotment, mean=64):
 @pytest.mark.parametrize("mean", [8, 64])
 def test_shares_are_as_the_weights(mean):
     weights = np.random.default_rng(1).uniform(0.3, 2, (L, K))
-    given = pages(rules.proportional(weights, "by weight", "model"), mean)
+    given = pages(Allotment.proportional(weights, "model", {}), mean)
     np.testing.assert_allclose(given, mean * weights / weights.mean(), rtol=0.1, atol=1.5)
 
 
 def test_a_head_of_no_weight_has_the_least(found):
     weights = np.ones((L, K))
     weights[2] = 0
-    given = pages(rules.proportional(weights, "by weight", "model"))
+    given = pages(Allotment.proportional(weights, "model", {}))
     assert np.all(given[2] == 1) and np.all(given[[0, 1, 3, 4, 5]] >= 76)
 
 

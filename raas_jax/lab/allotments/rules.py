@@ -14,18 +14,6 @@ import numpy as np
 
 from raas_jax.policies import Allotment
 
-TOKENS = 16 * np.unique(np.geomspace(1, 2048, 160).astype(int))
-"""Sizes of the curves that stand for shares."""
-
-
-def proportional(weights: np.ndarray, rule: str, model: str) -> Allotment:
-    """Gives every head pages in proportion to its weight, 0 or more, `[L, K]`.
-
-    Going down curves of `-weight * log(tokens)`, the next page saves all heads the same when their
-    pages are as their weights.
-    """
-    return Allotment(TOKENS, weights[..., None] * np.log(TOKENS[-1] / TOKENS), model, _made(rule))
-
 
 def shuffled(found: Allotment, seed: int) -> Allotment:
     """The control: the same curves, each given to a head drawn at random."""
@@ -38,14 +26,14 @@ def shuffled(found: Allotment, seed: int) -> Allotment:
 def at_random(found: Allotment, seed: int) -> Allotment:
     """Shares drawn evenly from all there are: exponential weights."""
     drawn = np.random.default_rng(seed).exponential(size=(found.layers, found.heads))
-    return proportional(drawn, "random", found.model)
+    return Allotment.proportional(drawn, found.model, _made("random"))
 
 
 def pyramid(found: Allotment, beta: float = 20.0) -> Allotment:
     """PyramidKV (2406.02069): from layer to layer in equal steps down to the mean over beta."""
     of_layer = np.linspace(2 - 1 / beta, 1 / beta, found.layers)
     weights = np.repeat(of_layer[:, None], found.heads, axis=1)
-    return proportional(weights, "pyramid", found.model)
+    return Allotment.proportional(weights, found.model, _made("pyramid"))
 
 
 def two_kinds(found: Allotment, large: float = 0.25) -> Allotment:
@@ -57,7 +45,9 @@ def two_kinds(found: Allotment, large: float = 0.25) -> Allotment:
     order = np.argsort(-found.losses[..., 0], axis=None, kind="stable")
     weights = np.zeros(order.shape)
     weights[order[: max(1, round(large * len(order)))]] = 1
-    return proportional(weights.reshape(found.losses.shape[:2]), "two kinds", found.model)
+    return Allotment.proportional(
+        weights.reshape(found.losses.shape[:2]), found.model, _made("two kinds")
+    )
 
 
 def by_concentration(count: np.ndarray, model: str, safeguard: float = 0.2) -> Allotment:
@@ -67,7 +57,8 @@ def by_concentration(count: np.ndarray, model: str, safeguard: float = 0.2) -> A
     in the paper, is the share of the budget that all heads have alike.
     """
     share = count / np.mean(count, axis=1, keepdims=True)
-    return proportional(safeguard + (1 - safeguard) * share, "concentration", model)
+    weights = safeguard + (1 - safeguard) * share
+    return Allotment.proportional(weights, model, _made("concentration"))
 
 
 def by_copying(score: np.ndarray, model: str, beta: float = 1.2) -> Allotment:
@@ -76,7 +67,8 @@ def by_copying(score: np.ndarray, model: str, beta: float = 1.2) -> Allotment:
     `score [L, K]`: attention to earlier places of the token that comes next. `1 / beta` of the
     budget is shared out by it, as in the paper.
     """
-    return proportional(1 - 1 / beta + score / np.mean(score) / beta, "copying", model)
+    weights = 1 - 1 / beta + score / np.mean(score) / beta
+    return Allotment.proportional(weights, model, _made("copying"))
 
 
 def _made(rule: str) -> dict[str, Any]:

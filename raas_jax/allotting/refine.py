@@ -1,0 +1,228 @@
+"""An allotment for one budget, found where it will be used: on a model that forgets already.
+
+Beside a model that forgets nothing, one head after the other looks dispensable, since what it
+forgets others still know; all together they may not be. So the model is run as it would decode
+under an allotment, all tokens of a layer at once, and the gradient of KL(dense || forgetting) says
+what every head would win with more pages, and lose with fewer. Pages go from those that lose least
+to those that win most; a step that does not lower the divergence is halved.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm.auto import tqdm
+
+from raas_jax import identity
+from raas_jax.allotting.dense import backward, embed, forward, forward_seeing, pages_seen
+from raas_jax.allotting.losses import checked, read_under
+from raas_jax.allotting.simulate import simulate, simulated
+from raas_jax.model import ends
+from raas_jax.params import Params
+from raas_jax.policies import Allotment, Budgeted
+from raas_jax.scoring import in_blocks
+
+GRID = (*range(1, 9), 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96, 112, 128, 192, 256)
+"""Sizes in pages that a head may have, as far as the texts go."""
+FIRST_STEP, LAST_STEP = 1.0, 0.1
+"""By what share of its pages a head may grow at once."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+    """The texts under an allotment.
+
+    Attributes:
+      chosen: number in the grid of each head's size, `[L, K]`.
+      divergence: KL(dense || forgetting), mean over the tokens after the prompt, nats.
+      inputs: of every layer, and then what the last one gives; of every text `[1, T, D]`.
+      held: of every layer, bool `[n, B, sizes, K, n]`, see `simulate`.
+    """
+
+    chosen: np.ndarray
+    divergence: float
+    inputs: list[list[jax.Array]]
+    held: list[jax.Array]
+
+
+def refine(
+    params: Params,
+    texts: Sequence[Sequence[int]],
+    *,
+    policy: Budgeted,
+    prompt_tokens: int = 128,
+    rounds: int = 8,
+    progress: bool | None = None,
+) -> Allotment:
+    """Finds the shares of one budget.
+
+    Args:
+      params: the model; float32 is best.
+      texts: token ids of texts of one length, like those that the model will write.
+      policy: decides what a head keeps; its budget is the one that is shared out, and its
+        allotment, if it has one, where the search begins. Another budget is shared out in the same
+        proportions.
+      prompt_tokens: how many of the first tokens are the prompt, which is kept.
+      rounds: how often the model is read, at most; each takes about as long as `allot`.
+      progress: a bar on stderr; None shows it on a terminal.
+
+    Raises:
+      ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
+        simulated.
+    """
+    tried = simulated(policy)
+    tokens, prompt, _ = checked(texts, prompt_tokens, tried)
+    model = _Model(params.stacked(), tokens, prompt, tried)
+    mean = policy.budget // policy.page_size
+    given = np.full(model.shape, mean)
+    if isinstance(policy.allotment, Allotment):
+        given = policy.allotment.pages(mean, policy.page_size, tried.least_pages)
+    hidden = None if progress is None else not progress
+    with tqdm(total=rounds, unit="round", disable=hidden) as bar:
+        best = model.run(model.nearest(given))
+        begun = best.divergence
+        changes, step = model.changes(best), FIRST_STEP
+        for _ in range(rounds):
+            bar.set_postfix_str(f"KL {best.divergence:.4g} of {begun:.4g}")
+            bar.update()
+            tried_now = model.run(model.moved(best.chosen, changes, step, mean))
+            if tried_now.divergence < best.divergence:
+                best = tried_now
+                changes = model.changes(best)
+            elif (step := step / 2) < LAST_STEP:
+                break
+    made = {
+        "policy": type(tried).__name__,
+        "texts": len(tokens),
+        "tokens": tokens.shape[1],
+        "prompt_tokens": prompt,
+        "measure": "refined",
+        "budget": policy.budget,
+        "divergence": [begun, best.divergence],
+    }
+    pages = model.grid[best.chosen]
+    return Allotment.proportional(pages, identity.likeness(params), made)
+
+
+class _Model:
+    """A model and texts, run under allotments whose sizes are those of a grid."""
+
+    def __init__(self, params: Params, tokens: np.ndarray, prompt: int, policy: Budgeted):
+        self.params, self.policy, self.prompt, self.P = params, policy, prompt, policy.page_size
+        self.config = params.config
+        self.shape = self.config.num_hidden_layers, self.config.num_key_value_heads
+        n = (tokens.shape[1] - prompt) // self.P
+        least = policy.least_pages
+        self.grid = np.asarray([size for size in GRID if least <= size < n])
+        self.embedded = [embed(params, jnp.asarray(row)) for row in tokens]
+        self.dense = [self._dense(x) for x in self.embedded]
+
+    def _dense(self, x: jax.Array) -> jax.Array:
+        for number in range(self.shape[0]):
+            x = forward(self.params, x, jnp.int32(number))
+        return x
+
+    def nearest(self, pages: np.ndarray) -> np.ndarray:
+        """The largest sizes of the grid that are no larger; the smallest where there are none."""
+        return np.maximum(np.searchsorted(self.grid, pages, side="right") - 1, 0)
+
+    def run(self, chosen: np.ndarray) -> Pass:
+        """The texts under so large caches."""
+        sizes = tuple(self.grid.tolist())
+        at = {"prompt": self.prompt, "P": self.P}
+        inputs, kept = [list(self.embedded)], []
+        for number in range(self.shape[0]):
+            layer = jnp.int32(number)
+            each = [pages_seen(self.params, x, layer, **at) for x in inputs[-1]]
+            held = simulate(self.policy, sizes, jax.tree.map(lambda *x: jnp.stack(x), *each))
+            kept.append(held)
+            inputs.append(
+                [
+                    forward_seeing(
+                        self.params, x, layer, self._own(held, row, chosen[number]), **at
+                    )
+                    for row, x in enumerate(inputs[-1])
+                ]
+            )
+        ends_of = zip(inputs[-1], self.dense, strict=True)
+        divergence = [_divergence(self.params, x, dense, self.prompt)[0] for x, dense in ends_of]
+        return Pass(chosen, float(np.mean(divergence)), inputs, kept)
+
+    def _own(self, held: jax.Array, row: int, chosen: np.ndarray) -> jax.Array:
+        """What each head really holds of a text: `[n, K, n]`."""
+        return held[:, row, jnp.asarray(chosen), jnp.arange(len(chosen))]
+
+    def changes(self, found: Pass) -> np.ndarray:
+        """By how much the divergence changes with each size of each head, `[L, K, sizes]`."""
+        back = [
+            _divergence(self.params, x, dense, self.prompt)[1]
+            for x, dense in zip(found.inputs[-1], self.dense, strict=True)
+        ]
+        changes = np.zeros((*self.shape, len(self.grid)))
+        for number in reversed(range(self.shape[0])):
+            layer, held = jnp.int32(number), found.held[number]
+            for row, x in enumerate(found.inputs[number]):
+                own = self._own(held, row, found.chosen[number])
+                of_text = backward(
+                    self.params, x, back[row], layer, own, prompt=self.prompt, P=self.P
+                )
+                back[row] = of_text.at_input
+                read = read_under(of_text.seen.mass, of_text.worth, held[:, row])
+                changes[number] += np.asarray(jnp.sum(read, axis=-1)).T
+        current = np.take_along_axis(changes, found.chosen[..., None], axis=-1)
+        relative: np.ndarray = (changes - current) / len(back)
+        return relative
+
+    def moved(self, chosen: np.ndarray, changes: np.ndarray, step: float, mean: int) -> np.ndarray:
+        """The sizes of the least expected divergence within a step of the present ones."""
+        pages = self.grid[chosen]
+        low = self.nearest(np.ceil(pages / (1 + step)).astype(int))
+        high = np.maximum(self.nearest(np.floor(pages * (1 + step)).astype(int)), chosen + 1)
+        low, high = np.minimum(low, np.maximum(chosen - 1, 0)), np.minimum(high, len(self.grid) - 1)
+        now, left = low.copy(), mean * low.size - int(np.sum(self.grid[low]))
+        while True:
+            saved, to = self._best_steps(now, high, changes, left)
+            head = np.unravel_index(np.argmax(saved), saved.shape)
+            if saved[head] <= 0:
+                return now
+            left -= int(self.grid[to[head]] - self.grid[now[head]])
+            now[head] = to[head]
+
+    def _best_steps(
+        self, now: np.ndarray, high: np.ndarray, changes: np.ndarray, left: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What each head's best step up saves per page, 0 if none fits; and where it leads."""
+        index = np.arange(len(self.grid))
+        more = self.grid - self.grid[now][..., None]
+        there = (index > now[..., None]) & (index <= high[..., None]) & (more <= left)
+        lost = np.take_along_axis(changes, now[..., None], axis=-1) - changes
+        per_page = np.where(there, lost / np.maximum(more, 1), 0.0)
+        return np.max(per_page, axis=-1), np.argmax(per_page, axis=-1)
+
+
+@partial(jax.jit, static_argnames="prompt")
+def _divergence(
+    params: Params, x: jax.Array, dense: jax.Array, prompt: int
+) -> tuple[jax.Array, jax.Array]:
+    """KL(dense || x), mean over the tokens after the prompt, and its gradient, of `[1, T, D]`."""
+    model, T = ends(params.config, params.weights), x.shape[1]
+
+    def of_block(block: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x, dense = block
+        wanted = jax.nn.log_softmax(model.logits(dense[:, 0]), axis=-1)
+        logits, pull = jax.vjp(lambda x: model.logits(x[:, 0]), x)
+        logs = jax.nn.log_softmax(logits, axis=-1)
+        divergence = jnp.sum(jnp.exp(wanted) * (wanted - logs), axis=-1)
+        gradient: jax.Array = pull((jnp.exp(logs) - jnp.exp(wanted)).astype(logits.dtype))[0]
+        return divergence[:, None], gradient
+
+    by_token = tuple(jnp.swapaxes(each, 0, 1) for each in (x, dense))
+    divergence, gradient = in_blocks(of_block, by_token)
+    after = jnp.asarray(np.arange(T) >= prompt, jnp.float32)[:, None] / (T - prompt)
+    scaled = (gradient * after[..., None]).astype(x.dtype)
+    return jnp.sum(divergence * after), jnp.swapaxes(scaled, 0, 1)

@@ -1,0 +1,154 @@
+"""Allotments refined where they are used: the pass is a decode, its gradient is the truth."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import QWEN3, VOCAB, random_params
+
+from raas_jax.allotting import dense, refine
+from raas_jax.lab.fidelity.measure import dense_outputs, follow
+from raas_jax.model import ends, rope_rotation, run_layers
+from raas_jax.policies import Allotment, RaaS
+
+P, PROMPT, PAGES = 2, 6, 14
+POLICY = RaaS(10, page_size=P)
+CHOSEN = np.asarray([[1, 4], [5, 2]])  # Two, five, six and three pages.
+
+
+@pytest.fixture(scope="module")
+def params():
+    return random_params(QWEN3, 3, 3.0)
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return np.random.default_rng(0).integers(0, VOCAB, (2, PROMPT + PAGES * P))
+
+
+@pytest.fixture(scope="module")
+def model(params, texts):
+    return refine._Model(params, texts, PROMPT, POLICY)
+
+
+class Given(Allotment):
+    """Whose first losses are the pages."""
+
+    def pages(self, mean, page_size, least=1):
+        return self.losses[..., 0].astype(np.int64)
+
+
+@pytest.mark.parametrize("queries", [7, dense.QUERIES])
+def test_a_pass_is_a_decode(params, texts, monkeypatch, queries):
+    """All tokens of a layer at once, in blocks of any size, diverge as those fed one by one."""
+    monkeypatch.setattr(dense, "QUERIES", queries)
+    jax.clear_caches()  # Of programs with other blocks.
+    found = refine._Model(params, texts, PROMPT, POLICY).run(CHOSEN)
+    pages = np.asarray(refine.GRID)[CHOSEN]
+    policy = RaaS(10, page_size=P, allotment=Given([1, 2], np.stack([pages, pages], axis=-1)))
+    outputs = [dense_outputs(params, ids.tolist()) for ids in texts]
+    *_, fed = follow(params, policy, texts.tolist(), outputs, PROMPT)
+    # The last token's successor is not there to be compared: look at all others.
+    wanted = [np.sum(each.differences.kl) for each in fed]
+    for row, sum_of in enumerate(wanted):
+        x, whole = found.inputs[-1][row], jnp.asarray(outputs[row])[None]
+        last = refine._divergence(params, x[:, -1:], whole[:, -1:], 0)[0]
+        mean = refine._divergence(params, x, whole, PROMPT)[0]
+        assert float(mean) * PAGES * P == pytest.approx(sum_of + float(last), rel=1e-3)
+    assert found.divergence > 0.01
+
+
+def divergence_of(params, ids, outputs, seen, blend):
+    """Of one text, by attention written out; `seen [2, L, K, T, T]` are what heads read now and
+    what they would, and `blend [L, K]` goes from one to the other."""
+    config, T = params.config, len(ids)
+    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
+    group = config.num_attention_heads // config.num_key_value_heads
+
+    def body(layer, x, given):
+        now, then, share = given
+        q, k, v = (each[0] for each in layer.block.qkv(x, rotation))
+        k, v = (jnp.repeat(each, group, axis=1) for each in (k, v))
+        scores = jnp.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
+
+        def read(visible):
+            visible = jnp.repeat(visible, group, axis=0)
+            return jnp.einsum("nts,snh->tnh", jax.nn.softmax(jnp.where(visible, scores, -1e30)), v)
+
+        share = jnp.repeat(share, group)[:, None]
+        # Where a head reads something else, the rest of the model sees it; its scores stay.
+        out = read(now) + share * jax.lax.stop_gradient(read(then) - read(now))
+        return layer.block.finish(x, out[None]), None
+
+    model = ends(config, params.weights)
+    x, _ = run_layers(config, params.weights, body, model.embed(ids)[None], (*seen, blend))
+    wanted = jax.nn.log_softmax(model.logits(jnp.asarray(outputs)))
+    logs = jax.nn.log_softmax(model.logits(x[0]))
+    return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - logs), axis=-1)[PROMPT:])
+
+
+def masks(held, L, K):
+    """Of pages `[L][n, K, n]` those of tokens, bool `[L, K, T, T]`."""
+    page = (np.arange(PROMPT + PAGES * P) - PROMPT) // P
+    T = len(page)
+    found = np.tri(T, dtype=bool) & np.ones((L, K, T, T), bool)
+    for layer, head, t, s in np.ndindex(found.shape):
+        if page[s] >= 0 and page[t] > page[s]:
+            found[layer, head, t, s] = held[layer][page[t], head, page[s]]
+    return found
+
+
+def test_changes_are_those_of_the_whole_model(params, texts, model):
+    """The slope of the divergence, at once through all layers, as one head reads more or less."""
+    found = model.run(CHOSEN)
+    changes = model.changes(found)
+    L, K = CHOSEN.shape
+    assert np.all(np.take_along_axis(changes, CHOSEN[..., None], axis=-1) == 0)
+    for size in (0, 3, len(model.grid) - 1):
+        wanted = np.zeros((L, K))
+        for row, ids in enumerate(texts):
+            of_text = [np.asarray(held[:, row]) for held in found.held]
+            now = [
+                np.stack([each[:, CHOSEN[layer, head], head] for head in range(K)], axis=1)
+                for layer, each in enumerate(of_text)
+            ]
+            then = [each[:, size] for each in of_text]
+            seen = jnp.asarray(np.stack([masks(now, L, K), masks(then, L, K)]))
+            outputs = dense_outputs(params, ids.tolist())
+            slope = jax.grad(lambda blend, *given: divergence_of(params, *given, blend), 0)
+            wanted += np.asarray(slope(jnp.zeros((L, K)), jnp.asarray(ids), outputs, seen)) / 2
+        np.testing.assert_allclose(changes[..., size], wanted, rtol=2e-3, atol=1e-6)
+        assert np.abs(wanted).max() > 1e-4
+
+
+def test_moves_stay_within_the_budget_and_the_step(model):
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        changes = np.sort(rng.random((2, 2, len(model.grid))))[..., ::-1]
+        moved = model.moved(np.full((2, 2), 4), changes, 0.5, 5)
+        pages = model.grid[moved]
+        assert pages.sum() <= 20 and pages.max() <= 7 and pages.min() >= 3
+    # All that is saved lies with one head, and what it takes with those that lose least.
+    changes = np.zeros((2, 2, len(model.grid)))
+    changes[0, 0] = -np.arange(len(model.grid))
+    moved = model.moved(np.full((2, 2), 4), changes, 0.5, 5)
+    assert model.grid[moved[0, 0]] == 7 and np.all(np.delete(moved.reshape(-1), 0) <= 4)
+
+
+def test_refining_helps(params, texts):
+    """Also beside texts that it has not seen; the same budget, and never worse where it began."""
+    found = refine.refine(params, texts, policy=POLICY, prompt_tokens=PROMPT, rounds=4)
+    begun, ended = found.made["divergence"]
+    assert ended < 0.9 * begun and found.made["budget"] == 10
+    assert found.pages(5, P).mean() == 5 and found.model
+    other = np.random.default_rng(5).integers(0, VOCAB, (6, PROMPT + PAGES * P)).tolist()
+    outputs = [dense_outputs(params, ids) for ids in other]
+
+    def divergence(allotment):
+        policy = RaaS(10, page_size=P, allotment=allotment)
+        *_, fed = follow(params, policy, other, outputs, PROMPT)
+        return np.mean([each.differences.kl for each in fed])
+
+    assert divergence(found) < divergence(None)
