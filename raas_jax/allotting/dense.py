@@ -210,7 +210,8 @@ def _among(visible: Visible, first: int, end: int) -> jax.Array:
     page = (np.arange(end) - visible.prompt) // visible.P  # Below 0 in the prompt, which is kept.
     own = (page < 0) | (page == page[first:, None])
     held = visible.held[np.maximum(page[first:], 0)][..., np.maximum(page, 0)]
-    return jnp.moveaxis(held, 1, 0)[:, None] | own
+    among: jax.Array = jnp.moveaxis(held, 1, 0)[:, None] | own
+    return among
 
 
 def _attend(

@@ -20,47 +20,30 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax import checks, identity
+from raas_jax import identity
 from raas_jax.allotting.dense import backward, embed, forward
 from raas_jax.allotting.simulate import Sums, simulate, simulated
 from raas_jax.model import ends
 from raas_jax.params import Params
-from raas_jax.policies import Allotment, Budgeted, Policy, RaaS
+from raas_jax.policies import Allotment, Budgeted
 from raas_jax.scoring import in_blocks
 
 PAGES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Sizes at which heads are looked at, as far as the texts go."""
 
 
-def allot(
+def curves(
     params: Params,
     texts: Sequence[Sequence[int]],
     *,
-    policy: Policy | None = None,
-    prompt_tokens: int = 128,
-    seed: int = 0,
-    temperature: float = 1.0,
-    progress: bool | None = None,
+    policy: Budgeted,
+    prompt_tokens: int,
+    seed: int,
+    temperature: float,
+    progress: bool | None,
 ) -> Allotment:
-    """Finds what each layer and key/value head loses at several sizes.
-
-    Args:
-      params: the model; float32 is best.
-      texts: token ids of texts of one length, like those that the model will write. Four of 2,048
-        tokens do; a head's size is found up to their length.
-      policy: decides what a head keeps; `RaaS` by default. Its budget does not matter.
-      prompt_tokens: how many of the first tokens are the prompt, which is kept.
-      seed: of the tokens that are drawn.
-      temperature: of the draws and of the likelihood, above 0; above 1 also counts what a model
-        loses that is sure of its tokens.
-      progress: a bar on stderr; None shows it on a terminal.
-
-    Raises:
-      ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
-        simulated.
-    """
-    temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
-    tried = simulated(RaaS() if policy is None else policy)
+    """What each layer and key/value head loses at several sizes; see `allot`."""
+    tried = simulated(policy)
     P = tried.page_size
     tokens, prompt, sizes = checked(texts, prompt_tokens, tried)
     B, T = tokens.shape

@@ -18,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax import identity
 from raas_jax.allotting.dense import backward, embed, forward, forward_seeing, pages_seen
 from raas_jax.allotting.losses import checked, read_under
-from raas_jax.allotting.simulate import simulate, simulated
+from raas_jax.allotting.simulate import simulate
 from raas_jax.model import ends
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Budgeted
@@ -53,60 +52,42 @@ class Pass:
 def refine(
     params: Params,
     texts: Sequence[Sequence[int]],
+    start: Allotment,
     *,
     policy: Budgeted,
-    prompt_tokens: int = 128,
-    rounds: int = 8,
+    prompt_tokens: int,
+    rounds: int,
     progress: bool | None = None,
 ) -> Allotment:
-    """Finds the shares of one budget.
+    """The shares of the policy's budget, from those of `start` on or from equal ones.
 
-    Args:
-      params: the model; float32 is best.
-      texts: token ids of texts of one length, like those that the model will write.
-      policy: decides what a head keeps; its budget is the one that is shared out, and its
-        allotment, if it has one, where the search begins. Another budget is shared out in the same
-        proportions.
-      prompt_tokens: how many of the first tokens are the prompt, which is kept.
-      rounds: how often the model is read, at most; each takes about as long as `allot`.
-      progress: a bar on stderr; None shows it on a terminal.
-
-    Raises:
-      ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
-        simulated.
+    From whichever of the two diverges less; see `allot` for the rest.
     """
-    tried = simulated(policy)
-    tokens, prompt, _ = checked(texts, prompt_tokens, tried)
-    model = _Model(params.stacked(), tokens, prompt, tried)
-    mean = policy.budget // policy.page_size
-    given = np.full(model.shape, mean)
-    if isinstance(policy.allotment, Allotment):
-        given = policy.allotment.pages(mean, policy.page_size, tried.least_pages)
+    tokens, prompt, _ = checked(texts, prompt_tokens, policy)
+    P, mean = policy.page_size, policy.budget // policy.page_size
+    model = _Model(params.stacked(), tokens, prompt, policy)
     hidden = None if progress is None else not progress
     with tqdm(total=rounds, unit="round", disable=hidden) as bar:
-        best = model.run(model.nearest(given))
-        begun = best.divergence
+        given = start.pages(mean, P, policy.least_pages)
+        even, other = (model.run(model.nearest(each)) for each in (given * 0 + mean, given))
+        best = min(even, other, key=lambda found: found.divergence)
         changes, step = model.changes(best), FIRST_STEP
         for _ in range(rounds):
-            bar.set_postfix_str(f"KL {best.divergence:.4g} of {begun:.4g}")
+            bar.set_postfix_str(f"KL {best.divergence:.4g}, evenly {even.divergence:.4g}")
+            moved = model.run(model.moved(best.chosen, changes, step, mean))
             bar.update()
-            tried_now = model.run(model.moved(best.chosen, changes, step, mean))
-            if tried_now.divergence < best.divergence:
-                best = tried_now
-                changes = model.changes(best)
+            if moved.divergence < best.divergence:
+                best, changes = moved, model.changes(moved)
             elif (step := step / 2) < LAST_STEP:
                 break
     made = {
-        "policy": type(tried).__name__,
-        "texts": len(tokens),
-        "tokens": tokens.shape[1],
-        "prompt_tokens": prompt,
-        "measure": "refined",
+        **start.made,
+        "measure": "divergence",
         "budget": policy.budget,
-        "divergence": [begun, best.divergence],
+        "evenly": even.divergence,
+        "refined": best.divergence,
     }
-    pages = model.grid[best.chosen]
-    return Allotment.proportional(pages, identity.likeness(params), made)
+    return Allotment.proportional(model.grid[best.chosen], start.model, made)
 
 
 class _Model:
@@ -180,15 +161,16 @@ class _Model:
 
     def moved(self, chosen: np.ndarray, changes: np.ndarray, step: float, mean: int) -> np.ndarray:
         """The sizes of the least expected divergence within a step of the present ones."""
-        pages = self.grid[chosen]
+        pages, expected = self.grid[chosen], _never_rising(changes, chosen)
         low = self.nearest(np.ceil(pages / (1 + step)).astype(int))
         high = np.maximum(self.nearest(np.floor(pages * (1 + step)).astype(int)), chosen + 1)
         low, high = np.minimum(low, np.maximum(chosen - 1, 0)), np.minimum(high, len(self.grid) - 1)
-        now, left = low.copy(), mean * low.size - int(np.sum(self.grid[low]))
+        now: np.ndarray = low.copy()
+        left = mean * low.size - int(np.sum(self.grid[low]))
         while True:
-            saved, to = self._best_steps(now, high, changes, left)
+            saved, to = self._best_steps(now, high, expected, left)
             head = np.unravel_index(np.argmax(saved), saved.shape)
-            if saved[head] <= 0:
+            if saved[head] < 0:
                 return now
             left -= int(self.grid[to[head]] - self.grid[now[head]])
             now[head] = to[head]
@@ -196,13 +178,24 @@ class _Model:
     def _best_steps(
         self, now: np.ndarray, high: np.ndarray, changes: np.ndarray, left: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """What each head's best step up saves per page, 0 if none fits; and where it leads."""
+        """What each head's best step up saves per page, -1 if none fits; and where it leads."""
         index = np.arange(len(self.grid))
         more = self.grid - self.grid[now][..., None]
         there = (index > now[..., None]) & (index <= high[..., None]) & (more <= left)
         lost = np.take_along_axis(changes, now[..., None], axis=-1) - changes
-        per_page = np.where(there, lost / np.maximum(more, 1), 0.0)
+        per_page = np.where(there, lost / np.maximum(more, 1), -1.0)
         return np.max(per_page, axis=-1), np.argmax(per_page, axis=-1)
+
+
+def _never_rising(changes: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The changes as they can be believed: more pages than now cost nothing, and fewer save none.
+
+    Where a slope says otherwise, it is only a slope.
+    """
+    above = np.arange(changes.shape[-1]) > chosen[..., None]
+    up = np.minimum.accumulate(np.where(above, changes, 0.0), axis=-1)
+    down = np.maximum.accumulate(np.where(above, 0.0, changes)[..., ::-1], axis=-1)[..., ::-1]
+    return np.where(above, up, np.maximum(down, 0.0))
 
 
 @partial(jax.jit, static_argnames="prompt")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from raas_jax.checks import MOST_TOKENS
 from raas_jax.cli import options, tables
 from raas_jax.cli.prompts import demo_prompts
 from raas_jax.lab.limits import MOST_PROBLEMS
@@ -34,12 +35,8 @@ class Allot:
     text: options.Texts = ()
     policy: Annotated[str, tyro.conf.arg(metavar="NAME[:OPTION=VALUE...]")] = "raas"
     """Decides what a head keeps; policies of other names can use the file, too."""
-    measure: Annotated[
-        Literal["gradient", "effect"] | None,
-        options.unset("{gradient,effect}", "gradient; effect for the demo"),
-    ] = None
-    """What a loss is: by a gradient, from one pass over the texts; or the effect itself, from
-    running each text with every head at every size, which is for small models."""
+    budget: Annotated[int | None, options.Within(2, MOST_TOKENS), options.unset("INT")] = None
+    """Refines the shares for this budget, on the model as it is when it forgets that much."""
     texts: options.Problems = 2
     """Texts of each kind."""
     skip: Annotated[int, options.Within(0, MOST_PROBLEMS)] = 12
@@ -56,7 +53,6 @@ class Allot:
         """Writes the file, and says what it is expected to save."""
         from raas_jax import load, policies
         from raas_jax.allotting import allot, simulated
-        from raas_jax.lab.allotments.effect import measured
 
         options.check_out("--out", self.out)
         if self.picture is not None:
@@ -66,17 +62,12 @@ class Allot:
             # Before the work, as matplotlib may not be there.
             from raas_jax.lab.allotments.picture import draw
         policy = simulated(policies.parse(self.policy))
-        find: Callable[..., Allotment] = allot
-        if self.measure == "effect" or (self.measure is None and self._of_demo):
-            find = measured
-            if not isinstance(policy, policies.RaaS):
-                raise ValueError(f"policy is {policy!r}; effects are measured of raas alone.")
         self._check_lengths(policy)
         params = load(self.model, dtype=self.dtype, layers="stacked")
         began = time.perf_counter()
         texts, kinds = self._texts(params)
         prompt_tokens = DEMO_PROMPT if self._of_demo else self.prompt_tokens
-        found = find(params, texts, policy=policy, prompt_tokens=prompt_tokens)
+        found = allot(params, texts, policy=policy, budget=self.budget, prompt_tokens=prompt_tokens)
         found = dataclasses.replace(found, made={**found.made, "kinds": kinds})
         found.write(self.out)
         seconds = time.perf_counter() - began

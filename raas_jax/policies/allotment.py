@@ -24,7 +24,7 @@ from raas_jax import checks, files
 
 VERSION = 1
 """Of the file."""
-_TOKENS = 16 * np.unique(np.geomspace(1, 2048, 160).astype(int))
+_TOKENS = np.unique(np.geomspace(1, 32768, 240).astype(int))
 """Sizes of curves that stand for shares."""
 _REMEDY = "Make it anew with `raas-jax allot`."
 

@@ -57,14 +57,6 @@ def test_the_file_serves_a_generation(small, model, short, tmp_path, capsys):
     assert out.stats.allotment is not None and found.digest.startswith(out.stats.allotment[:8])
 
 
-def test_by_effect(small, capsys):
-    """Slower, and another measure; of raas alone."""
-    assert main(["allot", *small, "--measure", "effect", "--length", "112"]) == 0
-    assert raas_jax.Allotment.read("allotment.json").made["measure"] == "effect"
-    assert main(["allot", *small, "--measure", "effect", "--policy", "recent"]) == 2
-    assert "effects are measured of raas alone" in capsys.readouterr().err
-
-
 def test_a_table_is_of_whole_pages_that_a_policy_takes(small, capsys):
     larger = ["--length", "512", "--texts", "1", "--policy", "raas:page_size=48:budget=96"]
     assert main(["allot", *small, *larger, "--picture", "pages.of.48"]) == 0

@@ -100,20 +100,6 @@ def test_a_shrunken_place(params):
             assert found[layer, head][number] == pytest.approx(wanted, rel=1e-3) and wanted > 1e-4
 
 
-def test_an_allotment_by_effects(params):
-    """Its curves are the effects, of every head at every size; policies of other options differ."""
-    texts = np.random.default_rng(1).integers(0, VOCAB, (2, 40)).tolist()
-    policy = RaaS(8, page_size=P)
-    found = effect.measured(params, texts, policy=policy, prompt_tokens=8)
-    assert found.sizes.tolist() == [4, 8, 12, 16, 24, 32] and found.losses.shape[-1] == 6
-    assert found.made["measure"] == "effect" and found.made["texts"] == 2 and found.model
-    asked = effect.effects(params, texts, [(1, 1)], policy, 3, prompt_tokens=8, rows=2)
-    assert found.losses[1, 1, 2] == pytest.approx(np.mean([kl for *_, kl in asked]), rel=1e-4)
-    assert np.all(found.losses[..., -1] == 0) and np.all(found.losses[..., 0] > 0)
-    other = effect.measured(params, texts, policy=RaaS(8, 0.3, page_size=P), prompt_tokens=8)
-    assert not np.allclose(other.losses, found.losses, rtol=1e-2)
-
-
 class Given(Allotment):
     """Whose first losses are the pages."""
 

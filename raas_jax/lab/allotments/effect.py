@@ -14,14 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm.auto import tqdm
 
-from raas_jax import identity
-from raas_jax.allotting import room
 from raas_jax.decode import DecodeState
 from raas_jax.lab.fidelity.measure import Followed, dense_outputs, follow
 from raas_jax.params import Params
-from raas_jax.policies import Allotment, Boundary, Evidence, Page, RaaS
+from raas_jax.policies import Boundary, Evidence, Page, RaaS
 from raas_jax.policies.base import Metadata
 
 ROWS = 32
@@ -58,50 +55,6 @@ class Narrowed(RaaS):
 
     def stamps(self, meta: Any) -> jax.Array | None:
         return super().stamps(meta.inner)
-
-
-def measured(
-    params: Params,
-    texts: Sequence[Sequence[int]],
-    *,
-    policy: RaaS,
-    prompt_tokens: int,
-    progress: bool | None = None,
-) -> Allotment:
-    """An allotment whose losses are effects, of every head at every size.
-
-    Args:
-      params: the model.
-      texts: token ids of texts of one length.
-      policy: decides what a head keeps.
-      prompt_tokens: how many of the first tokens are kept whatever happens.
-      progress: a bar on stderr; None shows it on a terminal.
-
-    Raises:
-      ValueError: texts that are too short.
-    """
-    config, length = params.config, len(texts[0])
-    L, K = config.num_hidden_layers, config.num_key_value_heads
-    _, _, sizes = room(length, prompt_tokens, policy)
-    places: list[Place] = list(np.ndindex(L, K))
-    losses = np.zeros((L, K, len(sizes) + 1))  # With room for all of it, nothing is lost.
-    hidden = None if progress is None else not progress
-    with tqdm(total=len(sizes) * len(places) * len(texts), unit="run", disable=hidden) as bar:
-        for index, pages in enumerate(sizes):
-            asked = effects(params, texts, places, policy, pages, prompt_tokens=prompt_tokens)
-            for place, _, kl in asked:
-                losses[(*place, index)] += kl / len(texts)
-                bar.update()
-    whole = -(-(length - prompt_tokens) // policy.page_size)
-    made = {
-        "policy": type(policy).__name__,
-        "texts": len(texts),
-        "tokens": length,
-        "prompt_tokens": prompt_tokens,
-        "measure": "effect",
-    }
-    at = np.asarray([*sizes, whole]) * policy.page_size
-    return Allotment(at, losses, identity.likeness(params), made)
 
 
 def effects(
