@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from raas_jax.params import Params
     from raas_jax.policies import Allotment, Budgeted
 
-DEMO_PROMPT, DEMO_LENGTH = 272, 560
-"""Tokens: what the longest prompt takes, and half of the demo's answers reach."""
+DEMO_DEFINITIONS, DEMO_PROMPT, DEMO_LENGTH = 12, 72, 212
+"""Of the demo's problems; tokens of the longest prompt, and what half of the answers reach."""
 BUDGETS = (64, 128, 256, 512, 1024)
 """Tokens, for which the table says what to expect; in whole pages."""
 
@@ -60,8 +60,10 @@ class Allot:
             if Path(self.picture).resolve() == Path(self.out).resolve():
                 raise ValueError(f"--picture is {self.picture!r}, as is --out; give another file.")
             # Before the work, as matplotlib may not be there.
-            from raas_jax.lab.allotments.picture import draw
+            from raas_jax.lab.allotments.picture import BUDGET, draw
         policy = simulated(policies.parse(self.policy))
+        if self.budget is not None:  # As the policy would have it.
+            policy = dataclasses.replace(policy, budget=self.budget)
         self._check_lengths(policy)
         params = load(self.model, dtype=self.dtype, layers="stacked")
         began = time.perf_counter()
@@ -75,9 +77,9 @@ class Allot:
             f"{self.out}: {found.layers} layers x {found.heads} heads, {len(texts)} texts of "
             f"{len(texts[0])} tokens ({', '.join(kinds)}), {seconds:.0f} s\n"
         )
-        print(expected(found, policy))
+        print(expected(found, policy) if self.budget is None else refined(found, policy))
         if self.picture is not None:
-            draw(found, self.picture, policy)
+            draw(found, self.picture, policy, self.budget or BUDGET)
             print(f"\n{self.picture}: pages by layer and head")
         return 0
 
@@ -116,7 +118,7 @@ def _derivations(params: Params) -> list[Sequence[int]]:
     from raas_jax import tokenizer
     from raas_jax.lab.runs.planning import with_answers
 
-    prompts, _ = tokenizer.encode(params, demo_prompts(24))
+    prompts, _ = tokenizer.encode(params, demo_prompts(32, DEMO_DEFINITIONS, DEMO_DEFINITIONS))
     answered = with_answers(params, prompts, DEMO_LENGTH)
     return [ids[:DEMO_LENGTH] for ids in answered if len(ids) >= DEMO_LENGTH]
 
@@ -132,4 +134,15 @@ def expected(found: Allotment, policy: Budgeted) -> str:
     table = tables.markdown(["Budget", "All the same", "Allotted", "Tokens by head"], rows)
     return table.rstrip() + (
         "\n\nExpected KL divergence from the dense model, nats per token, each head for itself."
+    )
+
+
+def refined(found: Allotment, policy: Budgeted) -> str:
+    """What the texts lose under the budget that the shares were refined for."""
+    P, made = policy.page_size, found.made
+    pages = found.pages(made["budget"] // P, P, policy.least_pages)
+    return (
+        f"Budget {made['budget']}: {int(pages.min()) * P}-{int(pages.max()) * P} tokens by head. "
+        f"KL divergence of these texts from the dense model,\nnats per token: {made['evenly']:.3g} "
+        f"if all have the same, {made['refined']:.3g} as refined."
     )

@@ -13,11 +13,15 @@ Prompt = str | list[int] | list[dict[str, str]]
 """Text, token ids, or the messages of a chat."""
 
 
-def demo_prompts(count: int) -> list[Prompt]:
-    """Problems that the demo was not trained on, and that no table of it is made of."""
+def demo_prompts(count: int, smallest: int = 24, largest: int = 48) -> list[Prompt]:
+    """Problems that the demo was not trained on, and that no table of it is made of.
+
+    Of `smallest` to `largest` definitions.
+    """
     from raas_jax.lab.tasks.lemma import Knobs, draw
 
-    return [draw("validation", 0, index, Knobs(24, 48)).prompt for index in range(count)]
+    knobs = Knobs(smallest, largest)
+    return [draw("validation", 0, index, knobs).prompt for index in range(count)]
 
 
 def read_prompts(file: str) -> list[Prompt]:

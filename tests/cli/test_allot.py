@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -57,6 +58,19 @@ def test_the_file_serves_a_generation(small, model, short, tmp_path, capsys):
     assert out.stats.allotment is not None and found.digest.startswith(out.stats.allotment[:8])
 
 
+def test_refined_for_a_budget(small, capsys):
+    """What is said, and drawn, is of that budget alone."""
+    refining = [*small, "--policy", "raas:page_size=8", "--budget", "32", "--picture", "p.png"]
+    assert main(["allot", *refining]) == 0
+    out = capsys.readouterr().out
+    made = raas_jax.Allotment.read("allotment.json").made
+    assert made["budget"] == 32 and made["refined"] <= made["evenly"]
+    assert "Budget 32: " in out and f"{made['evenly']:.3g} if all have the same" in out
+    assert "Expected" not in out and Path("p.png").read_bytes().startswith(PNG)
+    assert main(["allot", *small, "--budget", "40"]) == 2
+    assert "budget is 40" in capsys.readouterr().err
+
+
 def test_a_table_is_of_whole_pages_that_a_policy_takes(small, capsys):
     larger = ["--length", "512", "--texts", "1", "--policy", "raas:page_size=48:budget=96"]
     assert main(["allot", *small, *larger, "--picture", "pages.of.48"]) == 0
@@ -69,12 +83,12 @@ def test_a_table_is_of_whole_pages_that_a_policy_takes(small, capsys):
 
 
 def test_the_demo_has_texts_of_its_own(text, monkeypatch, capsys):
-    """Fewer problems than the 24 of its own, so that it takes a moment."""
-    monkeypatch.setattr(allot, "demo_prompts", lambda count: demo_prompts(3))
+    """Fewer problems than the 32 of its own, so that it takes a moment."""
+    monkeypatch.setattr(allot, "demo_prompts", lambda count, *of: demo_prompts(6, *of))
     assert main(["allot", "demo"]) == 0
-    assert " texts of 560 tokens (derivations), " in capsys.readouterr().out
+    assert " texts of 212 tokens (derivations), " in capsys.readouterr().out
     found = raas_jax.Allotment.read("allotment.json")
-    assert found.made["prompt_tokens"] == 272 and 1 <= found.made["texts"] <= 3
+    assert found.made["prompt_tokens"] == 80 and 1 <= found.made["texts"] <= 6
     suited(raas_jax.RaaS(64, allotment=found), raas_jax.load("demo"))  # Or refused.
 
 

@@ -19,13 +19,17 @@ CURVES = 6
 
 def draw(allotment: Allotment, file: str | Path, policy: Budgeted, budget: int = BUDGET) -> None:
     """Writes a PNG. Raises OSError if that fails."""
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    shares, curves = figure.subplots(1, 2, width_ratios=(1.5, 1))
     P, least = policy.page_size, policy.least_pages
     mean = max(least + 1, budget // P)
     tokens = P * allotment.pages(mean, P, least)
-    _draw_shares(figure, shares, tokens, mean * P)
-    _draw_curves(curves, allotment, tokens)
+    if "refined" in allotment.made:  # Then its curves are shares, and no losses.
+        figure = Figure(figsize=(5.4, 4.2), layout="constrained")
+        _draw_shares(figure, figure.subplots(), tokens, mean * P)
+    else:
+        figure = Figure(figsize=(9, 4.2), layout="constrained")
+        shares, curves = figure.subplots(1, 2, width_ratios=(1.5, 1))
+        _draw_shares(figure, shares, tokens, mean * P)
+        _draw_curves(curves, allotment, tokens)
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=130, format="png")
     files.replace_bytes(file, drawn.getvalue())
