@@ -37,7 +37,7 @@ FAST = {
     ),
     *("lab/tasks/test_benchmarks", "lab/tasks/test_liveness", "lab/tasks/test_problems"),
     *("pallas_kernels/test_dispatch", "policies/test_options", "policies/test_spec"),
-    "policies/test_allotment",
+    *("policies/test_allotment", "lab/test_allotment_rules"),
     *(
         "test_config",
         "test_import",
@@ -67,7 +67,8 @@ ONCE = {
     *("cli/test_shell", "lab/bench/test_throughput", "lab/inspect/test_recording"),
     *("lab/trace/test_trace", "lab/train/test_train", "policies/test_by_the_book"),
     *("policies/test_every_policy", "test_invariance"),
-    "policies/test_every_policy_allotted",
+    *("policies/test_every_policy_allotted", "cli/test_allot", "test_refining"),
+    *("lab/test_allotment_rivals", "lab/fidelity/test_foreseen"),
 }
 
 

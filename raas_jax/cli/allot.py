@@ -12,7 +12,7 @@ import tyro
 
 from raas_jax.checks import MOST_TOKENS
 from raas_jax.cli import options, tables
-from raas_jax.cli.prompts import demo_prompts
+from raas_jax.cli.prompts import Prompt, demo_prompts, read_prompts
 from raas_jax.lab.limits import MOST_PROBLEMS
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ class Allot:
     out: Annotated[str, tyro.conf.arg(aliases=["-o"], metavar="FILE")] = "allotment.json"
     """File to write; --allotment FILE uses it. In the model's folder, --allotment auto finds it."""
     text: options.Texts = ()
+    prompts: options.File = None
+    """File with one prompt per line, as for generate --prompt-file; the texts are then these with
+    the model's own answers, where they reach --length."""
     policy: Annotated[str, tyro.conf.arg(metavar="NAME[:OPTION=VALUE...]")] = "raas"
     """Decides what a head keeps; policies of other names can use the file, too."""
     budget: Annotated[int | None, options.Within(2, MOST_TOKENS), options.unset("INT")] = None
@@ -85,27 +88,31 @@ class Allot:
 
     @property
     def _of_demo(self) -> bool:
-        return self.model == "demo" and not self.text
+        return self.model == "demo" and not self.text and self.prompts is None
 
     def _check_lengths(self, policy: Budgeted) -> None:
         """Raises ValueError for texts that are too short, and for what would not be heeded."""
         from raas_jax.allotting import room
 
-        if not self._of_demo:
-            room(self.length, self.prompt_tokens, policy)
-            return
-        for name in ("texts", "skip", "length", "prompt_tokens"):
+        unheeded: dict[str, str] = {}
+        if self._of_demo:
+            why = f"without --text the demo reads derivations of its own, of {DEMO_LENGTH} tokens"
+            unheeded = dict.fromkeys(("texts", "skip", "length", "prompt_tokens"), why)
+        elif self.prompts is not None:
+            unheeded = dict.fromkeys(("text", "texts", "skip"), "--prompts says what is read")
+        for name, why in unheeded.items():
             if (given := getattr(self, name)) != getattr(Allot, name):
-                raise ValueError(
-                    f"{name} is {given}, but without --text the demo reads derivations of its own, "
-                    f"of {DEMO_LENGTH} tokens. Leave it out."
-                )
-        room(DEMO_LENGTH, DEMO_PROMPT, policy)
+                raise ValueError(f"{name} is {given}, but {why}. Leave it out.")
+        lengths = (DEMO_LENGTH, DEMO_PROMPT) if self._of_demo else (self.length, self.prompt_tokens)
+        room(*lengths, policy)
 
     def _texts(self, params: Params) -> tuple[list[Sequence[int]], list[str]]:
         """Texts of one length, and their kinds."""
         if self._of_demo:
-            return _derivations(params), ["derivations"]
+            prompts = demo_prompts(32, DEMO_DEFINITIONS, DEMO_DEFINITIONS)
+            return _answered(params, prompts, DEMO_LENGTH), ["derivations"]
+        if self.prompts is not None:
+            return _answered(params, read_prompts(self.prompts), self.length), ["answers"]
         from raas_jax.lab.fidelity.texts import texts_in_turns
 
         texts = texts_in_turns(params, self.text, self.length, self.texts, self.skip)
@@ -113,14 +120,24 @@ class Allot:
         return [text.tokens for text in texts], kinds
 
 
-def _derivations(params: Params) -> list[Sequence[int]]:
-    """The demo's own answers to problems of its validation set, cut to one length."""
+def _answered(params: Params, prompts: list[Prompt], length: int) -> list[Sequence[int]]:
+    """Prompts with the model's own greedy answers, those that are long enough, cut to one length.
+
+    Raises ValueError where there are none.
+    """
     from raas_jax import tokenizer
     from raas_jax.lab.runs.planning import with_answers
 
-    prompts, _ = tokenizer.encode(params, demo_prompts(32, DEMO_DEFINITIONS, DEMO_DEFINITIONS))
-    answered = with_answers(params, prompts, DEMO_LENGTH)
-    return [ids[:DEMO_LENGTH] for ids in answered if len(ids) >= DEMO_LENGTH]
+    ids, _ = tokenizer.encode(params, prompts)
+    answered = with_answers(params, ids, max(1, length - min(map(len, ids))))
+    found: list[Sequence[int]] = [each[:length] for each in answered if len(each) >= length]
+    if not found:
+        longest = max(map(len, answered))
+        raise ValueError(
+            f"length is {length}, but no prompt with its answer is as long; the longest has "
+            f"{longest} tokens. Use a smaller --length, or other prompts."
+        )
+    return found
 
 
 def expected(found: Allotment, policy: Budgeted) -> str:

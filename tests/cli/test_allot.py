@@ -58,6 +58,20 @@ def test_the_file_serves_a_generation(small, model, short, tmp_path, capsys):
     assert out.stats.allotment is not None and found.digest.startswith(out.stats.allotment[:8])
 
 
+def test_answers_of_the_model_itself(model, text, tmp_path, capsys):
+    """Those that are long enough; a prompt's tokens count."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a = 4 ; b = 9 ; ? b\na = 2 ; ? a\n")
+    asked = [model, "--prompts", str(file), "--prompt-tokens", "8", "--policy", "raas:page_size=4"]
+    assert main(["allot", *asked, "--length", "40"]) == 0
+    assert "of 40 tokens (answers), " in capsys.readouterr().out
+    assert raas_jax.Allotment.read("allotment.json").made["texts"] in (1, 2)
+    assert main(["allot", *asked, "--length", "40", "--skip", "3"]) == 2
+    assert "skip is 3, but --prompts says what is read." in capsys.readouterr().err
+    assert main(["allot", "demo", *asked[1:], "--length", "300"]) == 2
+    assert "length is 300, but no prompt with its answer" in capsys.readouterr().err
+
+
 def test_refined_for_a_budget(small, capsys):
     """What is said, and drawn, is of that budget alone."""
     refining = [*small, "--policy", "raas:page_size=8", "--budget", "32", "--picture", "p.png"]
