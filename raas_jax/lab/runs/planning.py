@@ -26,6 +26,7 @@ from raas_jax.lab.runs.speed import measure_speed, measure_steps
 from raas_jax.lab.runs.study import Study, StudyTask, Variant
 from raas_jax.params import Params
 from raas_jax.policies import Dense, Policy
+from raas_jax.suited import suited
 
 CEILING = "Belady (oracle)"
 CALIBRATION = "centres.safetensors"
@@ -133,6 +134,7 @@ class _TaskPlan:
 
         Raises ValueError for a policy that cannot take one of the prompts.
         """
+        policy = suited(policy, self.params)
         policy.check_prompts(self.prompts)
         median, dtype = self.prompts[len(self.prompts) // 2], self.params.dtype
         return row_bytes(self.params.config, policy, median, self.longest, dtype.name)
@@ -162,6 +164,7 @@ class _TaskPlan:
 
     def _put(self, label: str, policy: Policy, answer: Callable[..., Any], **given: Any) -> None:
         task, decoding = self.task, RecordedDecoding(self.study.rows, answer)
+        policy = suited(policy, self.params)
         described = {
             "task": task.label,
             "label": label,

@@ -14,6 +14,8 @@ from raas_jax.lab.runs.planning import CEILING, plan_study, run_study
 from raas_jax.lab.runs.points import Findings
 from raas_jax.lab.runs.speed import measure_steps
 from raas_jax.lab.runs.study import Study
+from raas_jax.policies import Allotment
+from raas_jax.weights import DEMO
 
 FIELDS = {
     "page_size": 4,
@@ -67,6 +69,22 @@ def test_everybody_gets_the_bytes_of_the_reference():
     # Options that are a share of the policy's own budget.
     rkv = by_name["R-KV", 32].policy
     assert rkv.every == rkv.budget // 2
+
+
+def test_allotments_in_a_study():
+    """ "auto" is the model's own; a cell says which by its digest, as JSON."""
+    study = Study.from_file(CONFIGS / "study_allotted.yaml")
+    planned, impossible = plan_study(study, raas_jax.load("demo"))
+    assert not impossible and json.dumps([cell.described for cell in planned])
+    own = Allotment.read(DEMO / "allotment.json")
+    by_label = {(cell.task_label, cell.label): cell for cell in planned}
+    assert len(by_label) == 27
+    for (task, label), cell in by_label.items():
+        allotted = "allotted" in label
+        assert cell.policy.allotment == (own if allotted else None)
+        assert cell.described["policy"].get("allotment") == (own.digest if allotted else None)
+        target = by_label[task, f"RaaS {cell.described['budget']}"].described["bytes"]
+        assert cell.described["bytes"] <= target * (1 + TOLERANCE)
 
 
 def test_a_study_and_its_report(whole):
