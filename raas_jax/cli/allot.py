@@ -34,8 +34,7 @@ class Allot:
     """File to write; --allotment FILE uses it. In the model's folder, --allotment auto finds it."""
     text: options.Texts = ()
     prompts: options.File = None
-    """File with one prompt per line, as for generate --prompt-file; the texts are then these with
-    the model's own answers, where they reach --length."""
+    """File with one prompt per line; texts are these with the model's answers, from --length on."""
     policy: Annotated[str, tyro.conf.arg(metavar="NAME[:OPTION=VALUE...]")] = "raas"
     """Decides what a head keeps; policies of other names can use the file, too."""
     budget: Annotated[int | None, options.Within(2, MOST_TOKENS), options.unset("INT")] = None

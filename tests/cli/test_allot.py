@@ -163,7 +163,7 @@ def test_a_picture_is_not_found_impossible_at_the_end(small, tmp_path, monkeypat
     [
         (["--texts", "3"], "--texts is 3, but without --text the demo reads derivations of its"),
         (["--prompt-tokens", "64"], "--prompt-tokens is 64, but without --text the demo"),
-        (["--policy", "raas:page_size=128:budget=256"], "texts have 1 pages of 128 tokens"),
+        (["--policy", "raas:page_size=128:budget=256"], "texts have 0 pages of 128 tokens"),
     ],
 )
 def test_what_the_demo_would_not_heed_is_refused(text, args, said, tmp_path, capsys):
