@@ -1,4 +1,6 @@
-"""Dense passes through one layer: forwards and backwards, with what its attention saw.
+"""Passes of whole texts through one layer: forwards and backwards, with what its attention saw.
+
+Of the dense model, or as it decodes when it forgets: then each token reads what is held by then.
 
 Attention is taken in blocks of queries, each with the keys up to its end: half of the square, and
 never all of it at once. Its derivative is written out, since the shares and `g · v` of every pair
@@ -59,10 +61,19 @@ class Visible(NamedTuple):
     P: int
 
 
-def forward(params: Params, x: jax.Array, number: jax.Array) -> jax.Array:
-    """x `[1, T, D]` through layer `number`."""
-    found: jax.Array = look(params, x, number, _nothing)[0]
-    return found
+@partial(jax.jit, static_argnames=("prompt", "P"))
+def forward(
+    params: Params,
+    x: jax.Array,
+    number: jax.Array,
+    held: jax.Array | None = None,
+    *,
+    prompt: int = 0,
+    P: int = 1,
+) -> jax.Array:
+    """x `[1, T, D]` through layer `number`; for `held`, `prompt` and `P` see `Visible`."""
+    visible = None if held is None else Visible(held, prompt, P)
+    return _through(params, x, number, _nothing, visible=visible)[0]
 
 
 @partial(jax.jit, static_argnames="see")
@@ -70,14 +81,7 @@ def look(
     params: Params, x: jax.Array, number: jax.Array, see: Callable[..., Any], *data: Any
 ) -> tuple[jax.Array, list[Any]]:
     """x `[1, T, D]` through layer `number`, and what `see(block, *data)` gives of every `Block`."""
-    rotation = _rotation(params, x)
-
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, list[Any]]:
-        q, k, v = _float32(layer.block.qkv(x, rotation))
-        out, seen = _attend(q, k, v, see, *data)
-        return layer.block.finish(x, out.astype(x.dtype)), seen
-
-    return _one_layer(params, body, x, number)
+    return _through(params, x, number, see, *data)
 
 
 class Backward(NamedTuple):
@@ -140,32 +144,32 @@ def pages_seen(params: Params, x: jax.Array, number: jax.Array, *, prompt: int, 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Seen]:
         q, k, v = _float32(layer.block.qkv(x, rotation))
         pages = (x.shape[1] - prompt) // P
-        masses = [
-            _by_page(block.shares[:, :, max(prompt - block.first, 0) :], prompt, P, pages)
-            for block in _blocks(q, k, -(-QUERIES // P) * P)
-            if block.end > prompt
-        ]
-        mass = Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*masses, strict=True)))
+        blocks = _blocks(q, k, -(-QUERIES // P) * P)
+        mass = _together(
+            [_by_page(block.first, block.shares, prompt, P, pages) for block in blocks]
+        )
         return x, Seen(mass, _in_pages(k, prompt, P), _in_pages(v, prompt, P))
 
     found: Seen = _one_layer(params, body, x, number)[1]
     return found
 
 
-@partial(jax.jit, static_argnames=("prompt", "P"))
-def forward_seeing(
-    params: Params, x: jax.Array, number: jax.Array, held: jax.Array, *, prompt: int, P: int
-) -> jax.Array:
-    """`forward` of a decode that forgets, all tokens at once; `held`: see `Visible`."""
-    rotation, visible = _rotation(params, x), Visible(held, prompt, P)
+def _through(
+    params: Params,
+    x: jax.Array,
+    number: jax.Array,
+    see: Callable[..., Any],
+    *data: Any,
+    visible: Visible | None = None,
+) -> tuple[jax.Array, list[Any]]:
+    rotation = _rotation(params, x)
 
-    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, list[Any]]:
         q, k, v = _float32(layer.block.qkv(x, rotation))
-        out = _attend(q, k, v, _nothing, visible=visible)[0]
-        return layer.block.finish(x, out.astype(x.dtype)), None
+        out, seen = _attend(q, k, v, see, *data, visible=visible)
+        return layer.block.finish(x, out.astype(x.dtype)), seen
 
-    x, _ = _one_layer(params, body, x, number)
-    return x
+    return _one_layer(params, body, x, number)
 
 
 def _in_pages(x: jax.Array, prompt: int, P: int) -> jax.Array:
@@ -252,7 +256,7 @@ def _pull_attention(
     """From the gradient at the attention's output, `[T, N, H]`, those at q, k and v."""
     T, N, H = q.shape
     at_q, at_k, at_v = [], jnp.zeros_like(k), jnp.zeros_like(v)
-    masses, worths = [], []
+    masses, worths, pages = [], [], (T - prompt) // P
     for first, end, queries, shares, read in _blocks(q, k, -(-QUERIES // P) * P, visible):
         given = g[first:end].reshape(queries.shape)
         at_shares = jnp.einsum("tkgh,skh->kgts", given, v[:end])
@@ -261,20 +265,25 @@ def _pull_attention(
         at_q.append(jnp.einsum("kgts,skh->tkgh", at_scores, k[:end]).reshape(-1, N, H))
         at_k = at_k.at[:end].add(jnp.einsum("kgts,tkgh->skh", at_scores, queries))
         at_v = at_v.at[:end].add(jnp.einsum("kgts,tkgh->skh", read, given))
-        if end > prompt:
-            own = slice(max(prompt - first, 0), None)
-            pages = (T - prompt) // P
-            masses.append(_by_page(shares[:, :, own], prompt, P, pages))
-            worths.append(_by_page((shares * at_shares)[:, :, own], prompt, P, pages))
-    joined = (
-        Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*each, strict=True)))
-        for each in (masses, worths)
-    )
-    return _Pulled((jnp.concatenate(at_q), at_k, at_v), *joined)
+        masses.append(_by_page(first, shares, prompt, P, pages))
+        worths.append(_by_page(first, shares * at_shares, prompt, P, pages))
+    at_qkv = jnp.concatenate(at_q), at_k, at_v
+    return _Pulled(at_qkv, _together(masses), _together(worths))
 
 
-def _by_page(x: jax.Array, prompt: int, P: int, pages: int) -> Sums:
-    """Sums over the prompt, and over each of so many pages, of `[K, G, t, tokens so far]`."""
-    later = jnp.sum(x[..., prompt:].reshape(*x.shape[:3], -1, P), axis=-1)
-    missing = pages - later.shape[-1]
-    return Sums(jnp.sum(x[..., :prompt], axis=-1), jnp.pad(later, ((0, 0),) * 3 + ((0, missing),)))
+def _by_page(first: int, x: jax.Array, prompt: int, P: int, pages: int) -> Sums:
+    """Sums over the prompt, and over each of so many pages, of a block's `[K, G, t, end]`.
+
+    Of its tokens after the prompt, if there are any; `first` is the block's own first one.
+    """
+    x = x[:, :, max(prompt - first, 0) :]
+    later = x[..., prompt:]
+    here = later.shape[-1] // P
+    by_page = jnp.sum(later.reshape(*x.shape[:3], here, P), axis=-1)
+    missing = ((0, 0),) * 3 + ((0, pages - here),)
+    return Sums(jnp.sum(x[..., :prompt], axis=-1), jnp.pad(by_page, missing))
+
+
+def _together(blocks: list[Sums]) -> Sums:
+    """Of all tokens after the prompt."""
+    return Sums(*(jnp.concatenate(parts, axis=2) for parts in zip(*blocks, strict=True)))

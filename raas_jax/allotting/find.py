@@ -52,6 +52,8 @@ def allot(
     temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
     rounds = checks.integer("rounds", rounds, 1, MOST_ROUNDS)
     tried = simulated(RaaS() if policy is None else policy)
+    if budget is not None:
+        tried = dataclasses.replace(tried, budget=budget)
     found = curves(
         params,
         texts,
@@ -67,7 +69,7 @@ def allot(
         params,
         texts,
         found,
-        policy=dataclasses.replace(tried, budget=budget),
+        policy=tried,
         prompt_tokens=prompt_tokens,
         rounds=rounds,
         progress=progress,

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from raas_jax import identity
 from raas_jax.allotting.dense import backward, embed, forward
-from raas_jax.allotting.simulate import Sums, simulate, simulated
+from raas_jax.allotting.simulate import Sums, simulate
 from raas_jax.model import ends
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Budgeted
@@ -42,10 +42,12 @@ def curves(
     temperature: float,
     progress: bool | None,
 ) -> Allotment:
-    """What each layer and key/value head loses at several sizes; see `allot`."""
-    tried = simulated(policy)
-    P = tried.page_size
-    tokens, prompt, sizes = checked(texts, prompt_tokens, tried)
+    """What each layer and key/value head loses at several sizes, by a policy of `simulated`.
+
+    See `allot`.
+    """
+    P = policy.page_size
+    tokens, prompt, sizes = checked(texts, prompt_tokens, policy)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
     L = params.config.num_hidden_layers
@@ -69,7 +71,7 @@ def curves(
                 found.append(backward(params, x, back[row], of_layer, prompt=prompt, P=P))
                 back[row] = found[-1].at_input
             seen = jax.tree.map(lambda *x: jnp.stack(x), *(each.seen for each in found))
-            held = simulate(tried, sizes, seen)
+            held = simulate(policy, sizes, seen)
             for row, each in enumerate(found):
                 losses[number] += np.asarray(_losses(each.seen.mass, each.worth, held[:, row])).T
             bar.update()
@@ -77,7 +79,7 @@ def curves(
     whole = (T - prompt) // P
     curves = np.concatenate([losses / B, np.zeros_like(losses[..., :1])], axis=-1)
     made = {
-        "policy": type(tried).__name__,
+        "policy": type(policy).__name__,
         "texts": B,
         "tokens": T,
         "prompt_tokens": prompt,

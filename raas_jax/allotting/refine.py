@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax.allotting.dense import backward, embed, forward, forward_seeing, pages_seen
+from raas_jax.allotting.dense import backward, embed, forward, pages_seen
 from raas_jax.allotting.losses import checked, read_under
 from raas_jax.allotting.simulate import simulate
 from raas_jax.model import ends
@@ -39,12 +39,14 @@ class Pass:
     Attributes:
       chosen: number in the grid of each head's size, `[L, K]`.
       divergence: KL(dense || forgetting), mean over the tokens after the prompt, nats.
+      back: its gradient, at what the last layer gives of every text, `[1, T, D]`.
       inputs: of every layer, and then what the last one gives; of every text `[1, T, D]`.
       held: of every layer, bool `[n, B, sizes, K, n]`, see `simulate`.
     """
 
     chosen: np.ndarray
     divergence: float
+    back: list[jax.Array]
     inputs: list[list[jax.Array]]
     held: list[jax.Array]
 
@@ -70,7 +72,9 @@ def refine(
     hidden = None if progress is None else not progress
     with tqdm(total=rounds, unit="round", disable=hidden) as bar:
         given = start.pages(mean, P, policy.least_pages)
-        even, other = (model.run(model.nearest(each)) for each in (given * 0 + mean, given))
+        even, other = (
+            model.run(model.nearest(each)) for each in (np.full_like(given, mean), given)
+        )
         best = min(even, other, key=lambda found: found.divergence)
         changes, step = model.changes(best), FIRST_STEP
         for _ in range(rounds):
@@ -95,12 +99,11 @@ class _Model:
     """A model and texts, run under allotments whose sizes are those of a grid."""
 
     def __init__(self, params: Params, tokens: np.ndarray, prompt: int, policy: Budgeted):
-        self.params, self.policy, self.prompt, self.P = params, policy, prompt, policy.page_size
-        self.config = params.config
-        self.shape = self.config.num_hidden_layers, self.config.num_key_value_heads
-        n = (tokens.shape[1] - prompt) // self.P
-        least = policy.least_pages
-        self.grid = np.asarray([size for size in GRID if least <= size < n])
+        self.params, self.policy, P = params, policy, policy.page_size
+        self.at = {"prompt": prompt, "P": P}
+        self.shape = params.config.num_hidden_layers, params.config.num_key_value_heads
+        pages = (tokens.shape[1] - prompt) // P
+        self.grid = np.asarray([size for size in GRID if policy.least_pages <= size < pages])
         self.embedded = [embed(params, jnp.asarray(row)) for row in tokens]
         self.dense = [self._dense(x) for x in self.embedded]
 
@@ -116,24 +119,23 @@ class _Model:
     def run(self, chosen: np.ndarray) -> Pass:
         """The texts under so large caches."""
         sizes = tuple(self.grid.tolist())
-        at = {"prompt": self.prompt, "P": self.P}
-        inputs, kept = [list(self.embedded)], []
+        inputs, kept = [self.embedded], []
         for number in range(self.shape[0]):
-            layer = jnp.int32(number)
-            each = [pages_seen(self.params, x, layer, **at) for x in inputs[-1]]
-            held = simulate(self.policy, sizes, jax.tree.map(lambda *x: jnp.stack(x), *each))
+            x, layer = inputs[-1], jnp.int32(number)
+            seen = [pages_seen(self.params, each, layer, **self.at) for each in x]
+            held = simulate(self.policy, sizes, jax.tree.map(lambda *x: jnp.stack(x), *seen))
             kept.append(held)
-            inputs.append(
-                [
-                    forward_seeing(
-                        self.params, x, layer, self._own(held, row, chosen[number]), **at
-                    )
-                    for row, x in enumerate(inputs[-1])
-                ]
-            )
-        ends_of = zip(inputs[-1], self.dense, strict=True)
-        divergence = [_divergence(self.params, x, dense, self.prompt)[0] for x, dense in ends_of]
-        return Pass(chosen, float(np.mean(divergence)), inputs, kept)
+            after = [
+                forward(self.params, each, layer, self._own(held, row, chosen[number]), **self.at)
+                for row, each in enumerate(x)
+            ]
+            inputs.append(after)
+        ended = [
+            _divergence(self.params, each, dense, self.at["prompt"])
+            for each, dense in zip(inputs[-1], self.dense, strict=True)
+        ]
+        divergence = float(np.mean([each for each, _ in ended]))
+        return Pass(chosen, divergence, [back for _, back in ended], inputs, kept)
 
     def _own(self, held: jax.Array, row: int, chosen: np.ndarray) -> jax.Array:
         """What each head really holds of a text: `[n, K, n]`."""
@@ -141,18 +143,13 @@ class _Model:
 
     def changes(self, found: Pass) -> np.ndarray:
         """By how much the divergence changes with each size of each head, `[L, K, sizes]`."""
-        back = [
-            _divergence(self.params, x, dense, self.prompt)[1]
-            for x, dense in zip(found.inputs[-1], self.dense, strict=True)
-        ]
+        back = list(found.back)
         changes = np.zeros((*self.shape, len(self.grid)))
         for number in reversed(range(self.shape[0])):
             layer, held = jnp.int32(number), found.held[number]
             for row, x in enumerate(found.inputs[number]):
                 own = self._own(held, row, found.chosen[number])
-                of_text = backward(
-                    self.params, x, back[row], layer, own, prompt=self.prompt, P=self.P
-                )
+                of_text = backward(self.params, x, back[row], layer, own, **self.at)
                 back[row] = of_text.at_input
                 read = read_under(of_text.seen.mass, of_text.worth, held[:, row])
                 changes[number] += np.asarray(jnp.sum(read, axis=-1)).T

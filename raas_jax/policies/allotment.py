@@ -158,9 +158,14 @@ class Allotment:
 
     def loss(self, pages: np.ndarray, page_size: int) -> float:
         """What all heads lose together with so many pages each, `[L, K]`, by their curves."""
-        heads = np.ndindex(self.losses.shape[:2])
-        at = pages * page_size
-        return float(sum(np.interp(at[head], self.sizes, self.losses[head]) for head in heads))
+        return float(np.sum(self.lost(pages * page_size)))
+
+    def lost(self, tokens: np.ndarray) -> np.ndarray:
+        """What each head loses with so many tokens, `[L, K]`, by its curve; the same shape."""
+        found = np.empty(tokens.shape)
+        for head in np.ndindex(tokens.shape):
+            found[head] = np.interp(tokens[head], self.sizes, self.losses[head])
+        return found
 
     def fitted(self, pages: np.ndarray, most: int) -> np.ndarray:
         """At most so many for each head, int64 `[L, K]`, and still equally many in every part.

@@ -34,9 +34,7 @@ def ranked(found: dict[Place, float], allotment: Allotment, tokens: int) -> tupl
 
 def losses_at(allotment: Allotment, tokens: int) -> np.ndarray:
     """What each head loses with so many tokens, `[L, K]`."""
-    curves = allotment.losses.reshape(-1, len(allotment.sizes))
-    at = [np.interp(tokens, allotment.sizes, curve) for curve in curves]
-    return np.asarray(at).reshape(allotment.losses.shape[:2])
+    return allotment.lost(np.full((allotment.layers, allotment.heads), tokens))
 
 
 def _spearman(pairs: Sequence[tuple[float, float]]) -> float:

@@ -134,7 +134,6 @@ class _TaskPlan:
 
         Raises ValueError for a policy that cannot take one of the prompts.
         """
-        policy = suited(policy, self.params)
         policy.check_prompts(self.prompts)
         median, dtype = self.prompts[len(self.prompts) // 2], self.params.dtype
         return row_bytes(self.params.config, policy, median, self.longest, dtype.name)
@@ -159,12 +158,11 @@ class _TaskPlan:
         """Plans Belady's oracle; its script is no memory that a policy would need."""
         policy, answer = ceiling(budget, self.study.page_size, self.longest, threshold)
         given = {"entry": CEILING, "budget": budget}
-        size = self.bytes_under(self.study.reference_at(budget))
+        size = self.bytes_under(self._reference(budget))
         self._put(f"{CEILING} {budget}", policy, answer, **given, bytes=size, groups=[MAIN])
 
     def _put(self, label: str, policy: Policy, answer: Callable[..., Any], **given: Any) -> None:
         task, decoding = self.task, RecordedDecoding(self.study.rows, answer)
-        policy = suited(policy, self.params)
         described = {
             "task": task.label,
             "label": label,
@@ -174,6 +172,12 @@ class _TaskPlan:
         }
         self.cells[label] = Cell(task.label, label, task.task, policy, decoding, described)
 
+    def _created(self, variant: Variant, budget: int) -> Policy:
+        return suited(variant.create(budget, self.study.page_size), self.params)
+
+    def _reference(self, budget: int) -> Policy:
+        return suited(self.study.reference_at(budget), self.params)
+
     def _fitted(self, variant: Variant, budget: int) -> Policy:
         """The policy at the largest budget that takes no more bytes than the reference at `budget`.
 
@@ -181,14 +185,14 @@ class _TaskPlan:
         """
         study = self.study
         if not (variant.has_budget and variant.equal_bytes):
-            return variant.create(budget, study.page_size)
+            return self._created(variant, budget)
         step = max(dict(variant.options).get("page_size", study.page_size), study.page_size)
         return fitted(
-            lambda own: variant.create(own, study.page_size),
+            lambda own: self._created(variant, own),
             self.bytes_under,
             budget // step * step,
             step,
-            self.bytes_under(study.reference_at(budget)),
+            self.bytes_under(self._reference(budget)),
             study.reference,
         )
 
