@@ -12,10 +12,11 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax.attention import causal_attention
-from raas_jax.model import Layer, ends, rope_frequencies, rope_rotation, run_layers
+from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
 from raas_jax.policies import bucket
 from raas_jax.policies.triattention import Centres
+from raas_jax.rope import frequencies, rope_rotation
 
 
 def calibrate(
@@ -29,8 +30,15 @@ def calibrate(
       progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
-      ValueError: no sequence, or an empty one.
+      ValueError: no sequence, or an empty one; or a rope whose frequencies depend on the length, or
+        that turns a part of a head.
     """
+    rope = params.config.rope
+    if rope.partial < 1 or rope.kind in ("dynamic", "longrope"):
+        raise ValueError(
+            f"the model has a rope of the type {rope.kind} with partial={rope.partial}; centres "
+            "take heads that are rotated whole, by frequencies that stay. Use another policy."
+        )
     if not sequences or not all(len(ids) for ids in sequences):
         raise ValueError("sequences have nothing to read; give at least one, none of them empty.")
     sums: Any = None
@@ -44,7 +52,7 @@ def calibrate(
         sums = found if sums is None else jax.tree.map(np.add, sums, found)
     tokens = sum(len(ids) for ids in sequences)
     centre, length = ((x / tokens).astype(np.float32) for x in sums)
-    frequency = np.asarray(rope_frequencies(params.config.rope, params.config.head_dim))
+    frequency = np.asarray(frequencies(rope, params.config.head_dim))
     return Centres(centre, length, frequency)
 
 

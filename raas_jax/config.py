@@ -16,6 +16,7 @@ from typing import Any
 from raas_jax import checks
 from raas_jax.checks import INT32_MAX
 from raas_jax.files import Fields, FileError, read_fields
+from raas_jax.rope import Rope
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -24,15 +25,6 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 DTYPES = ("float32", "float16", "bfloat16")
-# Each with the fields that are its own, by their names in a config.json and in `Rope`.
-ROPE_TYPES: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        *("factor", "low_freq_factor", "high_freq_factor"),
-        "original_max_position_embeddings",
-    ),
-}
 # The largest that is taken, far above any model, so that a damaged number costs no memory.
 LARGEST = {
     "vocab_size": 2**24,
@@ -73,7 +65,6 @@ _ONLY = {
     "kv_sharing_modes": None,
     "transformers_weights": None,
 }
-_THETA = ("a number from 1 to 1e30", 1, 1e30)
 # With the same name and meaning in a config.json.
 _SHARED = (
     *("model_type", *LARGEST),
@@ -107,73 +98,6 @@ def _token_ids(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
         raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
     return tuple(checks.integer(name, value, LEAST_ID) for value in values)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: base `theta` and, for long contexts, a frequency scaling.
-
-    `kind` is one of `ROPE_TYPES`. `linear` divides every frequency by `factor`; `llama3` divides
-    only the low ones and blends in between (Llama 3.1 report, section 3.4.2 and the published
-    configuration fields of the same names). A value out of range raises ValueError.
-    """
-
-    theta: float = 10_000.0
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def __post_init__(self) -> None:
-        checks.choice("rope_type", self.kind, ROPE_TYPES)
-        _check(self, "theta", _real(*_THETA))
-        for name in ("factor", "low_freq_factor", "high_freq_factor"):
-            _check(self, name, _real("a number from 1e-6 to 1e9", 1e-6, 1e9))
-        _check(self, "original_max_position_embeddings", _integer(1))
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise ValueError(
-                f"low_freq_factor is {self.low_freq_factor}; it must be less than "
-                f"high_freq_factor, {self.high_freq_factor}."
-            )
-
-    @classmethod
-    def from_hf(cls, fields: Fields, context: int) -> Rope:
-        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5).
-
-        Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
-        `context` is the length that is meant where llama3 names none.
-        """
-        both = ("rope_scaling", "rope_parameters")
-        present = [name for name in both if fields.values.get(name) is not None]
-        found = {name: fields.inner(name).values for name in present}
-        place, given = next(((name, each) for name, each in found.items() if each), ("", {}))
-        if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
-            raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
-        length = "original_max_position_embeddings"
-        outside = ("rope_theta", "partial_rotary_factor")
-        values = {name: fields.values[name] for name in outside if name in fields.values}
-        values |= {"rope_type": given.get("type", "default"), length: context, **given}
-        rope = Fields(values, fields.path, place)
-        kind = rope.choice("rope_type", ROPE_TYPES)
-        if kind != "default":
-            rope.real("partial_rotary_factor", "1", 1, 1, default=None)
-        own = {
-            name: rope.integer(name, 1) if name == length else rope.real(name)
-            for name in ROPE_TYPES[kind]
-        }
-        theta = rope.real("rope_theta", *_THETA)
-        try:
-            return cls(theta, kind, **own)
-        except (TypeError, ValueError) as error:
-            raise fields.error(str(error)) from None
-
-    def to_hf(self) -> dict[str, Any] | None:
-        """The `rope_scaling` entry of a config.json, or None where there is no scaling."""
-        if self.kind == "default":
-            return None
-        own = {name: getattr(self, name) for name in ROPE_TYPES[self.kind]}
-        return {"rope_type": self.kind, **own}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,8 +148,7 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}, which is not a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}."
             )
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}; rotation needs it even.")
+        self.rope.check_head(self.head_dim)
 
     @property
     def layer_pattern(self) -> tuple[str, ...]:

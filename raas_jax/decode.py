@@ -34,7 +34,7 @@ from raas_jax.cache import (
     write_token,
 )
 from raas_jax.config import ModelConfig
-from raas_jax.model import Body, Layer, ends, rope_rotation, run_layers
+from raas_jax.model import Body, Layer, ends, run_layers
 from raas_jax.params import Params
 from raas_jax.plan import Group, Plan
 from raas_jax.policies import pages_for
@@ -47,6 +47,7 @@ from raas_jax.policies.base import (
     PromptPages,
     Selection,
 )
+from raas_jax.rope import rope_rotation
 from raas_jax.sampling import Sampler, Sampling, log_probability, row_keys
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
@@ -288,7 +289,9 @@ def prefill(
     rows = tokens.shape[0] * plan.samples
     padded = jnp.pad(tokens, ((0, 0), (0, plan.prompt_slots * P - tokens.shape[1])))
     positions = jnp.broadcast_to(jnp.arange(padded.shape[1], dtype=jnp.int32), padded.shape)
-    rotation = rope_rotation(config.rope, config.head_dim, positions)
+    total = jnp.max(request.limit.reshape(-1, plan.samples), axis=1) + lengths
+    lasting = {"seen": lengths[:, None], "total": total[:, None]}
+    rotation = rope_rotation(config.rope, config.head_dim, positions, **lasting)
     queries = plan.policy.prompt_queries
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
@@ -473,7 +476,8 @@ def token_step(
     config, rows = params.config, state.rows
     model = ends(config, params.weights)
     position = prompt_lengths(state, plan) + rows.generated - 1
-    rotation = rope_rotation(config.rope, config.head_dim, position[:, None])
+    total = total_lengths(state, plan)[:, None]
+    rotation = rope_rotation(config.rope, config.head_dim, position[:, None], total=total)
     body_of = partial(_step_body, state, plan, rotation=rotation, offset=offset)
     x, current, meta = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
     token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
@@ -655,6 +659,12 @@ def _is_done(
 def prompt_lengths(state: DecodeState, plan: Plan) -> jax.Array:
     """Length of each row's prompt: int32 `[B]`."""
     return jnp.repeat(state.cache.prompt.lengths, plan.samples, axis=0)
+
+
+def total_lengths(state: DecodeState, plan: Plan) -> jax.Array:
+    """Tokens that rows may come to have, prompts included, the most of a prompt: int32 `[B]`."""
+    most = jnp.max(state.rows.limit.reshape(-1, plan.samples), axis=1)
+    return prompt_lengths(state, plan) + jnp.repeat(most, plan.samples)
 
 
 def _by_head(x: jax.Array, heads: int) -> jax.Array:

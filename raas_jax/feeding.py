@@ -16,11 +16,19 @@ import jax
 import jax.numpy as jnp
 
 from raas_jax.cache import CurrentPage, write_page
-from raas_jax.decode import DecodeState, commit_page, prompt_lengths, reader_of, run_groups
-from raas_jax.model import Body, Layer, ends, rope_rotation
+from raas_jax.decode import (
+    DecodeState,
+    commit_page,
+    prompt_lengths,
+    reader_of,
+    run_groups,
+    total_lengths,
+)
+from raas_jax.model import Body, Layer, ends
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies.base import Evidence, Metadata
+from raas_jax.rope import rope_rotation
 
 
 def feeds_pages(plan: Plan) -> bool:
@@ -61,7 +69,8 @@ def _feed_page(
     fed = jnp.concatenate([rows.token[None], following[:-1]])
     first = prompt_lengths(state, plan) + rows.generated - 1
     positions = first[:, None] + jnp.arange(P, dtype=jnp.int32)
-    rotation = rope_rotation(config.rope, config.head_dim, positions)
+    length = {"seen": positions + 1, "total": total_lengths(state, plan)[:, None]}
+    rotation = rope_rotation(config.rope, config.head_dim, positions, **length)
     body_of = partial(_page_body, state, plan, rotation=rotation)
     x, current, meta = run_groups(params, state, plan, body_of, model.embed(fed.T))
     fed_state = dataclasses.replace(

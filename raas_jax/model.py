@@ -18,8 +18,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from raas_jax.attention import causal_attention
-from raas_jax.config import ModelConfig, Rope
+from raas_jax.config import ModelConfig
 from raas_jax.products import OfLayer, look_up, project, project_all
+from raas_jax.rope import rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
@@ -322,16 +323,19 @@ def hidden_states(
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     *,
+    lengths: jax.Array | None = None,
     attend: Attend = causal_attention,
 ) -> jax.Array:
     """The causal forward pass up to the last layer's output `[B, T, D]`, before `Ends.logits`.
 
     Tokens, their positions (0..T-1 where not given) and segments (a token attends only within its
-    own; None is one segment) are int32 `[B, T]`; `attend` is the attention of every layer.
+    own; None is one segment) are int32 `[B, T]`; `lengths`, int32 `[B]`, are those of texts that are
+    padded, where they are known; `attend` is the attention of every layer.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    rotation = rope_rotation(config.rope, config.head_dim, positions)
+    seen = None if lengths is None else lengths[:, None]
+    rotation = rope_rotation(config.rope, config.head_dim, positions, seen=seen)
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         q, k, v = layer.block.qkv(x, rotation)
@@ -361,30 +365,3 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     h = x.astype(jnp.float32)
     h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
     return (weight.astype(jnp.float32) * h).astype(x.dtype)
-
-
-def rope_frequencies(rope: Rope, head_dim: int) -> jax.Array:
-    """Angular frequencies, float32 `[H / 2]`, radians per position."""
-    exponent = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
-    frequency = 1.0 / rope.theta**exponent
-    if rope.kind == "default":
-        return frequency
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    turns = rope.original_max_position_embeddings * frequency / (2 * jnp.pi)
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return (1 - blend) * frequency / rope.factor + blend * frequency
-
-
-def rope_rotation(rope: Rope, head_dim: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """cos and sin of every angle: float32 `[B, T, 1, H / 2]` from int32 positions `[B, T]`."""
-    angle = positions.astype(jnp.float32)[..., None, None] * rope_frequencies(rope, head_dim)
-    return jnp.cos(angle), jnp.sin(angle)
-
-
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates the two halves of each head of `x [B, T, heads, H]` (the layout of Hugging Face)."""
-    cos, sin = rotation
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

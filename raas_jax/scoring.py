@@ -208,7 +208,9 @@ def _in_one_pass(
     padded = np.zeros((2, len(texts), width), np.int32)
     for row, text in enumerate(texts):
         padded[:, row, : len(text) - 1] = text[:-1], text[1:]
-    logprobs, greedy = jax.device_get(next_logprobs(params, *map(jnp.asarray, padded)))
+    lengths = jnp.asarray([len(text) - 1 for text in texts], jnp.int32)
+    found = next_logprobs(params, *map(jnp.asarray, padded), lengths)
+    logprobs, greedy = jax.device_get(found)
     parts = [
         slice(len(prompt) - 1, len(text) - 1) for prompt, text in zip(prompts, texts, strict=True)
     ]
@@ -220,13 +222,14 @@ def _in_one_pass(
 
 @jax.jit
 def next_logprobs(
-    params: Params, tokens: jax.Array, following: jax.Array
+    params: Params, tokens: jax.Array, following: jax.Array, lengths: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of the token that follows each, and whether it is the likeliest, `[B, T]`.
 
-    Of one dense pass over tokens int32 `[B, T]`; those that follow have the same shape.
+    Of one dense pass over tokens int32 `[B, T]`, padded after `lengths [B]`; those that follow have
+    the same shape.
     """
-    outputs = hidden_states(params.config, params.weights, tokens)
+    outputs = hidden_states(params.config, params.weights, tokens, lengths=lengths)
     found = of_outputs(params, jnp.swapaxes(outputs, 0, 1), following.T)
     return found[0].T, found[1].T
 

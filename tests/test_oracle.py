@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from pools import by_heads
 from tiny import QWEN3, VOCAB, allotment_of, prompts_of, random_params, shares_of
 
-from raas_jax.config import ModelConfig, Rope
+from raas_jax.config import ModelConfig
 from raas_jax.decode import RowRequest, commit_page, decode_pages, token_step
 from raas_jax.plan import Plan
 from raas_jax.policies import Allotment, Dense, Evidence, RaaS
 from raas_jax.policies.raas import PAIRWISE
+from raas_jax.rope import Rope
 from raas_jax.sampling import Sampling
 from raas_jax.session import Session
 

@@ -13,8 +13,9 @@ from tiny import QWEN3, VOCAB, random_params
 import raas_jax
 from raas_jax.allotting import dense, refine
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
-from raas_jax.model import ends, rope_rotation, run_layers
+from raas_jax.model import ends, run_layers
 from raas_jax.policies import Allotment, RaaS
+from raas_jax.rope import rope_rotation
 
 P, PROMPT, PAGES = 2, 6, 14
 POLICY = RaaS(10, page_size=P)

@@ -139,10 +139,11 @@ def test_ends_of_texts(params):
 
 def test_blocks_change_nothing(params, monkeypatch):
     tokens = jnp.asarray(np.random.default_rng(1).integers(0, VOCAB, (2, 3, 64)), jnp.int32)
-    whole = next_logprobs(params, *tokens)
+    lengths = jnp.full(tokens[0].shape[0], tokens[0].shape[1])
+    whole = next_logprobs(params, *tokens, lengths)
     monkeypatch.setattr(scoring, "POSITIONS_AT_ONCE", 48)
     jax.clear_caches()
-    blocks = next_logprobs(params, *tokens)
+    blocks = next_logprobs(params, *tokens, lengths)
     jax.clear_caches()
     np.testing.assert_allclose(whole[0], blocks[0], rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(whole[1], blocks[1])

@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from raas_jax.config import ModelConfig
-from raas_jax.model import abstract_weights, rope_frequencies
+from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.policies import Allotment
 from raas_jax.policies.triattention import Centres
+from raas_jax.rope import frequencies
 
 VOCAB = 19
 FOLDER = tempfile.TemporaryDirectory()
@@ -57,7 +58,7 @@ def calibration(config=QWEN3):
     centre = rng.normal(size=(c.num_hidden_layers, c.num_attention_heads, c.head_dim))
     length = rng.uniform(2.0, 4.0, (*centre.shape[:2], c.head_dim // 2))
     file = Path(FOLDER.name) / f"{c.head_dim}.safetensors"
-    frequency = np.asarray(rope_frequencies(c.rope, c.head_dim))
+    frequency = np.asarray(frequencies(c.rope, c.head_dim))
     Centres(centre.astype(np.float32), length.astype(np.float32), frequency).write(file)
     return str(file)
 

@@ -11,8 +11,9 @@ from raas_jax.allotting import dense
 from raas_jax.lab.allotments import effect, ranking, rivals
 from raas_jax.lab.allotments.attention import copying, most_attended
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
-from raas_jax.model import rope_rotation, run_layers
+from raas_jax.model import run_layers
 from raas_jax.policies import Allotment, RaaS
+from raas_jax.rope import rope_rotation
 
 P, T = 4, 37
 

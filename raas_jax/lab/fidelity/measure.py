@@ -64,13 +64,14 @@ def dense_outputs(params: Params, tokens: Sequence[int]) -> np.ndarray:
     width = -(-len(tokens) // TOKENS_PER_SYNC) * TOKENS_PER_SYNC
     padded = np.zeros((1, width), np.int32)
     padded[0, : len(tokens)] = tokens
-    found: np.ndarray = jax.device_get(_outputs(params, jnp.asarray(padded)))[0, : len(tokens)]
-    return found
+    length = jnp.asarray([len(tokens)], jnp.int32)
+    found: np.ndarray = jax.device_get(_outputs(params, jnp.asarray(padded), length))
+    return found[0, : len(tokens)]
 
 
 @jax.jit
-def _outputs(params: Params, tokens: jax.Array) -> jax.Array:
-    return hidden_states(params.config, params.weights, tokens)
+def _outputs(params: Params, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    return hidden_states(params.config, params.weights, tokens, lengths=lengths)
 
 
 def follow(

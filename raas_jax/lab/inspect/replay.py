@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from raas_jax.lab.inspect.recording import Recording
-from raas_jax.model import Layer, ends, rope_rotation, run_layers
+from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
+from raas_jax.rope import rope_rotation
 
 BUCKET = 128  # Lengths are padded to a multiple, so that few of them compile anew.
 _NEVER = -1e30

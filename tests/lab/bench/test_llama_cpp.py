@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from tiny import random_params
 
-from raas_jax.config import ModelConfig, Rope
+from raas_jax.config import ModelConfig
 from raas_jax.lab.bench.llama_cpp import LlamaCpp, write_gguf
 from raas_jax.model import forward
+from raas_jax.rope import Rope
 
 LLAMA = ModelConfig(256, 64, 96, 2, 4, 2, 32, model_type="llama", tie_word_embeddings=True)
 VARIANTS = {

@@ -1,0 +1,338 @@
+"""Rotary position embedding: its settings, its frequencies and the rotation itself.
+
+The kinds are those of transformers, by the same names: what a config.json says means the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from raas_jax import checks
+from raas_jax.files import Fields
+
+# Each with the fields that are its own, by their names in a config.json and in `Rope`.
+ROPE_TYPES: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (
+        *("factor", "low_freq_factor", "high_freq_factor"),
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "truncate"),
+    ),
+    "longrope": (
+        *("short_factor", "long_factor"),
+        *("original_max_position_embeddings", "attention_factor"),
+    ),
+}
+_THETA = ("a number from 1 to 1e30", 1, 1e30)
+_POSITIVE = ("a number from 1e-6 to 1e9", 1e-6, 1e9)
+_PARTIAL = ("a number above 0, at most 1", 1e-3, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Settings of a rotary position embedding; a value out of range raises ValueError.
+
+    `kind` is one of `ROPE_TYPES`: "linear" divides every frequency by `factor`; "llama3" divides
+    only the low ones and blends in between (Llama 3.1 report, section 3.4.2); "yarn" blends between
+    the pairs that turn `beta_fast` and `beta_slow` times within the original context (YaRN, arXiv
+    2309.00071); "dynamic" raises the base with the number of tokens beyond the original context
+    (NTK-aware scaling, there); "longrope" divides each frequency by its own factor, one list up to
+    the original context and one beyond (LongRoPE, arXiv 2402.13753).
+
+    Attributes:
+      theta: base of the frequencies.
+      kind: how they are scaled.
+      factor: by how much the context was stretched.
+      low_freq_factor, high_freq_factor: turns within the original context between which llama3
+        blends.
+      original_max_position_embeddings: the context before it was stretched, in tokens.
+      attention_factor: multiplies cosines and sines.
+      beta_fast, beta_slow: see above.
+      truncate: yarn blends between whole pairs.
+      short_factor, long_factor: of longrope, for each pair.
+      partial: the share of the head dim, from its beginning, that is rotated at all.
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    partial: float = 1.0
+
+    def __post_init__(self) -> None:
+        checks.choice("rope_type", self.kind, ROPE_TYPES)
+        self._check("theta", lambda name, x: checks.real(name, x, *_THETA))
+        for each in ("factor", "low_freq_factor", "high_freq_factor"):
+            self._check(each, lambda name, x: checks.real(name, x, *_POSITIVE))
+        for each in ("attention_factor", "beta_fast", "beta_slow"):
+            self._check(each, lambda name, x: checks.real(name, x, *_POSITIVE))
+        self._check("partial", lambda name, x: checks.real(name, x, *_PARTIAL))
+        self._check("original_max_position_embeddings", lambda name, x: checks.integer(name, x, 1))
+        for each in ("short_factor", "long_factor"):
+            self._check(each, _factors)
+        if not isinstance(self.truncate, bool):
+            raise ValueError(
+                f"truncate is {checks.short(self.truncate)}; it must be True or False."
+            )
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise ValueError(
+                f"low_freq_factor is {self.low_freq_factor}; it must be less than "
+                f"high_freq_factor, {self.high_freq_factor}."
+            )
+        if len(self.short_factor) != len(self.long_factor):
+            raise ValueError(
+                f"short_factor has {len(self.short_factor)} entries, long_factor "
+                f"{len(self.long_factor)}; they must have as many."
+            )
+
+    def _check(self, name: str, check: Callable[[str, Any], Any]) -> None:
+        try:
+            object.__setattr__(self, name, check(name, getattr(self, name)))
+        except TypeError as error:
+            raise ValueError(str(error)) from None
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of the numbers of a head are rotated."""
+        return int(head_dim * self.partial)
+
+    def check_head(self, head_dim: int) -> None:
+        """Raises ValueError where heads of this dim cannot be rotated so."""
+        size = self.rotated(head_dim)
+        if size % 2 or not size:
+            part = f" of which {self.partial} are rotated" if self.partial < 1 else ""
+            raise ValueError(f"head_dim is {head_dim}{part}; rotation needs it even.")
+        if self.kind == "dynamic" and size < 4:
+            raise ValueError(f"head_dim is {head_dim}; a dynamic rope needs at least 4.")
+        if self.kind == "longrope" and len(self.short_factor) != size // 2:
+            raise ValueError(
+                f"short_factor has {len(self.short_factor)} entries; one for each of the "
+                f"{size // 2} pairs is needed."
+            )
+
+    @classmethod
+    def from_hf(
+        cls, fields: Fields, context: int, *, partial: bool = False, original: int | None = None
+    ) -> Rope:
+        """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5).
+
+        Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
+
+        Args:
+          fields: of a config.json.
+          context: its max_position_embeddings.
+          partial: whether models of this family may rotate a part of a head.
+          original: of families that say so outside the rope, the context before it was stretched.
+        """
+        rope = _own_fields(fields)
+        kind = rope.choice("rope_type", ROPE_TYPES)
+        share = 1.0
+        if partial:
+            share = rope.real("partial_rotary_factor", *_PARTIAL, default=1.0)
+        elif kind != "default":
+            rope.real("partial_rotary_factor", "1", 1, 1, default=None)
+        theta = rope.real("rope_theta", *_THETA)
+        # Transformers takes the context where the file has no such length.
+        length = "original_max_position_embeddings"
+        before = original or (
+            rope.integer(length, 1) if length in rope.values and kind != "dynamic" else context
+        )
+        own: dict[str, Any]
+        if kind == "yarn":
+            own = _yarn(rope, context / before)
+        elif kind == "longrope":
+            own = _longrope(rope, context / before, before)
+        else:
+            own = {name: rope.real(name) for name in ROPE_TYPES[kind] if name != length}
+        if length in ROPE_TYPES[kind] or kind == "dynamic":
+            own[length] = before
+        try:
+            return cls(theta, kind, partial=share, **own)
+        except (TypeError, ValueError) as error:
+            raise fields.error(str(error)) from None
+
+    def to_hf(self) -> dict[str, Any] | None:
+        """The `rope_scaling` entry of a config.json, or None where there is no scaling."""
+        if self.kind == "default":
+            return None
+        own = {name: getattr(self, name) for name in ROPE_TYPES[self.kind]}
+        return {
+            "rope_type": self.kind,
+            **{name: list(x) if isinstance(x, tuple) else x for name, x in own.items()},
+        }
+
+
+def _factors(name: str, values: Any) -> tuple[float, ...]:
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of numbers.")
+    return tuple(checks.real(f"{name}[{i}]", x, *_POSITIVE) for i, x in enumerate(values))
+
+
+def _own_fields(fields: Fields) -> Fields:
+    """What a config.json says of its rope, whichever way it says it."""
+    both = ("rope_scaling", "rope_parameters")
+    present = [name for name in both if fields.values.get(name) is not None]
+    found = {name: fields.inner(name).values for name in present}
+    place, given = next(((name, each) for name, each in found.items() if each), ("", {}))
+    if nested := [name for name, value in given.items() if isinstance(value, Mapping)]:
+        raise fields.error(f"{place} has values of their own for {', '.join(nested)}")
+    outside = ("rope_theta", "partial_rotary_factor")
+    values = {name: fields.values[name] for name in outside if name in fields.values}
+    return Fields(
+        {**values, "rope_type": given.get("type", "default"), **given}, fields.path, place
+    )
+
+
+def _yarn(rope: Fields, stretched: float) -> dict[str, Any]:
+    # Null is allowed, and means the ratio of the contexts; left out it is not.
+    given = rope.values.get("factor", 0) is not None
+    factor = rope.real("factor", *_POSITIVE) if given else stretched
+
+    def scale(by: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * by * math.log(factor) + 1.0
+
+    attention = rope.real("attention_factor", *_POSITIVE, default=None)
+    if attention is None:
+        own, all_dims = (rope.real(name, default=None) for name in ("mscale", "mscale_all_dim"))
+        attention = scale(own) / scale(all_dims) if own and all_dims else scale(1.0)
+    return {
+        "factor": factor,
+        "attention_factor": attention,
+        "beta_fast": rope.real("beta_fast", default=None) or 32.0,
+        "beta_slow": rope.real("beta_slow", default=None) or 1.0,
+        "truncate": rope.flag("truncate", True),
+    }
+
+
+def _longrope(rope: Fields, stretched: float, original: int) -> dict[str, Any]:
+    factor = rope.real("factor", *_POSITIVE, default=None) or stretched
+    attention = rope.real("attention_factor", *_POSITIVE, default=None)
+    if attention is None and factor > 1:
+        if original < 2:
+            raise rope.error(f"original_max_position_embeddings is {original}; it must be above 1")
+        attention = math.sqrt(1 + math.log(factor) / math.log(original))
+    lists = {name: tuple(rope.reals(name, *_POSITIVE)) for name in ("short_factor", "long_factor")}
+    return {**lists, "attention_factor": attention or 1.0}
+
+
+def frequencies(
+    rope: Rope,
+    head_dim: int,
+    seen: jax.Array | None = None,
+    total: jax.Array | None = None,
+) -> jax.Array:
+    """Angular frequencies of the rotated pairs, float32 `[..., R / 2]`, radians per position.
+
+    Args:
+      rope: its settings.
+      head_dim: `H`, of which `R = rope.rotated(H)` are rotated.
+      seen: int32 `[...]`, tokens of the text so far, by which a dynamic rope goes; None is within
+        the original context.
+      total: int32 `[...]`, tokens that the text will have at most, by which longrope goes.
+    """
+    size = rope.rotated(head_dim)
+    exponent = jnp.arange(0, size, 2, dtype=jnp.float32) / size
+    original = rope.original_max_position_embeddings
+    if rope.kind == "dynamic" and seen is not None:
+        length = jnp.maximum(seen, original).astype(jnp.float32)
+        grown = rope.factor * length / original - (rope.factor - 1)
+        theta = rope.theta * grown ** (size / (size - 2))
+        return 1.0 / theta[..., None] ** exponent
+    plain = 1.0 / rope.theta**exponent
+    if rope.kind == "linear":
+        return plain / rope.factor
+    if rope.kind == "longrope":
+        short, long = (jnp.asarray(x, jnp.float32) for x in (rope.short_factor, rope.long_factor))
+        chosen = short
+        if total is not None:
+            chosen = jnp.where((total > original)[..., None], long, short)
+        return plain / chosen
+    if rope.kind == "llama3":
+        turns = original * plain / (2 * jnp.pi)
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+        kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return (1 - kept) * plain / rope.factor + kept * plain
+    if rope.kind == "yarn":
+        first, last = _blended(rope, size)
+        pairs = jnp.arange(size // 2, dtype=jnp.float32)
+        divided = jnp.clip((pairs - first) / (last - first), 0.0, 1.0)
+        return plain / rope.factor * divided + plain * (1 - divided)
+    return plain
+
+
+def _blended(rope: Rope, size: int) -> tuple[float, float]:
+    """The pairs between which yarn goes from plain to divided frequencies."""
+
+    def pair_that_turns(times: float) -> float:
+        wavelengths = rope.original_max_position_embeddings / (times * 2 * math.pi)
+        return size * math.log(wavelengths) / (2 * math.log(rope.theta))
+
+    first, last = pair_that_turns(rope.beta_fast), pair_that_turns(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, size - 1)
+    return first, last + 0.001 if first == last else last
+
+
+def rope_rotation(
+    rope: Rope,
+    head_dim: int,
+    positions: jax.Array,
+    *,
+    seen: jax.Array | None = None,
+    total: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin of every angle, float32 `[B, T, 1, R / 2]`, times the attention factor.
+
+    Positions are absolute, also where pages are evicted: what is kept turns as in the dense model.
+    Two kinds depend on how long the text is. A dynamic rope grows with it, token by token, as in
+    transformers; keys that are in the cache stay as they were turned. Longrope is chosen once for
+    a text, by what it may become, so that all that is in the cache is turned alike.
+
+    Args:
+      rope: its settings.
+      head_dim: `H`.
+      positions: int32 `[B, T]`.
+      seen: int32 `[B, 1]` or `[B, T]`, tokens of the text when these are read; None: up to the last
+        of the positions.
+      total: int32 `[B, 1]`, tokens that the text may come to have; None: those that are seen.
+    """
+    if rope.kind in ("dynamic", "longrope"):
+        if seen is None:
+            seen = jnp.max(positions, axis=-1, keepdims=True) + 1
+        total = seen if total is None else total
+        frequency = frequencies(rope, head_dim, seen, total)[..., None, :]
+    else:
+        frequency = frequencies(rope, head_dim)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return rope.attention_factor * jnp.cos(angle), rope.attention_factor * jnp.sin(angle)
+
+
+def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotates the two halves of what is rotated of each head of `x [B, T, heads, H]`.
+
+    The layout is that of Hugging Face: the first `R` numbers in two halves; the rest stays.
+    """
+    cos, sin = rotation
+    size = 2 * cos.shape[-1]
+    a, b = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+    return turned if size == x.shape[-1] else jnp.concatenate([turned, x[..., size:]], axis=-1)
