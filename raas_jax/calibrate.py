@@ -30,14 +30,16 @@ def calibrate(
       progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
-      ValueError: no sequence, or an empty one; or a rope whose frequencies depend on the length, or
-        that turns a part of a head.
+      ValueError: no sequence, or an empty one; or a rope whose frequencies depend on the length,
+        or that leaves layers or a part of a head as they are.
     """
     rope = params.config.rope
-    if rope.partial < 1 or rope.kind in ("dynamic", "longrope"):
+    plain = params.config.unrotated_layers
+    if rope.partial < 1 or rope.kind in ("dynamic", "longrope") or plain:
         raise ValueError(
-            f"the model has a rope of the type {rope.kind} with partial={rope.partial}; centres "
-            "take heads that are rotated whole, by frequencies that stay. Use another policy."
+            f"the model has a rope of the type {rope.kind}, partial={rope.partial}, with "
+            f"{len(plain)} layers unrotated; centres are of heads that are rotated whole in every "
+            "layer, by frequencies that stay. Use another policy than TriAttention."
         )
     if not sequences or not all(len(ids) for ids in sequences):
         raise ValueError("sequences have nothing to read; give at least one, none of them empty.")
@@ -68,8 +70,8 @@ def _sum_queries(
     counts = (position < length)[0, :, None, None]
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        q, k, v = layer.block.qkv(x, rotation)
-        plain = layer.block.qkv(x, still)[0][0].astype(jnp.float32)
+        q, k, v = layer.qkv(x, rotation)
+        plain = layer.qkv(x, still)[0][0].astype(jnp.float32)
         plain = jnp.where(counts, plain, 0.0)
         real, imaginary = jnp.split(plain, 2, axis=-1)
         lengths = jnp.sqrt(real * real + imaginary * imaginary)

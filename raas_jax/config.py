@@ -1,7 +1,7 @@
 """Model configuration: one frozen dataclass for every supported architecture.
 
-The fields keep Hugging Face's names. What differs between Llama, Mistral, Qwen2 and Qwen3 is
-written out as flags (`qkv_bias`, `qk_norm`, ...), so that no other file asks for a model type.
+The fields keep Hugging Face's names. What differs between families of models is written out as
+flags (`qkv_bias`, `qk_norm`, ...); `raas_jax.families` says what each means by its config.json.
 A config.json means here what the classes of transformers mean by it, or is refused.
 """
 
@@ -15,15 +15,10 @@ from typing import Any
 
 from raas_jax import checks
 from raas_jax.checks import INT32_MAX
+from raas_jax.families import FAMILIES, FOR_ALL, Family
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.rope import Rope
 
-ARCHITECTURES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
 DTYPES = ("float32", "float16", "bfloat16")
 # The largest that is taken, far above any model, so that a damaged number costs no memory.
 LARGEST = {
@@ -38,26 +33,6 @@ LARGEST = {
 }
 LEAST_ID = -1
 """Which some publishers write for a token that there is not."""
-# What transformers means by a key that a config.json leaves out, where that is not null or false.
-_FOR_ALL = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10_000.0}
-_QWEN = {
-    "num_key_value_heads": 32,
-    "max_position_embeddings": 2**15,
-    "sliding_window": 4096,
-    "max_window_layers": 28,
-}
-LEFT_OUT: dict[str, dict[str, Any]] = {
-    "llama": {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
-    "mistral": {
-        "num_key_value_heads": 8,
-        "max_position_embeddings": 2**17,
-        "sliding_window": 4096,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "qwen2": _QWEN,
-    "qwen3": {**_QWEN, "head_dim": 128},
-}
 # Settings that change a model in transformers, with the only value that is implemented here.
 _ONLY = {
     "is_causal": True,
@@ -70,6 +45,9 @@ _SHARED = (
     *("model_type", *LARGEST),
     *("rms_norm_eps", "tie_word_embeddings", "bos_token_id", "dtype"),
 )
+
+
+BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 
 def _check(config: Any, name: str, check: Callable[[str, Any], Any]) -> None:
@@ -94,6 +72,15 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+def _layer_numbers(layers: int) -> Callable[[str, Any], tuple[int, ...]]:
+    def check(name: str, values: Any) -> tuple[int, ...]:
+        if not isinstance(values, list | tuple):
+            raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
+        return tuple(sorted({checks.integer(name, value, 0, layers - 1) for value in values}))
+
+    return check
+
+
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
     if not isinstance(values, list | tuple):
         raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
@@ -107,6 +94,9 @@ class ModelConfig:
     Axis letters: `V` vocab_size, `D` hidden_size, `F` intermediate_size, `L` num_hidden_layers,
     `N` num_attention_heads, `K` num_key_value_heads, `H` head_dim, `G = N / K`. A value of a wrong
     type or out of range raises ValueError, which names the field.
+
+    Attributes:
+      unrotated_layers: numbers of the layers whose queries and keys are not rotated (NoPE).
     """
 
     vocab_size: int
@@ -124,6 +114,7 @@ class ModelConfig:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
+    unrotated_layers: tuple[int, ...] = ()
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -138,7 +129,7 @@ class ModelConfig:
                 _check(self, field.name, _flag)
         if not isinstance(self.rope, Rope):
             raise ValueError(f"rope is {checks.short(self.rope)}; it must be a Rope.")
-        checks.choice("model_type", self.model_type, ARCHITECTURES)
+        checks.choice("model_type", self.model_type, FAMILIES)
         checks.choice("dtype", self.dtype, DTYPES)
         if self.bos_token_id is not None:
             _check(self, "bos_token_id", _integer(LEAST_ID))
@@ -149,11 +140,25 @@ class ModelConfig:
                 f"num_key_value_heads, {self.num_key_value_heads}."
             )
         self.rope.check_head(self.head_dim)
+        _check(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
 
     @property
     def layer_pattern(self) -> tuple[str, ...]:
         """Kinds of layers, repeated `L / len(layer_pattern)` times; there is one kind today."""
         return ("full",)
+
+    @property
+    def context(self) -> int:
+        """Tokens that the model can take: what its config.json says, or as far as its rope goes.
+
+        A dynamic rope, and a yarn that was added by hand, stretch the context that is said.
+        """
+        said, rope = self.max_position_embeddings, self.rope
+        if rope.kind == "dynamic":
+            return max(said, int(said * rope.factor))
+        if rope.kind == "yarn":
+            return max(said, int(rope.original_max_position_embeddings * rope.factor))
+        return said
 
     @classmethod
     def from_hf(
@@ -166,38 +171,43 @@ class ModelConfig:
         value and the supported ones.
         """
         given = Fields(config, path)
-        kind = given.choice("model_type", ARCHITECTURES)
-        fields = Fields({**_FOR_ALL, **LEFT_OUT[kind], **config}, path)
+        kind = given.choice("model_type", FAMILIES)
+        family = FAMILIES[kind]
+        fields = Fields({**FOR_ALL, **family.left_out, **config}, path)
         _refuse_changes(fields)
         fields.choice("hidden_act", ("silu", "swish"))
         heads, hidden = (
             fields.integer(name, 1, LARGEST[name])
             for name in ("num_attention_heads", "hidden_size")
         )
-        if kind == "llama" and hidden % heads:
+        if family.whole_heads and hidden % heads:
             raise fields.error(
                 f"hidden_size is {hidden}, no multiple of num_attention_heads, {heads}"
             )
         sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
-        if kind == "qwen3":
+        if family.own_head_dim:
             del sizes["head_dim"]  # Which null does not mean there.
         for name, most in LARGEST.items():
             derived = name in sizes and fields.values.get(name) is None
             sizes[name] = sizes[name] if derived else fields.integer(name, 1, most)
         context = sizes["max_position_embeddings"]
-        _refuse_windows(fields, kind, sizes["num_hidden_layers"], context)
-        biased = kind in ("llama", "qwen3") and fields.flag("attention_bias", False)
+        unrotated = _unrotated_layers(fields, family, sizes["num_hidden_layers"])
+        _refuse_windows(fields, family, sizes["num_hidden_layers"], context, unrotated)
+        biases = {
+            name: said if isinstance(said, bool) else fields.flag(said, False)
+            for name in BIASES
+            for said in [getattr(family, name)]
+        }
         stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
         try:
             return cls(
                 **sizes,
-                rope=Rope.from_hf(fields, context),
+                rope=_rope(fields, family, context),
                 rms_norm_eps=fields.values["rms_norm_eps"],
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
-                qkv_bias=kind == "qwen2" or biased,
-                output_bias=biased,
-                mlp_bias=kind == "llama" and fields.flag("mlp_bias", False),
-                qk_norm=kind == "qwen3",
+                **biases,
+                qk_norm=family.qk_norm,
+                unrotated_layers=unrotated,
                 model_type=kind,
                 bos_token_id=fields.integer("bos_token_id", LEAST_ID, default=None),
                 eos_token_ids=eos_token_ids(fields),
@@ -224,20 +234,31 @@ class ModelConfig:
 
     def to_hf(self) -> dict[str, Any]:
         """The dictionary of a config.json that transformers and `from_hf` read back alike."""
+        family = FAMILIES[self.model_type]
         fields: dict[str, Any] = {
-            "architectures": [ARCHITECTURES[self.model_type]],
+            "architectures": [family.architecture],
             "hidden_act": "silu",
             **{name: getattr(self, name) for name in _SHARED},
+            "pad_token_id": None,  # Which some classes would take for one beyond the vocabulary.
             "rope_theta": self.rope.theta,
             "rope_scaling": self.rope.to_hf(),
             "eos_token_id": list(self.eos_token_ids) or None,
         }
-        if self.model_type in ("llama", "qwen3"):
-            fields["attention_bias"] = self.qkv_bias
-        if self.model_type == "llama":
-            fields["mlp_bias"] = self.mlp_bias
-        else:
+        for name in BIASES:
+            if isinstance(said := getattr(family, name), str):
+                fields[said] = getattr(self, name)
+        # Llama's class has no windows, but keeps what it does not know.
+        if self.model_type != "llama":
             fields["sliding_window"] = None
+        if family.some_layers_rotate:
+            plain = set(self.unrotated_layers)
+            fields["no_rope_layers"] = [
+                int(layer not in plain) for layer in range(self.num_hidden_layers)
+            ]
+        if family.partial_rotary:
+            fields["partial_rotary_factor"] = self.rope.partial
+        if family.original_context:
+            fields[family.original_context] = self.rope.original_max_position_embeddings
         return fields
 
 
@@ -273,23 +294,50 @@ def quantised(how: str) -> str:
     )
 
 
-def _refuse_windows(fields: Fields, kind: str, layers: int, context: int) -> None:
+def _rope(fields: Fields, family: Family, context: int) -> Rope:
+    original = None
+    if family.original_context:
+        original = fields.integer(family.original_context, 1)
+    return Rope.from_hf(
+        fields, context, partial=family.partial_rotary, original=original, names=family.ropes
+    )
+
+
+def _unrotated_layers(fields: Fields, family: Family, layers: int) -> tuple[int, ...]:
+    if not family.some_layers_rotate:
+        return ()
+    if (rotates := fields.items("no_rope_layers", None)) is None:
+        every = fields.integer("no_rope_layer_interval", 1)
+        return tuple(range(every - 1, layers, every))
+    if len(rotates) < layers or set(map(type, rotates)) != {int} or {*rotates} - {0, 1}:
+        raise fields.error(
+            f"no_rope_layers is {checks.short(rotates)}; it must have a 0 or 1 for each of the "
+            f"{layers} layers"
+        )
+    return tuple(layer for layer in range(layers) if not rotates[layer])
+
+
+def _refuse_windows(
+    fields: Fields, family: Family, layers: int, context: int, unrotated: tuple[int, ...]
+) -> None:
     """A window shorter than the context changes attention; running without it would be wrong."""
-    qwen = kind in ("qwen2", "qwen3")
     window = fields.integer("sliding_window", 0, default=None)
-    if qwen and not fields.flag("use_sliding_window", False):
+    if family.windows != "all" and not fields.flag("use_sliding_window", False):
         window = None
     # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
-    first = fields.integer("max_window_layers", -INT32_MAX) if qwen else 0
-    slides = window is not None and first < layers
+    slides = window is not None
+    if family.windows == "switched":
+        slides = slides and fields.integer("max_window_layers", -INT32_MAX) < layers
+    elif family.windows == "unrotated":
+        slides = slides and bool(unrotated)
     if (types := fields.items("layer_types", None)) is not None:
         known = ("full_attention", "attention", "sliding_attention")
         if odd := [each for each in types if each not in known]:
             raise fields.error(f"layer_types has {checks.short(odd[0])}, which is not supported")
         if len(types) != layers:
             raise fields.error(f"layer_types has {len(types)} entries for {layers} layers")
-        # Mistral's class does not ask the list: its window holds for every layer.
-        slides = "sliding_attention" in types or (slides and kind == "mistral")
+        # Some classes do not ask the list: their window holds for every layer.
+        slides = "sliding_attention" in types or (slides and family.asks_no_types)
     if slides and (window is None or window < context):
         what = "layer_types has sliding layers" if window is None else f"sliding_window is {window}"
         raise fields.error(

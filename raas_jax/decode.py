@@ -295,7 +295,7 @@ def prefill(
     queries = plan.policy.prompt_queries
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         x = layer.block.finish(x, causal_attention(q, k, v, target=plan.target))
         mass = prompt_mass(q, k, lengths, P, queries) if queries else None
         return x, (_as_pages(k, P), _as_pages(v, P), mass)
@@ -546,7 +546,7 @@ def _step_body(
         own: tuple[jax.Array, jax.Array, Metadata],
     ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
         (x, current), (layer_in_group, fill, meta) = carry, own
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
         now = dataclasses.replace(cache, current=current)
         seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": offset}

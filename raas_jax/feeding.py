@@ -96,7 +96,7 @@ def _page_body(
         own: tuple[jax.Array, jax.Array, Metadata],
     ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
         (x, current), (layer_in_group, fill, meta) = carry, own
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         current = write_page(current, k, v, layer.number)
         written = dataclasses.replace(cache, current=current)
         seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": last}

@@ -20,7 +20,7 @@ from flax import nnx
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
 from raas_jax.products import OfLayer, look_up, project, project_all
-from raas_jax.rope import rope_rotation, rotate
+from raas_jax.rope import Rotation, rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
@@ -74,9 +74,7 @@ class Block(nnx.Module):
             self.up_bias = full(0.0, (F,), ("mlp",))
             self.down_bias = full(0.0, (D,), ("embed",))
 
-    def qkv(
-        self, x: jax.Array, rotation: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def qkv(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[B, T, D]` → rotated q `[B, T, N, H]`, rotated k and plain v `[B, T, K, H]`."""
         c = self.config
         h = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
@@ -232,6 +230,14 @@ class Layer(NamedTuple):
     number: jax.Array
     kind: str
 
+    def qkv(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """`Block.qkv`, rotated or not as this layer is."""
+        if plain := self.block.config.unrotated_layers:
+            turns = jnp.all(self.number != jnp.asarray(plain))
+            cos, sin = rotation
+            rotation = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
+        return self.block.qkv(x, rotation)
+
 
 Body = Callable[[Layer, Any, Any], tuple[Any, Any]]
 """What a layer does: (layer, carry, x) → carry, y; x and y are its own, as in `jax.lax.scan`."""
@@ -329,8 +335,8 @@ def hidden_states(
     """The causal forward pass up to the last layer's output `[B, T, D]`, before `Ends.logits`.
 
     Tokens, their positions (0..T-1 where not given) and segments (a token attends only within its
-    own; None is one segment) are int32 `[B, T]`; `lengths`, int32 `[B]`, are those of texts that are
-    padded, where they are known; `attend` is the attention of every layer.
+    own; None is one segment) are int32 `[B, T]`; `lengths`, int32 `[B]`, are those of padded texts,
+    where they are known; `attend` is the attention of every layer.
     """
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -338,7 +344,7 @@ def hidden_states(
     rotation = rope_rotation(config.rope, config.head_dim, positions, seen=seen)
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         return layer.block.finish(x, attend(q, k, v, segments=segments)), None
 
     x, _ = run_layers(config, weights, body, ends(config, weights).embed(tokens))

@@ -184,11 +184,11 @@ class Answer:
 
 
 def default_limit(params: Params, prompt_tokens: int) -> int:
-    room = params.config.max_position_embeddings - prompt_tokens
+    room = params.config.context - prompt_tokens
     if room < 1:
         raise ValueError(
             f"prompt has {prompt_tokens} tokens, but the model's context ends at "
-            f"{params.config.max_position_embeddings} (max_position_embeddings). Shorten it."
+            f"{params.config.context}. Shorten it."
         )
     return min(room, DEFAULT_MAX_NEW_TOKENS)
 
@@ -198,7 +198,7 @@ def answer_limit(params: Params, prompt_tokens: int, max_new_tokens: int | None)
     if max_new_tokens is None:
         return room
     max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
-    limit = params.config.max_position_embeddings
+    limit = params.config.context
     if prompt_tokens + max_new_tokens > limit:
         warnings.warn(
             f"prompt ({prompt_tokens}) and max_new_tokens ({max_new_tokens}) together exceed the "

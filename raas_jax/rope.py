@@ -39,6 +39,10 @@ _POSITIVE = ("a number from 1e-6 to 1e9", 1e-6, 1e9)
 _PARTIAL = ("a number above 0, at most 1", 1e-3, 1)
 
 
+Rotation = tuple[jax.Array, jax.Array]
+"""cos and sin of angles, see `rope_rotation`."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Rope:
     """Settings of a rotary position embedding; a value out of range raises ValueError.
@@ -130,7 +134,13 @@ class Rope:
 
     @classmethod
     def from_hf(
-        cls, fields: Fields, context: int, *, partial: bool = False, original: int | None = None
+        cls,
+        fields: Fields,
+        context: int,
+        *,
+        partial: bool = False,
+        original: int | None = None,
+        names: Mapping[str, str] | None = None,
     ) -> Rope:
         """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
@@ -141,9 +151,11 @@ class Rope:
           context: its max_position_embeddings.
           partial: whether models of this family may rotate a part of a head.
           original: of families that say so outside the rope, the context before it was stretched.
+          names: the kinds that a family has, by their names in its files; None is all.
         """
         rope = _own_fields(fields)
-        kind = rope.choice("rope_type", ROPE_TYPES)
+        names = names or {name: name for name in ROPE_TYPES}
+        kind = names[rope.choice("rope_type", names)]
         share = 1.0
         if partial:
             share = rope.real("partial_rotary_factor", *_PARTIAL, default=1.0)
@@ -299,7 +311,7 @@ def rope_rotation(
     *,
     seen: jax.Array | None = None,
     total: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
+) -> Rotation:
     """cos and sin of every angle, float32 `[B, T, 1, R / 2]`, times the attention factor.
 
     Positions are absolute, also where pages are evicted: what is kept turns as in the dense model.
@@ -326,7 +338,7 @@ def rope_rotation(
     return rope.attention_factor * jnp.cos(angle), rope.attention_factor * jnp.sin(angle)
 
 
-def rotate(x: jax.Array, rotation: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
     """Rotates the two halves of what is rotated of each head of `x [B, T, heads, H]`.
 
     The layout is that of Hugging Face: the first `R` numbers in two halves; the rest stays.

@@ -148,7 +148,9 @@ def scores(
         params = place_weights(params, mesh)
         rows = -(-rows // mesh.shape["data"]) * mesh.shape["data"]
     order = sorted(range(len(prompts)), key=lambda i: (-len(continuations[i]), -len(prompts[i])))
-    batch_scores = _in_one_pass if isinstance(policy, Dense) else partial(_forced, policy, mesh)
+    # A dynamic rope turns what is decoded otherwise than what is read at once.
+    at_once = isinstance(policy, Dense) and params.config.rope.kind != "dynamic"
+    batch_scores = _in_one_pass if at_once else partial(_forced, policy, mesh)
     for start in range(0, len(order), rows):
         batch = order[start : start + rows]
         # Missing rows repeat the last one, so that every batch has one shape.
@@ -181,8 +183,8 @@ def _forced(
     force = np.zeros((1 + -(-max(longest - 1, 0) // steps) * steps, len(prompts)), np.int32)
     for row, ids in enumerate(continuations):
         force[: len(ids), row] = ids
-    # No row may end on its way, whatever it is fed.
-    request = RowRequest.create([len(force) + 1] * len(prompts))
+    # A row that has ended is fed like the others; without stop tokens none ends earlier.
+    request = RowRequest.create([len(ids) for ids in continuations])
     state, progress = session.start(prompts, request, force=force[0])
     seen: list[Any] = [(progress.logprobs, progress.greedy)]
     for first in range(1, len(force), steps):

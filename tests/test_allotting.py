@@ -68,7 +68,7 @@ def gradients(params, tokens, drawn):
     rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
 
     def body(layer, x, change):
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         out, shares = attention(q[0], k[0], v[0])
         return layer.block.finish(x, (out + change)[None]), (out, shares, v[0])
 

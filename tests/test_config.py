@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raas_jax.config import ARCHITECTURES, LARGEST, ModelConfig
+from raas_jax.config import LARGEST, ModelConfig
+from raas_jax.families import FAMILIES
 from raas_jax.files import FileError
 from raas_jax.rope import ROPE_TYPES, Rope
 
@@ -48,7 +49,13 @@ FULL = {
 
 
 def full(kind: str, **changes) -> dict:
-    return {"model_type": kind, **copy.deepcopy(FULL), **changes}
+    fields = {"model_type": kind, **copy.deepcopy(FULL), **changes}
+    if kind == "phi3" and "rope_scaling" not in changes:
+        del fields["rope_scaling"]  # Of the kinds in these tests it takes the plain one only.
+    return fields
+
+
+BIASED = ("llama", "qwen3", "seed_oss", "smollm3")
 
 
 def own_of_rope(config) -> dict:
@@ -82,7 +89,7 @@ def theirs(fields: dict) -> ModelConfig | None:
         c = CONFIG_MAPPING[kind].from_dict(fields)
         layers, windows = get_layer_types_and_kwargs(c)
         spans = [window.get("sliding_window", math.inf) for window in windows]
-        if kind == "mistral" and c.sliding_window is not None:
+        if kind in ("mistral", "phi3") and c.sliding_window is not None:
             spans.append(c.sliding_window)
         if {*layers} - {"full_attention", "sliding_attention"}:
             return None
@@ -90,22 +97,26 @@ def theirs(fields: dict) -> ModelConfig | None:
             return None
         rope = c.rope_parameters
         own = own_of_rope(c)
-        if own and rope.get("partial_rotary_factor", 1.0) != 1.0:
+        partial = rope.get("partial_rotary_factor", 1.0) if kind == "phi3" or own else 1.0
+        if kind != "phi3" and partial != 1.0:
             return None
-        biased = kind in ("llama", "qwen3") and c.attention_bias
+        rotates = getattr(c, "no_rope_layers", None) or [1] * c.num_hidden_layers
         eos = c.eos_token_id
         return ModelConfig(
             **{name: getattr(c, name) for name in SIZES},
             num_key_value_heads=c.num_key_value_heads,
             head_dim=getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads,
             max_position_embeddings=c.max_position_embeddings,
-            rope=Rope(rope["rope_theta"], rope["rope_type"], **own),
+            rope=Rope(rope["rope_theta"], rope["rope_type"], partial=partial, **own),
             rms_norm_eps=c.rms_norm_eps,
             tie_word_embeddings=c.tie_word_embeddings,
-            qkv_bias=kind == "qwen2" or biased,
-            output_bias=biased,
-            mlp_bias=kind == "llama" and c.mlp_bias,
+            qkv_bias=kind == "qwen2" or (kind in BIASED and c.attention_bias),
+            output_bias=c.attention_out_bias
+            if kind == "seed_oss"
+            else (kind in BIASED and c.attention_bias),
+            mlp_bias=kind in ("llama", "seed_oss", "smollm3") and c.mlp_bias,
             qk_norm=kind == "qwen3",
+            unrotated_layers=tuple(i for i, turns in enumerate(rotates) if not turns),
             model_type=kind,
             bos_token_id=c.bos_token_id,
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
@@ -123,12 +134,12 @@ def ours(fields: dict) -> ModelConfig | None:
         return None
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.parametrize("key", FULL)
 def test_what_is_left_out_or_null_means_the_same(kind, key):
     assert ours(full(kind)) == theirs(full(kind)) is not None
     without = full(kind)
-    del without[key]
+    without.pop(key, None)
     if key in SIZES:
         with pytest.raises(FileError, match=f"it lacks {key}"):
             ModelConfig.from_hf(without)
@@ -137,7 +148,7 @@ def test_what_is_left_out_or_null_means_the_same(kind, key):
     assert ours(full(kind, **{key: None})) == theirs(full(kind, **{key: None}))
 
 
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_all_defaults_at_once(kind):
     """Heads by which the key/value heads that are meant divide."""
     fields = {**SIZES, "hidden_size": 128, "num_attention_heads": 32, "model_type": kind}
@@ -193,7 +204,7 @@ DEFAULT = {"rope_type": "default", "rope_theta": 700.0}
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", FAMILIES)
 def test_two_spellings_mean_the_same(kind, spelling):
     fields = {**SIZES, "model_type": kind, "num_key_value_heads": 2, "max_position_embeddings": 256}
     fields |= copy.deepcopy(spelling)
@@ -225,7 +236,7 @@ VALID = {
 ODD = [None, -1, 0, 7, 3.5, math.nan, math.inf, 10**9, 10**30, True, "", "7", [], [0], {}, {"a": 1}]
 CONFIGS = st.fixed_dictionaries(
     {
-        "model_type": st.sampled_from(sorted(ARCHITECTURES)),
+        "model_type": st.sampled_from(sorted(FAMILIES)),
         **{name: st.just(value) for name, value in SIZES.items()},
     },
     optional={name: st.sampled_from(values) for name, values in VALID.items()},

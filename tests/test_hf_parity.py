@@ -22,6 +22,25 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+# The context is 256: only the 40 positions of the long one are beyond the original.
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
+
+
+def longrope(pairs, original=16):
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 500.0,
+        "short_factor": [1.0 + i / 8 for i in range(pairs)],
+        "long_factor": [2.0 + i / 2 for i in range(pairs)],
+        "original_max_position_embeddings": original,
+    }
+
 
 # name → (architecture, what differs from BASE)
 CASES = {
@@ -48,6 +67,32 @@ CASES = {
     "qwen3-tied": ("qwen3", {"head_dim": 10, "tie_word_embeddings": True}),
     "qwen3-biases": ("qwen3", {"head_dim": 16, "attention_bias": True}),
     "qwen3-one-query-per-kv": ("qwen3", {"head_dim": 16, "num_key_value_heads": 4}),
+    "qwen3-yarn": ("qwen3", {"head_dim": 16, "rope_parameters": YARN}),
+    "qwen2-dynamic": ("qwen2", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
+    "llama-longrope": ("llama", {"rope_parameters": longrope(6)}),
+    "llama-longrope-short": ("llama", {"rope_parameters": longrope(6, 64)}),
+    "phi3": ("phi3", {}),
+    "phi3-part-of-a-head": (
+        "phi3",
+        {"hidden_size": 64, "rope_parameters": {"partial_rotary_factor": 0.75}}
+        | {"tie_word_embeddings": True},
+    ),
+    "phi3-longrope": (
+        "phi3",
+        {"hidden_size": 64, "original_max_position_embeddings": 16}
+        | {"rope_parameters": {**longrope(6), "partial_rotary_factor": 0.75}},
+    ),
+    "seed-oss": ("seed_oss", {"head_dim": 16, "num_key_value_heads": 1}),
+    "seed-oss-biases": (
+        "seed_oss",
+        {"head_dim": 10, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True},
+    ),
+    "smollm3": ("smollm3", {"num_hidden_layers": 5}),
+    "smollm3-biases": (
+        "smollm3",
+        {"no_rope_layers": [0, 1, 0], "attention_bias": True, "mlp_bias": True}
+        | {"tie_word_embeddings": False, "rope_parameters": YARN},
+    ),
 }
 BASE = {
     "vocab_size": 97,
@@ -150,7 +195,11 @@ def test_half_precision_files_in_float32(dtype, tmp_path):
     np.testing.assert_allclose(our_logits(params, tokens), expected, atol=2e-4, rtol=0)
 
 
-@pytest.mark.parametrize("case", ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3"])
+WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-yarn"]
+WRITTEN += ["phi3-part-of-a-head", "phi3-longrope", "seed-oss-biases", "smollm3-biases"]
+
+
+@pytest.mark.parametrize("case", WRITTEN)
 def test_transformers_reads_what_we_write(case, tmp_path):
     model = make_model(case)
     model.save_pretrained(tmp_path / "theirs")
@@ -168,6 +217,8 @@ def test_transformers_reads_what_we_write(case, tmp_path):
 NEW_TOKENS = 64
 # One of each architecture; a prefill and a decode are compiled for each policy.
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
+# Beyond the original context, a dynamic rope's growing with each token.
+GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
 # The budget covers the new tokens, so nothing may be lost.
 POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 

@@ -73,7 +73,7 @@ def divergence_of(params, ids, outputs, seen, blend):
 
     def body(layer, x, given):
         now, then, share = given
-        q, k, v = (each[0] for each in layer.block.qkv(x, rotation))
+        q, k, v = (each[0] for each in layer.qkv(x, rotation))
         k, v = (jnp.repeat(each, group, axis=1) for each in (k, v))
         scores = jnp.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
 

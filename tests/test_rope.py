@@ -1,9 +1,14 @@
 """Frequencies and attention factors of every kind of rope, beside those of transformers."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import QWEN3, prompts_of, random_params
 
+import raas_jax
+from raas_jax import Dense, RaaS
 from raas_jax.config import ModelConfig
 from raas_jax.files import FileError
 from raas_jax.rope import Rope, frequencies, rope_rotation, rotate
@@ -132,3 +137,48 @@ def test_a_part_of_a_head_is_rotated():
 def test_what_is_no_rope_is_named(scaling, named):
     with pytest.raises(FileError, match=named):
         ModelConfig.from_hf({**SIZES, "rope_scaling": scaling})
+
+
+@pytest.mark.parametrize(
+    ("scaling", "context"),
+    [
+        (None, 256),
+        ({"rope_type": "linear", "factor": 4.0}, 256),
+        ({"rope_type": "dynamic", "factor": 4.0}, 1024),
+        ({"rope_type": "yarn", "factor": 4.0}, 1024),
+        # The context that is said was stretched already, or goes beyond.
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}, 256),
+        ({"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}, 256),
+    ],
+)
+def test_how_far_a_model_can_read(scaling, context):
+    assert ModelConfig.from_hf({**SIZES, "rope_scaling": scaling}).context == context
+
+
+ROPES = {
+    "dynamic": Rope(100.0, "dynamic", 4.0, original_max_position_embeddings=12),
+    "longrope": Rope(
+        100.0,
+        "longrope",
+        short_factor=(1.0, 1.5),
+        long_factor=(2.0, 9.0),
+        original_max_position_embeddings=24,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ROPES)
+@pytest.mark.parametrize("policy", [Dense(), RaaS(8, page_size=4)], ids=["dense", "raas"])
+def test_each_row_goes_by_its_own_length(kind, policy):
+    """Beside a longer text, a short one says what it says alone; fed or sampled alike."""
+    params = random_params(dataclasses.replace(QWEN3, rope=ROPES[kind], max_position_embeddings=64))
+    prompts, limits = prompts_of([3, 20]), [8, 16]
+    together = raas_jax.generate(params, prompts, policy=policy, max_new_tokens=16)
+    for prompt, out, limit in zip(prompts, together, limits, strict=True):
+        # By what the text may become, longrope is chosen: the same limit as beside the other.
+        limit = 16 if kind == "longrope" else limit
+        alone = raas_jax.generate(params, prompt, policy=policy, max_new_tokens=limit)
+        assert list(alone.tokens) == list(out.tokens)[:limit]
+        np.testing.assert_allclose(alone.logprobs, out.logprobs[:limit], atol=1e-5)
+        scored = raas_jax.score(params, prompt, list(out.tokens), policy=policy)
+        np.testing.assert_allclose(scored.logprobs, out.logprobs, atol=1e-4)

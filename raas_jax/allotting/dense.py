@@ -122,7 +122,7 @@ def backward(
     def body(
         layer: Layer, back: jax.Array, _: None
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array, _Pulled]]:
-        qkv, pull_qkv = jax.vjp(lambda x: layer.block.qkv(x, rotation), x)
+        qkv, pull_qkv = jax.vjp(lambda x: layer.qkv(x, rotation), x)
         q, k, v = _float32(qkv)
         out = _attend(q, k, v, _nothing, visible=visible)[0].astype(x.dtype)
         pull = jax.vjp(layer.block.finish, x, out)[1]
@@ -143,7 +143,7 @@ def pages_seen(params: Params, x: jax.Array, number: jax.Array, *, prompt: int, 
     rotation = _rotation(params, x)
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Seen]:
-        q, k, v = _float32(layer.block.qkv(x, rotation))
+        q, k, v = _float32(layer.qkv(x, rotation))
         pages = (x.shape[1] - prompt) // P
         blocks = _blocks(q, k, -(-QUERIES // P) * P)
         mass = _together(
@@ -166,7 +166,7 @@ def _through(
     rotation = _rotation(params, x)
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, list[Any]]:
-        q, k, v = _float32(layer.block.qkv(x, rotation))
+        q, k, v = _float32(layer.qkv(x, rotation))
         out, seen = _attend(q, k, v, see, *data, visible=visible)
         return layer.block.finish(x, out.astype(x.dtype)), seen
 

@@ -31,7 +31,11 @@ def check_finite(params: Params) -> None:
         groups.setdefault(frozenset(_first(leaf).sharding.device_set), {})[path] = leaf
     flags = {path: flag for group in groups.values() for path, flag in _flags(group).items()}
     places = destinations(params.config).items()
-    bad = [name for name, place in places if not flags[place.path][place.layer or 0]]
+    bad = [
+        name
+        for name, place in places
+        if not all(flags[path][place.layer or 0] for path in place.paths)
+    ]
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
         # Float16 ends at 65,504, which bfloat16 and float32 numbers may be above.

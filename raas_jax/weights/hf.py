@@ -25,6 +25,7 @@ from jax.typing import DTypeLike
 
 from raas_jax.checks import short
 from raas_jax.config import ModelConfig, quantised
+from raas_jax.families import FAMILIES
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
@@ -36,20 +37,6 @@ from raas_jax.weights.files import Shape, listed, misfits, new_folder, write_com
 # all arrays; a tree of them like `weights`; or a function from the config to any of these.
 Shardings = Mesh | Sharding | Mapping[str, Any] | Callable[[ModelConfig], Any] | None
 
-# The arrays of a layer, by Hugging Face's names and ours. A bias is `.bias` there and `_bias` here.
-LAYER = {
-    "input_layernorm": "attention_norm",
-    "self_attn.q_proj": "q",
-    "self_attn.q_norm": "q_norm",
-    "self_attn.k_proj": "k",
-    "self_attn.k_norm": "k_norm",
-    "self_attn.v_proj": "v",
-    "self_attn.o_proj": "o",
-    "post_attention_layernorm": "mlp_norm",
-    "mlp.gate_proj": "gate",
-    "mlp.up_proj": "up",
-    "mlp.down_proj": "down",
-}
 # Ours are [heads, head_dim, ...], theirs [heads * head_dim, ...]. The numbers lie in memory in the
 # same order, so reading and writing are reshapes.
 JOINED = ("layers.q", "layers.k", "layers.v")
@@ -68,30 +55,50 @@ SHARD_BYTES = 5_000_000_000
 
 
 class Destination(NamedTuple):
-    """Where a tensor goes: our path, the layer (None for an unstacked array), its HF shape."""
+    """Where a tensor goes.
 
-    path: str
+    Attributes:
+      paths: ours, of which several lie in one tensor, one after the other.
+      layer: its number; None for an unstacked array.
+      shape: of the tensor.
+      rows: how long its first axis is for each path.
+    """
+
+    paths: tuple[str, ...]
     layer: int | None
     shape: Shape
+    rows: tuple[int, ...]
 
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Every Hugging Face tensor name of a model → where it goes, in Hugging Face's order."""
-    rows: list[tuple[str, str, int | None]] = [("model.embed_tokens.weight", "embedding", None)]
-    for i, (theirs, ours) in itertools.product(range(config.num_hidden_layers), LAYER.items()):
-        rows.append((f"model.layers.{i}.{theirs}.weight", f"layers.{ours}", i))
-        rows.append((f"model.layers.{i}.{theirs}.bias", f"layers.{ours}_bias", i))
-    rows += [("model.norm.weight", "norm", None), ("lm_head.weight", "head", None)]
+    names: list[tuple[str, tuple[str, ...], int | None]] = []
+    names.append(("model.embed_tokens.weight", ("embedding",), None))
+    layer = FAMILIES[config.model_type].layer
+    for i, (theirs, ours) in itertools.product(range(config.num_hidden_layers), layer.items()):
+        paths = tuple(f"layers.{each}" for each in ours)
+        names.append((f"model.layers.{i}.{theirs}.weight", paths, i))
+        biases = tuple(f"{path}_bias" for path in paths)
+        names.append((f"model.layers.{i}.{theirs}.bias", biases, i))
+    names += [("model.norm.weight", ("norm",), None), ("lm_head.weight", ("head",), None)]
     leaves = flat_shapes(config, "float32")
     found: dict[str, Destination] = {}
-    for name, path, layer in rows:
-        if path in leaves:
-            shape = leaves[path].shape[0 if layer is None else 1 :]
-            if path.removesuffix("_bias") in JOINED:
-                shape = (shape[0] * shape[1], *shape[2:])
-            found[name] = Destination(path, layer, shape)
-    assert {place.path for place in found.values()} == set(leaves), "an array without a name"
+    for name, paths, number in names:
+        if paths[0] in leaves:
+            shapes = [_their_shape(path, leaves[path].shape, number) for path in paths]
+            rows = tuple(shape[0] for shape in shapes)
+            found[name] = Destination(paths, number, (sum(rows), *shapes[0][1:]), rows)
+    assert {path for place in found.values() for path in place.paths} == set(leaves), (
+        "an array without a name"
+    )
     return found
+
+
+def _their_shape(path: str, shape: Shape, layer: int | None) -> Shape:
+    own = shape if layer is None else shape[1:]
+    if path.removesuffix("_bias") in JOINED:
+        return own[0] * own[1], *own[2:]
+    return own
 
 
 def flat_shapes(config: ModelConfig, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -193,18 +200,21 @@ def load_hf(
     if not apart:
         arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in stacks}
     for name, entry in entries.items():
-        path, layer, _ = places[name]
-        shape = shapes[path]
-        if layer is None:
-            array = arrays[path] = _to_device(entry, shape, to, shardings[path])
-        elif apart:
-            array = _to_device(entry, shape[1:], to, _of_one_layer(shardings[path]))
-            apart[layer][path.removeprefix("layers.")] = array
-        else:
-            tensor = _to_device(entry, (1, *shape[1:]), to, shardings[path])
-            array = arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
-        # Waiting here keeps the host at one tensor; JAX would queue the next ones.
-        array.block_until_ready()
+        layer = places[name].layer
+        values = safetensors.read_tensor(entry, to)
+        ends = np.cumsum(places[name].rows)
+        for path, part in zip(places[name].paths, np.split(values, ends[:-1]), strict=True):
+            shape = shapes[path]
+            if layer is None:
+                array = arrays[path] = _to_device(part, shape, shardings[path])
+            elif apart:
+                array = _to_device(part, shape[1:], _of_one_layer(shardings[path]))
+                apart[layer][path.removeprefix("layers.")] = array
+            else:
+                tensor = _to_device(part, (1, *shape[1:]), shardings[path])
+                array = arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
+            # Waiting here keeps the host at one tensor; JAX would queue the next ones.
+            array.block_until_ready()
     if apart:
         arrays["layers"] = tuple(apart)
     config = dataclasses.replace(config, dtype=to.name)
@@ -217,11 +227,9 @@ def _of_one_layer(sharding: Sharding | None) -> Sharding | None:
     return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
 
 
-def _to_device(
-    entry: safetensors.Entry, shape: Shape, dtype: np.dtype, sharding: Sharding | None
-) -> jax.Array:
-    """One tensor, from its file to the device."""
-    values = safetensors.read_tensor(entry, dtype).reshape(shape)
+def _to_device(values: np.ndarray, shape: Shape, sharding: Sharding | None) -> jax.Array:
+    """One array, from the host to the device."""
+    values = values.reshape(shape)
     if sharding is not None:
         return jax.make_array_from_callback(shape, sharding, lambda index: values[index])
     array: jax.Array = jax.device_put(values)
@@ -349,8 +357,13 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
     places = destinations(params.config)
 
     def tensor(name: str) -> np.ndarray:
-        path, layer, shape = places[name]
-        return np.asarray(leaves[path] if layer is None else leaves[path][layer]).reshape(shape)
+        paths, layer, shape, rows = places[name]
+        arrays = (leaves[path] if layer is None else leaves[path][layer] for path in paths)
+        parts = [
+            np.asarray(array).reshape(count, *shape[1:])
+            for array, count in zip(arrays, rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     shards = _split({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
     with new_folder(folder) as partial:

@@ -38,7 +38,7 @@ def shares_of(params, ids):
     rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
 
     def body(layer, x, _):
-        q, k, v = (each[0] for each in layer.block.qkv(x, rotation))
+        q, k, v = (each[0] for each in layer.qkv(x, rotation))
         group = q.shape[1] // k.shape[1]
         scores = jnp.einsum("tnh,snh->nts", q, jnp.repeat(k, group, axis=1)) / q.shape[-1] ** 0.5
         scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)

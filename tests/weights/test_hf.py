@@ -218,10 +218,10 @@ def test_no_weights_no_config(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*'llama', 'mistral', 'qwen2', 'qwen3'"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*'llama', 'mistral'.*'qwen3'"),
         (
-            {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
-            "'yarn'.*'default', 'linear', 'llama3'",
+            {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}},
+            "'mrope'.*'default', 'linear', 'dynamic'",
         ),
     ],
 )

@@ -110,8 +110,8 @@ def follow(
     for row, (ids, dense) in enumerate(zip(texts, outputs, strict=True)):
         tokens[: len(ids) - prompt_tokens, row] = ids[prompt_tokens:]
         reference[: len(ids) - prompt_tokens - 1, row] = dense[prompt_tokens:-1]
-    # No row may end on its way, whatever it is fed.
-    request = RowRequest.create([padded + 2] * rows)
+    # A row that has ended is fed like the others; without stop tokens none ends earlier.
+    request = RowRequest.create([len(ids) - prompt_tokens for ids in texts])
     state, _ = session.start(prompts, request, force=tokens[0])
     state = foresee(params, session.plan, state, texts, prompt_tokens)
     state = state if prepare is None else prepare(state)

@@ -89,7 +89,7 @@ def _layer(
     N, K, H = config.num_attention_heads, config.num_key_value_heads, config.head_dim
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         q = q[0].reshape(T, K, N // K, H).astype(jnp.float32) * H**-0.5
         scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _NEVER), axis=-1)

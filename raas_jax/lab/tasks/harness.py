@@ -80,7 +80,7 @@ class RaasLM(TemplateLM):  # type: ignore[misc]  # The harness has no types.
         self._rows = _rows(rows, batch_size, max_batch_size)
         self.params = load(pretrained, dtype=dtype)
         self.tokenizer = tokenizer.load(self.params)
-        self.max_length = max_length or self.params.config.max_position_embeddings
+        self.max_length = max_length or self.params.config.context
         self.max_gen_toks = max_gen_toks
         self.seed = seed
         self.think_end_token = think_end_token

@@ -117,7 +117,7 @@ def trace(
             )
     problem = problem_of(params, prompt)
     ids = tokenizer.encode(params, prompt)[0][0]
-    room = min(4096, max(1, config.max_position_embeddings - len(ids)))
+    room = min(4096, max(1, config.context - len(ids)))
     limit = max_new_tokens or (room if problem is None else answer_limit(problem))
     stops = tokenizer.stop_token_ids(params)
     found = record(params, [ids], [limit], policy, stop_tokens=stops, every_step=True)

@@ -46,7 +46,7 @@ def attention(params, ids):
     rotation = rope_rotation(QWEN3.rope, QWEN3.head_dim, jnp.arange(T)[None])
 
     def body(layer, x, _):
-        q, k, v = layer.block.qkv(x, rotation)
+        q, k, v = layer.qkv(x, rotation)
         k, v = (jnp.repeat(each, G, axis=2) for each in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / QWEN3.head_dim**0.5
         shares = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf))

@@ -1,0 +1,163 @@
+"""The families of models, one entry each: what their config.json and their tensors mean.
+
+A family is what transformers calls a model type. What differs between families is written here as
+data, and in `ModelConfig` as flags, so that no other file asks for a model type.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+FOR_ALL: Mapping[str, Any] = {"rms_norm_eps": 1e-6, "hidden_act": "silu", "rope_theta": 10_000.0}
+"""What transformers means by a key that a config.json leaves out, where that is not null or false.
+A family's own go before it."""
+
+LAYER: Mapping[str, tuple[str, ...]] = {
+    "input_layernorm": ("attention_norm",),
+    "self_attn.q_proj": ("q",),
+    "self_attn.q_norm": ("q_norm",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.k_norm": ("k_norm",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "post_attention_layernorm": ("mlp_norm",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+}
+"""The tensors of a layer as most families have them."""
+
+
+def joined(*names: tuple[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
+    """`LAYER` with some of its arrays together in one tensor, each (their name, our names)."""
+    together = {ours: (theirs, several) for theirs, several in names for ours in several}
+    return dict(together.get(ours[0], (theirs, ours)) for theirs, ours in LAYER.items())
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is particular to a family.
+
+    Attributes:
+      architecture: the class of transformers.
+      left_out: see `FOR_ALL`.
+      qkv_bias, output_bias, mlp_bias: whether these products have a bias; or the field of the
+        config.json that says so.
+      qk_norm: queries and keys are normalised.
+      own_head_dim: null is no head_dim.
+      whole_heads: hidden_size must be a multiple of the heads.
+      partial_rotary: a part of each head may be rotated.
+      some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
+      layer: the tensors of a layer, by their names in the files: ours, of which several lie in one
+        tensor, one after the other. A bias is `.bias` there and `_bias` here.
+      windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
+        "switched", by `use_sliding_window`, those from `max_window_layers` on; or "unrotated", by
+        the same switch, those that are not rotated.
+      asks_no_types: `layer_types`, which says it elsewhere, does not count.
+      ropes: the kinds of rope that it has, by their names in its files; None is all.
+      original_context: the field, outside the rope, that holds the context before it was stretched.
+    """
+
+    architecture: str
+    left_out: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
+    qk_norm: bool = False
+    own_head_dim: bool = False
+    whole_heads: bool = False
+    partial_rotary: bool = False
+    some_layers_rotate: bool = False
+    layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
+    windows: Literal["all", "switched", "unrotated"] = "all"
+    asks_no_types: bool = False
+    ropes: Mapping[str, str] | None = None
+    original_context: str | None = None
+
+
+_QWEN = {
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 2**15,
+    "sliding_window": 4096,
+    "max_window_layers": 28,
+}
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family(
+        "LlamaForCausalLM",
+        {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        whole_heads=True,
+    ),
+    "mistral": Family(
+        "MistralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 2**17,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        asks_no_types=True,
+    ),
+    "phi3": Family(
+        "Phi3ForCausalLM",
+        {
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 32000,
+        },
+        partial_rotary=True,
+        layer=joined(("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up"))),
+        asks_no_types=True,
+        ropes={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
+        original_context="original_max_position_embeddings",
+    ),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True, windows="switched"),
+    "qwen3": Family(
+        "Qwen3ForCausalLM",
+        {**_QWEN, "head_dim": 128},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        own_head_dim=True,
+        windows="switched",
+    ),
+    "seed_oss": Family(
+        "SeedOssForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 2**19,
+            "attention_bias": True,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "smollm3": Family(
+        "SmolLM3ForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2**15,
+            "rope_theta": 2_000_000.0,
+            "no_rope_layer_interval": 4,
+            "tie_word_embeddings": True,
+            "bos_token_id": 128000,
+            "eos_token_id": 128001,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        some_layers_rotate=True,
+        windows="unrotated",
+    ),
+}
