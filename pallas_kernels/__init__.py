@@ -9,6 +9,7 @@ from pallas_kernels.ragged_decode_attention import head_pages, ragged_decode_att
 from pallas_kernels.ragged_page_commit import ragged_page_commit
 from pallas_kernels.ranges import Ranges
 from pallas_kernels.selected_decode_attention import selected_decode_attention
+from pallas_kernels.stacked_product import stacked_product
 
 __all__ = [
     "DecodeAttention",
@@ -22,4 +23,5 @@ __all__ = [
     "ragged_decode_attention",
     "ragged_page_commit",
     "selected_decode_attention",
+    "stacked_product",
 ]
