@@ -79,6 +79,7 @@ def dispatch(
     arrays: Sequence[jax.Array | None],
     axes: tuple[Sequence[str], Any],
     prefers_xla: Callable[[Target], bool] = lambda target: False,
+    summed: bool = False,
     **options: Any,
 ) -> Result:
     """Calls the backend that `implementation` names, or the best one for the target.
@@ -94,6 +95,7 @@ def dispatch(
         latter in the structure of what is returned.
       prefers_xla: whether "xla" is the better choice on a target for these shapes; not asked where
         `implementation` names one.
+      summed: whether results are sums over heads, so that what devices find is added up.
       **options: static arguments.
 
     Raises:
@@ -115,7 +117,7 @@ def dispatch(
             if name == "xla":
                 return backends[name](*arrays, **options)
             backend = functools.partial(backends[name], device_kind=target.device_kind, **options)
-            return split(backend, target, arrays, axes)
+            return split(backend, target, arrays, axes, summed)
         except NotImplementedError as reason:
             declined.append(f"{name}: {reason}")
     raise ValueError(f"{operation}: no backend serves these arguments. " + "; ".join(declined))
@@ -126,11 +128,13 @@ def split(
     target: Target,
     arrays: Sequence[jax.Array | None],
     axes: tuple[Sequence[str], Any],
+    summed: bool = False,
 ) -> Result:
     """Calls `backend` on each device's rows and heads; they do not need each other's.
 
     An axis that the mesh does not divide evenly is not split: every device then does all of it. The
-    pages of a pool (`T`) go with the heads that own them.
+    pages of a pool (`T`) go with the heads that own them. With `summed`, results are added up over
+    the devices that split heads.
     """
     mesh = target.mesh
     if mesh is None or mesh.size == 1:
@@ -153,8 +157,12 @@ def split(
         parts = map(of_letter.get, letters)
         return PartitionSpec(*parts)
 
+    def on_device(*arrays: Any) -> Any:
+        found = backend(*arrays)
+        return jax.lax.psum(found, split_heads) if summed and split_heads else found
+
     return jax.shard_map(
-        backend,
+        on_device,
         mesh=mesh,
         in_specs=tuple(map(spec, operands)),
         out_specs=jax.tree.map(spec, results),

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import Target
 from raas_jax.attention import Reader, causal_attention, prompt_mass
 from raas_jax.cache import (
     Bounds,
@@ -480,7 +481,8 @@ def token_step(
     rotation = rope_rotation(config.rope, config.head_dim, position[:, None], total=total)
     body_of = partial(_step_body, state, plan, rotation=rotation, offset=offset)
     x, current, meta = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
-    token, logprob, greedy = _choose(rows.sampler, model.logits(x[:, 0]), rows.generated, force)
+    logits = model.logits(x[:, 0], plan.target or Target.of())
+    token, logprob, greedy = _choose(rows.sampler, logits, rows.generated, force)
     sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
     over = rows.done | (token < 0)
     generated = jnp.where(over, rows.generated, rows.generated + 1)
@@ -506,7 +508,13 @@ def run_groups(
     current, meta = state.cache.current, []
     for number, group in enumerate(plan.groups):
         xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
-        layers = partial(run_layers, first=group.first, count=group.layers, by_number=True)
+        layers = partial(
+            run_layers,
+            first=group.first,
+            count=group.layers,
+            by_number=True,
+            target=plan.target or Target.of(),
+        )
         carry = x, current
         (x, current), of_group = layers(params.config, params.weights, body_of(number), carry, xs)
         meta.append(of_group)

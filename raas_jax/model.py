@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from pallas_kernels import Target
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
-from raas_jax.products import OfLayer, look_up, project, project_all
+from raas_jax.products import OfLayer, OfStack, look_up, project, project_all
 from raas_jax.rope import Rotation, rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
@@ -28,6 +29,8 @@ Weights = dict[str, Any]
 """Arrays of a model: `embedding`, `norm`, `head` and, stacked or separate, `layers`."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
 """A layer's weights that are multiplied by; the others are small."""
+INWARD = ("o", "down")
+"""Those of which a mesh that splits heads and mlp width cuts what is summed over."""
 
 
 class Block(nnx.Module):
@@ -124,11 +127,14 @@ class Ends(nnx.Module):
         """int32 `[...]` → `[..., D]` in the weights' dtype."""
         return look_up(self.embedding[...], tokens)
 
-    def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states `[..., D]` → float32 logits `[..., V]`."""
+    def logits(self, x: jax.Array, target: Target | None = None) -> jax.Array:
+        """Hidden states `[..., D]` → float32 logits `[..., V]`; target as of `run_layers`."""
         head = self.embedding if self.config.tie_word_embeddings else self.head
         h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
-        return project(h, head[...], dtype=jnp.float32)
+        weight = head[...]
+        if _reads_stacks(self.config, target):
+            weight = OfStack(weight[None], jnp.int32(0), target)
+        return project(h, weight, dtype=jnp.float32)
 
 
 class Transformer(Ends):
@@ -254,6 +260,7 @@ def run_layers(
     count: int | None = None,
     pattern: tuple[str, ...] | None = None,
     by_number: bool = False,
+    target: Target | None = None,
 ) -> tuple[Any, Any]:
     """Runs a body through layers in their order: the only loop over them.
 
@@ -270,6 +277,8 @@ def run_layers(
       pattern: kinds of layers in turn; the config's by default.
       by_number: read each layer out of the stack, as decoding does; a part, and layers that are
         separate, are always read so.
+      target: what is compiled for, where few rows are multiplied by each weight, as in decoding;
+        products then have what is best there. None: they are the library's.
 
     Returns:
       The last carry, and what the layers gave, stacked.
@@ -287,6 +296,7 @@ def run_layers(
         raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
     if total % len(kinds):
         raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
+    in_place = not isinstance(layers, tuple) and _reads_stacks(config, target)
     # A slice of the stack would be a copy of it, so a part of it is read by number.
     by_number = by_number or isinstance(layers, tuple) or count < total
 
@@ -299,6 +309,10 @@ def run_layers(
             arrays, number, x = _slice(scanned, place) if several else scanned
             if by_number:
                 arrays = _layer_by_number(layers, number)
+            if in_place:
+                arrays |= {
+                    name: OfStack(layers[name], number, target, name in INWARD) for name in MATRICES
+                }
             carry, y = body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
             ys.append(y)
         return carry, _stack(ys) if several else ys[0]
@@ -309,6 +323,14 @@ def run_layers(
     if several:
         ys = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
     return carry, ys
+
+
+def _reads_stacks(config: ModelConfig, target: Target | None) -> bool:
+    """Whether products are given whole stacks: on GPUs, unless a mesh cuts some and not others."""
+    if target is None or target.platform != "gpu":
+        return False
+    sizes = config.num_key_value_heads, config.intermediate_size, config.vocab_size
+    return not any(size % target.head_ways for size in sizes)
 
 
 def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:

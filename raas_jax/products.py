@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-FEW_ROWS = 8
-"""On a GPU, XLA copies a layer's weight out of the stack for a product of matrices. Up to so many
-rows, sums of products that read it in place are one fusion; more rows would read it twice."""
+from pallas_kernels import Target, stacked_product
 
 MANY_ROWS = 8
 """From so many rows on, a half-precision product on a CPU is faster with the weight on the left."""
@@ -37,7 +34,28 @@ class OfLayer:
     number: jax.Array
 
 
-Weight = jax.Array | OfLayer
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class OfStack:
+    """The weight of the layer with this number, in the stack of all layers' weights.
+
+    XLA on GPUs copies what it takes out of a stack before it multiplies by it; a kernel is given
+    the whole stack, and reads its layer where it lies.
+
+    Attributes:
+      stack: `[L, *out, in]`.
+      number: int32 scalar, traced.
+      target: what is compiled for (static).
+      inward: whether a mesh that splits heads cuts `in`, and not `out` (static).
+    """
+
+    stack: jax.Array
+    number: jax.Array
+    target: Target = dataclasses.field(metadata={"static": True})
+    inward: bool = dataclasses.field(default=False, metadata={"static": True})
+
+
+Weight = jax.Array | OfLayer | OfStack
 
 
 def project(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
@@ -49,11 +67,14 @@ def project(x: jax.Array, weight: Weight, dtype: Any = None) -> jax.Array:
 
 
 def project_all(x: jax.Array, weights: Sequence[Weight], dtype: Any = None) -> list[jax.Array]:
-    """`project` by each of several weights, which are all arrays, or all of one layer."""
-    arrays = [weight for weight in weights if not isinstance(weight, OfLayer)]
-    if arrays:
-        return _project_each(arrays, dtype, x)
+    """`project` by each of several weights, all in one form and all of one layer."""
+    stacks = [weight for weight in weights if isinstance(weight, OfStack)]
+    if stacks:
+        return _project_in_place(x, stacks, dtype)
     chosen = [weight for weight in weights if isinstance(weight, OfLayer)]
+    if not chosen:
+        arrays = [weight for weight in weights if not isinstance(weight, OfLayer | OfStack)]
+        return _project_each(arrays, dtype, x)
     branches = [
         functools.partial(_project_each, of_layer, dtype)
         for of_layer in zip(*(weight.weights for weight in chosen), strict=True)
@@ -77,6 +98,22 @@ def _take_in_place(table: jax.Array, rows: jax.Array) -> jax.Array:
     return _take(*jax.lax.optimization_barrier((table, rows)))
 
 
+def _project_in_place(x: jax.Array, weights: Sequence[OfStack], dtype: Any) -> list[jax.Array]:
+    one = weights[0]
+    found = stacked_product(
+        x.reshape(-1, x.shape[-1]),
+        [weight.stack.reshape(weight.stack.shape[0], -1, x.shape[-1]) for weight in weights],
+        one.number,
+        dtype=dtype,
+        inward=one.inward,
+        target=one.target,
+    )
+    return [
+        out.reshape(*x.shape[:-1], *weight.stack.shape[1:-1])
+        for out, weight in zip(found, weights, strict=True)
+    ]
+
+
 def _project_each(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> list[jax.Array]:
     return [_project(x, weight, dtype) for weight in weights]
 
@@ -84,11 +121,12 @@ def _project_each(weights: Sequence[jax.Array], dtype: Any, x: jax.Array) -> lis
 def _project(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
     flat = weight.reshape(-1, weight.shape[-1])
     dtype = dtype or x.dtype
-    ways = {"default": _matmul, "cpu": _matmul_on_cpu}
-    if math.prod(x.shape[:-1]) <= FEW_ROWS:
-        ways["cuda"] = _row_by_row
-    chosen = {name: functools.partial(way, dtype=dtype) for name, way in ways.items()}
-    out: jax.Array = jax.lax.platform_dependent(x, flat, **chosen)
+    out: jax.Array = jax.lax.platform_dependent(
+        x,
+        flat,
+        default=functools.partial(_matmul, dtype=dtype),
+        cpu=functools.partial(_matmul_on_cpu, dtype=dtype),
+    )
     return out.reshape(*x.shape[:-1], *weight.shape[:-1])
 
 
@@ -118,11 +156,3 @@ def _matmul_on_cpu(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
         out = _matmul(rows, weight, jnp.float32)[:count]
     found: jax.Array = out.astype(dtype).reshape(*x.shape[:-1], -1)
     return found
-
-
-def _row_by_row(x: jax.Array, weight: jax.Array, dtype: Any) -> jax.Array:
-    """The same for few rows, as sums that XLA fuses into one pass over the weight where it lies."""
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    wide = weight.astype(jnp.float32)
-    sums = [jnp.sum(wide * rows[index], axis=-1) for index in range(rows.shape[0])]
-    return jnp.stack(sums).astype(dtype).reshape(*x.shape[:-1], -1)

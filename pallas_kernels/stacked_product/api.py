@@ -23,6 +23,7 @@ def stacked_product(
     layer: jax.Array | int = 0,
     *,
     dtype: Any = None,
+    inward: bool = False,
     implementation: Implementation = None,
     target: Target | None = None,
 ) -> list[jax.Array]:
@@ -34,6 +35,8 @@ def stacked_product(
         that no layer is sliced out.
       layer: int32 scalar, which layer of the stacks to read.
       dtype: of the results, that of x by default; sums are float32 and rounded once.
+      inward: whether a mesh that splits heads cuts `in`, and the devices' results are added up; it
+        cuts `out` otherwise.
       implementation: None picks by target and arguments; "xla" or "gpu" forces one.
       target: what is compiled for; the default backend where not given.
 
@@ -56,12 +59,16 @@ def stacked_product(
                 f"{stacks[0].shape} it must be [{layers[0]}, out, {x.shape[1]}]."
             )
         check_same_dtype(name, stack, "x", x)
+    # What a mesh splits with the heads has their letter.
+    operands, out = (("BN", "", "LIN"), "BI") if inward else (("BI", "", "LNI"), "BN")
+    axes = (*operands[:2], *operands[2:] * len(stacks)), [out] * len(stacks)
     return dispatch(
         "stacked_product",
         _BACKENDS,
         implementation,
         target,
         (x, check_layer(layer, stacks[0].shape[0]), *stacks),
-        (("BI", "", *["LNI"] * len(stacks)), ["BN"] * len(stacks)),
+        axes,
+        summed=inward,
         dtype=x.dtype if dtype is None else jax.numpy.dtype(dtype),
     )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from pallas_kernels.hopper import MULTIPROCESSORS, ROWS, TILE, TILE_BYTES
 
 MOST_ROWS = 256
-"""Rows of x for which one warpgroup has the registers: the tensor cores take no more at once."""
-WHOLE_BYTES = 200 * 1024
+"""Rows of x for which a warpgroup has the registers: the tensor cores take no more at once."""
+SHARED_ROWS = 128
+"""Up to so many, two blocks fit on one multiprocessor."""
+ENOUGH = 124
+"""Multiprocessors that take all of the memory's bandwidth."""
+ALONE_BYTES = 200 * 1024
 """For the tiles in flight, where a block has a multiprocessor to itself."""
-FEW = 32
-"""Rows of x up to which a tile of them is small beside one of 64 rows of weights."""
-LONG = 4
-"""Tiles that a part of a contraction has at least, so that filling the pipeline is not all."""
+CACHE_SPEED = 1.6
+"""Bandwidth of the L2 cache over that of the memory."""
+PART_COST = 3
+"""How often a part of a sum moves: it is written, and read by the residual and by the norm."""
+MOST_WARPGROUPS, MOST_SPLITS = 3, 8
+SHORTEST = 8
+"""Tiles of 64 columns that a part of a sum has at least, so that it is more than a beginning."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,25 +46,42 @@ class Blocks:
     stages: int
 
 
-def hopper_blocks(B: int, I: int, outs: Sequence[int]) -> Blocks:
-    """Blocks for `x [B, I]` and weights of so many rows, multiples of 64 as `I` is.
+def hopper_blocks(B: int, width: int, outs: Sequence[int]) -> Blocks:
+    """Blocks for `x [B, width]` and weights of so many rows, multiples of 64 as `width` is.
 
-    What bounds it is reading the weights. Every block also reads its part of x, from the L2 cache,
-    whose bandwidth is less than twice that of the memory: many rows of x are shared by twice the
-    rows of weights. A contraction is split only where there would else be fewer blocks than four
-    fifths of the multiprocessors, since a part costs a float32 result to be written and read.
+    Of all ways the one that takes least time if only bandwidth counted: of the memory for weights,
+    of the cache for weights, for x, which every block reads again, and for the parts of sums that
+    are split; both for as long as the fullest multiprocessor takes.
     """
-    rows = -(-B // ROWS) * ROWS
-    pairs = all(out % (2 * TILE) == 0 for out in outs)
-    warpgroups = 2 if rows > FEW and pairs else 1
-    columns = 2 * TILE if rows <= FEW and I % (2 * TILE) == 0 else TILE
-    across, along = sum(outs) // (warpgroups * TILE), I // columns
-    splits = -(-MULTIPROCESSORS * 4 // (5 * across))
-    splits = max(1, min(splits, along // LONG))
-    tiles = -(-along // splits)
+    rows, total = -(-B // ROWS) * ROWS, sum(outs)
+    resident = 2 if rows <= SHARED_ROWS else 1
+    weights = 2 * total * width
+
+    def count(warpgroups: int, splits: int) -> int:
+        return total // (warpgroups * TILE) * splits
+
+    def cost(way: tuple[int, int]) -> float:
+        warpgroups, splits = way
+        again = weights * rows / (warpgroups * TILE)
+        parts = PART_COST * 4 * splits * rows * total if splits > 1 else 0
+        moved = max(weights, (weights + again) / CACHE_SPEED) + parts / CACHE_SPEED
+        blocks, slots = count(*way), MULTIPROCESSORS * resident
+        waves = -(-blocks // slots)
+        return moved * (waves * slots / blocks if waves > 1 else max(1, ENOUGH / blocks))
+
+    heights = range(1, MOST_WARPGROUPS + 1)
+    ways = itertools.product(
+        [each for each in heights if all(out % (each * TILE) == 0 for out in outs)],
+        range(1, max(1, min(MOST_SPLITS, width // TILE // SHORTEST)) + 1),
+    )
+    warpgroups, splits = min(ways, key=cost)
+    room = ALONE_BYTES
+    if resident > 1 and count(warpgroups, splits) > MULTIPROCESSORS:
+        room = TILE_BYTES
+    wide = width % (2 * TILE) == 0 and room >= 4 * (warpgroups * TILE + rows) * 4 * TILE
+    columns = 2 * TILE if wide else TILE
+    tiles = -(-(width // columns) // splits)
+    stages = room // ((warpgroups * TILE + rows) * columns * 2)
     # No part without a tile.
-    splits = -(-along // tiles)
-    alone = across * splits <= MULTIPROCESSORS or rows > TILE
-    tile = (warpgroups * TILE + rows) * columns * 2
-    stages = max(2, min(8, (WHOLE_BYTES if alone else TILE_BYTES) // tile, tiles))
-    return Blocks(rows, warpgroups, columns, tiles, splits, stages)
+    splits = -(-(width // columns) // tiles)
+    return Blocks(rows, warpgroups, columns, tiles, splits, max(2, min(8, stages, tiles)))

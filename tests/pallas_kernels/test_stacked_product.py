@@ -12,9 +12,8 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import Target, stacked_product
-from pallas_kernels.hopper import MULTIPROCESSORS
 from pallas_kernels.stacked_product.gpu import stacked_product_gpu
-from pallas_kernels.stacked_product.tuning import Blocks, hopper_blocks
+from pallas_kernels.stacked_product.tuning import Blocks
 
 H100 = "NVIDIA H100 80GB HBM3"
 HOPPER = Target("gpu", H100)
