@@ -37,6 +37,7 @@ from pallas_kernels import (
     ragged_decode_attention,
     ragged_page_commit,
     selected_decode_attention,
+    stacked_product,
 )
 
 PAGE = 16
@@ -116,14 +117,18 @@ class Measurement:
     why: str | None
 
 
+def _turns(shape: Shape, of_layer: int) -> int:
+    """Layers to take turns on, each of so many bytes."""
+    return min(MODELS[shape.model][0], max(2, math.ceil(ROTATED_BYTES / of_layer)))
+
+
 def _buffers(
     shape: Shape, dtype: Any, key: jax.Array, *page: int
 ) -> tuple[int, jax.Array, jax.Array, jax.Array]:
     """Layers to take turns on, q, and two buffers `[layers, B, K, S, *page, H]`."""
-    layers, K, G, H = MODELS[shape.model]
+    _, K, G, H = MODELS[shape.model]
     sizes = (shape.batch, K, shape.budget // PAGE, *page, H)
-    of_layer = 2 * math.prod(sizes) * jnp.dtype(dtype).itemsize
-    layers = min(layers, max(2, math.ceil(ROTATED_BYTES / of_layer)))
+    layers = _turns(shape, 2 * math.prod(sizes) * jnp.dtype(dtype).itemsize)
     keys = jax.random.split(key, 3)
     q = jax.random.normal(keys[0], (shape.batch, K * G, H), dtype)
     one, other = (jax.random.normal(each, (layers, *sizes), dtype) for each in keys[1:])
@@ -248,6 +253,22 @@ def _prefill_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> 
     return Case(step, jnp.zeros(()), (q, k), 2, size)
 
 
+def _stacked_product(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
+    """Of queries, keys and values, out of rows as wide as the queries."""
+    _, K, G, H = MODELS[shape.model]
+    width, outs = K * G * H, (K * G * H, K * H, K * H)
+    of_layer = width * sum(outs) * jnp.dtype(dtype).itemsize
+    layers = _turns(shape, of_layer)
+    keys = jax.random.split(key, 4)
+    x = jax.random.normal(keys[0], (shape.batch, width), dtype)
+    stacks = [
+        jax.random.normal(each, (layers, out, width), dtype)
+        for each, out in zip(keys[1:], outs, strict=True)
+    ]
+    size = of_layer + shape.batch * (width + sum(outs)) * x.dtype.itemsize
+    return Case(_summed(stacked_product, how), jnp.zeros(()), (x, stacks), layers, size)
+
+
 OPERATIONS: dict[str, Callable[..., Case]] = {
     "decode_attention": _decode_attention,
     "selected_decode_attention": _selected_decode_attention,
@@ -256,6 +277,7 @@ OPERATIONS: dict[str, Callable[..., Case]] = {
     "page_commit": _page_commit,
     "ragged_page_commit": _ragged_page_commit,
     "prefill_attention": _prefill_attention,
+    "stacked_product": _stacked_product,
 }
 RECTANGLES = {
     "ragged_decode_attention": "decode_attention",

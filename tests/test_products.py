@@ -7,22 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import Target
 from raas_jax import products
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("shape", [(1, 1, 48), (1, 48), (5, 1, 48)])
-def test_few_rows_on_a_gpu_are_the_product_of_all(shape, dtype):
-    """The form for GPUs, here on a CPU, against the product in float64."""
-    keys = jax.random.split(jax.random.key(0))
-    x = jax.random.normal(keys[0], shape, dtype)
-    weight = jax.random.normal(keys[1], (30, 48), dtype)
-    wanted = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    for form in (products._row_by_row, products._matmul):
-        got = form(x, weight, jnp.dtype("float32"))
-        assert got.shape == (*shape[:-1], 30)
-        np.testing.assert_allclose(got, wanted, atol=1e-4)
-    assert products._row_by_row(x, weight, x.dtype).dtype == x.dtype
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -40,18 +26,45 @@ def test_every_form_for_cpus_is_the_product(rows, dtype):
     np.testing.assert_array_equal(got, wide.astype(x.dtype))
 
 
-def test_a_gpu_has_another_form_for_few_rows():
-    weight = jnp.ones((8, 4))
-    texts = {
-        (rows, platform): jax.jit(products.project)
-        .trace(jnp.ones((rows, 1, 4)), weight)
-        .lower(lowering_platforms=(platform,))
-        .as_text()
-        for rows in (1, products.FEW_ROWS, products.FEW_ROWS + 1)
-        for platform in ("cuda", "cpu", "tpu")
-    }
-    without = [key for key, text in texts.items() if "dot_general" not in text]
-    assert without == [(1, "cuda"), (products.FEW_ROWS, "cuda")]
+def stacks_of(target, inward=False):
+    """Two stacks of four layers, as they are given for the layer with a number."""
+    keys = jax.random.split(jax.random.key(0))
+    stacks = [jax.random.normal(keys[0], (4, 5, 6, 48)), jax.random.normal(keys[1], (4, 7, 48))]
+    return stacks, lambda number: [products.OfStack(w, number, target, inward) for w in stacks]
+
+
+@pytest.mark.parametrize("kind", ["", "NVIDIA A100-SXM4-80GB"])
+@pytest.mark.parametrize("shape", [(1, 1, 48), (2, 48), (3, 3, 48)])
+def test_a_weight_of_the_stack_with_this_number(shape, kind):
+    """What other GPUs have instead of the kernel, and plain XLA; it runs here, on a CPU."""
+    stacks, of_layer = stacks_of(Target("gpu" if kind else "cpu", kind))
+    x = jax.random.normal(jax.random.key(1), shape)
+    both = jax.jit(lambda number: products.project_all(x, of_layer(number)))
+    for number in range(4):
+        for got, stack in zip(both(jnp.int32(number)), stacks, strict=True):
+            wanted = np.tensordot(np.float64(x), np.float64(stack[number]), (-1, -1))
+            assert got.dtype == x.dtype and got.shape == wanted.shape
+            np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "kind", "dtype", "kernel", "dot"),
+    [
+        (1, "NVIDIA H100 80GB HBM3", "bfloat16", True, False),
+        (256, "NVIDIA H200", "bfloat16", True, False),
+        (257, "NVIDIA H100 80GB HBM3", "bfloat16", False, True),
+        (8, "NVIDIA H100 80GB HBM3", "float32", False, False),
+        (8, "NVIDIA A100-SXM4-80GB", "bfloat16", False, False),
+        (9, "NVIDIA A100-SXM4-80GB", "bfloat16", False, True),
+    ],
+)
+def test_which_form_a_gpu_has_for_a_stack(rows, kind, dtype, kernel, dot):
+    def product(x, stack, number):
+        return products.project(x, products.OfStack(stack, number, Target("gpu", kind)))
+
+    arrays = jnp.ones((rows, 1, 64), dtype), jnp.ones((2, 64, 64), dtype), jnp.int32(1)
+    text = jax.jit(product).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert ("mosaic_gpu" in text, "dot_general" in text) == (kernel, dot)
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -23,7 +23,6 @@ from raas_jax import products
 FORMS: dict[str, Callable[..., jax.Array]] = {
     "product": products._matmul,
     "product on a CPU": products._matmul_on_cpu,
-    "sums row by row": products._row_by_row,
 }
 
 
