@@ -157,12 +157,12 @@ def split(
         parts = map(of_letter.get, letters)
         return PartitionSpec(*parts)
 
-    def on_device(*arrays: Any) -> Any:
-        found = backend(*arrays)
-        return jax.lax.psum(found, split_heads) if summed and split_heads else found
+    def summing(*arrays: jax.Array | None) -> Result:
+        added: Result = jax.lax.psum(backend(*arrays), split_heads)
+        return added
 
     return jax.shard_map(
-        on_device,
+        summing if summed and split_heads else backend,
         mesh=mesh,
         in_specs=tuple(map(spec, operands)),
         out_specs=jax.tree.map(spec, results),

@@ -20,7 +20,7 @@ from flax import nnx
 from pallas_kernels import Target
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
-from raas_jax.products import OfLayer, OfStack, look_up, project, project_all
+from raas_jax.products import OfLayer, OfStack, Weight, look_up, project, project_all
 from raas_jax.rope import Rotation, rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
@@ -131,9 +131,9 @@ class Ends(nnx.Module):
         """Hidden states `[..., D]` → float32 logits `[..., V]`; target as of `run_layers`."""
         head = self.embedding if self.config.tie_word_embeddings else self.head
         h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
-        weight = head[...]
-        if _reads_stacks(self.config, target):
-            weight = OfStack(weight[None], jnp.int32(0), target)
+        weight: Weight = head[...]
+        if in_place := _in_place(self.config, target):
+            weight = OfStack(head[...][None], jnp.int32(0), in_place)
         return project(h, weight, dtype=jnp.float32)
 
 
@@ -296,7 +296,7 @@ def run_layers(
         raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
     if total % len(kinds):
         raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
-    in_place = not isinstance(layers, tuple) and _reads_stacks(config, target)
+    in_place = None if isinstance(layers, tuple) else _in_place(config, target)
     # A slice of the stack would be a copy of it, so a part of it is read by number.
     by_number = by_number or isinstance(layers, tuple) or count < total
 
@@ -310,9 +310,7 @@ def run_layers(
             if by_number:
                 arrays = _layer_by_number(layers, number)
             if in_place:
-                arrays |= {
-                    name: OfStack(layers[name], number, target, name in INWARD) for name in MATRICES
-                }
+                arrays |= _matrices_in_place(layers, number, in_place)
             carry, y = body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
             ys.append(y)
         return carry, _stack(ys) if several else ys[0]
@@ -325,12 +323,16 @@ def run_layers(
     return carry, ys
 
 
-def _reads_stacks(config: ModelConfig, target: Target | None) -> bool:
-    """Whether products are given whole stacks: on GPUs, unless a mesh cuts some and not others."""
+def _in_place(config: ModelConfig, target: Target | None) -> Target | None:
+    """The target if its products are given whole stacks: a GPU, whose mesh cuts each weight."""
     if target is None or target.platform != "gpu":
-        return False
+        return None
     sizes = config.num_key_value_heads, config.intermediate_size, config.vocab_size
-    return not any(size % target.head_ways for size in sizes)
+    return None if any(size % target.head_ways for size in sizes) else target
+
+
+def _matrices_in_place(layers: Any, number: jax.Array, target: Target) -> dict[str, Any]:
+    return {name: OfStack(layers[name], number, target, name in INWARD) for name in MATRICES}
 
 
 def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:

@@ -40,7 +40,8 @@ def stacked_product_gpu(
             raise
         return sums_by_row(x, layer, *stacks, dtype=dtype)
     if blocks is None:
-        blocks = hopper_blocks(*x.shape, [stack.shape[1] for stack in stacks])
+        rows, width = x.shape
+        blocks = hopper_blocks(rows, width, [stack.shape[1] for stack in stacks])
     return multiply(x, layer, stacks, dtype, blocks, interpret)
 
 
