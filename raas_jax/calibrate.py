@@ -76,7 +76,7 @@ def _sum_queries(
         real, imaginary = jnp.split(plain, 2, axis=-1)
         lengths = jnp.sqrt(real * real + imaginary * imaginary)
         sums = jnp.sum(plain, axis=0), jnp.sum(lengths, axis=0)
-        return layer.block.finish(x, causal_attention(q, k, v)), sums
+        return layer.finish(x, causal_attention(q, k, v)), sums
 
     x = ends(config, params.weights).embed(tokens)
     sums: tuple[jax.Array, jax.Array] = run_layers(config, params.weights, body, x)[1]

@@ -31,6 +31,11 @@ LARGEST = {
     "head_dim": 2**14,
     "max_position_embeddings": INT32_MAX,
 }
+LARGEST_OF_EXPERTS = {
+    "num_experts": 2**14,
+    "num_experts_per_tok": 2**14,
+    "moe_intermediate_size": 2**22,
+}
 LEAST_ID = -1
 """Which some publishers write for a token that there is not."""
 # Settings that change a model in transformers, with the only value that is implemented here.
@@ -97,6 +102,9 @@ class ModelConfig:
 
     Attributes:
       unrotated_layers: numbers of the layers whose queries and keys are not rotated (NoPE).
+      num_experts: perceptrons of each layer, of `moe_intermediate_size`, of which a token goes
+        through `num_experts_per_tok`; 0 is one, of `intermediate_size`.
+      norm_topk_prob: the shares of a token's experts are made to add up to one.
     """
 
     vocab_size: int
@@ -115,6 +123,10 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     unrotated_layers: tuple[int, ...] = ()
+    num_experts: int = 0
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -141,6 +153,16 @@ class ModelConfig:
             )
         self.rope.check_head(self.head_dim)
         _check(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
+        least = 1 if self.num_experts else 0
+        for name, most in LARGEST_OF_EXPERTS.items():
+            _check(self, name, _integer(0 if name == "num_experts" else least, most))
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at most "
+                f"num_experts, {self.num_experts}."
+            )
+        if self.num_experts and self.mlp_bias:
+            raise ValueError("mlp_bias is True, which experts do not have; it must be False.")
 
     @property
     def layer_pattern(self) -> tuple[str, ...]:
@@ -185,8 +207,8 @@ class ModelConfig:
                 f"hidden_size is {hidden}, no multiple of num_attention_heads, {heads}"
             )
         sizes = {"num_key_value_heads": heads, "head_dim": hidden // heads}
-        if family.own_head_dim:
-            del sizes["head_dim"]  # Which null does not mean there.
+        for name in family.never_null:
+            del sizes[name]
         for name, most in LARGEST.items():
             derived = name in sizes and fields.values.get(name) is None
             sizes[name] = sizes[name] if derived else fields.integer(name, 1, most)
@@ -206,6 +228,7 @@ class ModelConfig:
                 rms_norm_eps=fields.values["rms_norm_eps"],
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 **biases,
+                **_experts(fields, family),
                 qk_norm=family.qk_norm,
                 unrotated_layers=unrotated,
                 model_type=kind,
@@ -255,6 +278,12 @@ class ModelConfig:
             fields["no_rope_layers"] = [
                 int(layer not in plain) for layer in range(self.num_hidden_layers)
             ]
+        if family.experts is not None:
+            fields[family.experts.number] = self.num_experts
+            fields[family.experts.size] = self.moe_intermediate_size
+            fields["num_experts_per_tok"] = self.num_experts_per_tok
+            if not family.experts.normalised:
+                fields["norm_topk_prob"] = self.norm_topk_prob
         if family.partial_rotary:
             fields["partial_rotary_factor"] = self.rope.partial
         if family.original_context:
@@ -303,6 +332,28 @@ def _rope(fields: Fields, family: Family, context: int) -> Rope:
     )
 
 
+def _experts(fields: Fields, family: Family) -> dict[str, Any]:
+    own = family.experts
+    if own is None:
+        return {}
+    if fields.integer("decoder_sparse_step", 0, default=1) != 1 or fields.items(
+        "mlp_only_layers", None
+    ):
+        raise fields.error(
+            "decoder_sparse_step or mlp_only_layers gives some layers no experts; only models with "
+            "experts in every layer are supported"
+        )
+    # Transformers reads, and writes, either name.
+    spellings = {"num_experts", "num_local_experts"} - {own.number}
+    number = next((name for name in spellings if name in fields.values), own.number)
+    return {
+        "num_experts": fields.integer(number, 1, LARGEST_OF_EXPERTS["num_experts"]),
+        "num_experts_per_tok": fields.integer("num_experts_per_tok", 1),
+        "moe_intermediate_size": fields.integer(own.size, 1),
+        "norm_topk_prob": own.normalised or fields.flag("norm_topk_prob", False),
+    }
+
+
 def _unrotated_layers(fields: Fields, family: Family, layers: int) -> tuple[int, ...]:
     if not family.some_layers_rotate:
         return ()
@@ -326,7 +377,7 @@ def _refuse_windows(
         window = None
     # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
     slides = window is not None
-    if family.windows == "switched":
+    if family.windows == "late":
         slides = slides and fields.integer("max_window_layers", -INT32_MAX) < layers
     elif family.windows == "unrotated":
         slides = slides and bool(unrotated)

@@ -297,12 +297,13 @@ def prefill(
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
         q, k, v = layer.qkv(x, rotation)
-        x = layer.block.finish(x, causal_attention(q, k, v, target=plan.target))
+        x = layer.finish(x, causal_attention(q, k, v, target=plan.target))
         mass = prompt_mass(q, k, lengths, P, queries) if queries else None
         return x, (_as_pages(k, P), _as_pages(v, P), mass)
 
     model = ends(config, params.weights)
-    x, (k, v, mass) = run_layers(config, params.weights, body, model.embed(padded))
+    layers = partial(run_layers, target=plan.target)
+    x, (k, v, mass) = layers(config, params.weights, body, model.embed(padded))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
     cache = empty_cache(config, plan, rows, dtype)
@@ -570,7 +571,7 @@ def _step_body(
             mass, bound, current_mass = jax.tree.map(by_head, (mass, bound, current_mass))
             evidence = Evidence(mass, bound, fill, current_mass)
             meta = policy.observe(meta, evidence, state.rows.generated)
-        return (layer.block.finish(x, out[:, None].astype(x.dtype)), current), meta
+        return (layer.finish(x, out[:, None].astype(x.dtype)), current), meta
 
     return body
 

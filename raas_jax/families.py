@@ -30,6 +30,28 @@ LAYER: Mapping[str, tuple[str, ...]] = {
 """The tensors of a layer as most families have them."""
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertNames:
+    """What files say of experts.
+
+    Attributes:
+      number, size: the fields with how many there are, and their width.
+      tensors: of each expert, whose number stands for `{}`, by their names in the files: ours.
+      normalised: the shares always add up to one; else `norm_topk_prob` says it.
+    """
+
+    number: str
+    size: str
+    tensors: Mapping[str, str]
+    normalised: bool = False
+
+
+def with_experts(router: str) -> Mapping[str, tuple[str, ...]]:
+    """`LAYER` with a router, called so, in the place of the multilayer perceptron."""
+    plain = {theirs: ours for theirs, ours in LAYER.items() if not theirs.startswith("mlp.")}
+    return {**plain, router: ("router",)}
+
+
 def joined(*names: tuple[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
     """`LAYER` with some of its arrays together in one tensor, each (their name, our names)."""
     together = {ours: (theirs, several) for theirs, several in names for ours in several}
@@ -46,17 +68,18 @@ class Family:
       qkv_bias, output_bias, mlp_bias: whether these products have a bias; or the field of the
         config.json that says so.
       qk_norm: queries and keys are normalised.
-      own_head_dim: null is no head_dim.
+      never_null: sizes that null does not leave to the others.
       whole_heads: hidden_size must be a multiple of the heads.
       partial_rotary: a part of each head may be rotated.
       some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
       layer: the tensors of a layer, by their names in the files: ours, of which several lie in one
         tensor, one after the other. A bias is `.bias` there and `_bias` here.
       windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
-        "switched", by `use_sliding_window`, those from `max_window_layers` on; or "unrotated", by
-        the same switch, those that are not rotated.
+        "switched", if `use_sliding_window` is true; "late", by the same switch, those from
+        `max_window_layers` on; "unrotated", by the same, those that are not rotated.
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
       ropes: the kinds of rope that it has, by their names in its files; None is all.
+      experts: of mixtures of experts, how these are called.
       original_context: the field, outside the rope, that holds the context before it was stretched.
     """
 
@@ -66,15 +89,16 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
-    own_head_dim: bool = False
+    never_null: tuple[str, ...] = ()
     whole_heads: bool = False
     partial_rotary: bool = False
     some_layers_rotate: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
-    windows: Literal["all", "switched", "unrotated"] = "all"
+    windows: Literal["all", "switched", "late", "unrotated"] = "all"
     asks_no_types: bool = False
     ropes: Mapping[str, str] | None = None
     original_context: str | None = None
+    experts: ExpertNames | None = None
 
 
 _QWEN = {
@@ -104,6 +128,31 @@ FAMILIES: dict[str, Family] = {
         },
         asks_no_types=True,
     ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 2**17,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e6,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        layer=with_experts("block_sparse_moe.gate"),
+        experts=ExpertNames(
+            "num_local_experts",
+            "intermediate_size",
+            {
+                "block_sparse_moe.experts.{}.w1": "expert_gate",
+                "block_sparse_moe.experts.{}.w2": "expert_down",
+                "block_sparse_moe.experts.{}.w3": "expert_up",
+            },
+            normalised=True,
+        ),
+        asks_no_types=True,
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
         {
@@ -119,15 +168,42 @@ FAMILIES: dict[str, Family] = {
         ropes={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
         original_context="original_max_position_embeddings",
     ),
-    "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True, windows="switched"),
+    "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True, windows="late"),
     "qwen3": Family(
         "Qwen3ForCausalLM",
         {**_QWEN, "head_dim": 128},
         qkv_bias="attention_bias",
         output_bias="attention_bias",
         qk_norm=True,
-        own_head_dim=True,
+        never_null=("head_dim",),
+        windows="late",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 2**15,
+            "sliding_window": 4096,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        never_null=("num_key_value_heads",),
+        layer=with_experts("mlp.gate"),
+        experts=ExpertNames(
+            "num_experts",
+            "moe_intermediate_size",
+            {
+                "mlp.experts.{}.gate_proj": "expert_gate",
+                "mlp.experts.{}.up_proj": "expert_up",
+                "mlp.experts.{}.down_proj": "expert_down",
+            },
+        ),
         windows="switched",
+        asks_no_types=True,
     ),
     "seed_oss": Family(
         "SeedOssForCausalLM",

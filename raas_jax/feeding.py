@@ -110,6 +110,6 @@ def _page_body(
         if jax.tree.leaves(meta):
             steps = jnp.arange(plan.page_size, dtype=jnp.int32)
             meta, _ = jax.lax.scan(observe, meta, (steps, mass, current_mass))
-        return (layer.block.finish(x, out.astype(x.dtype)), current), meta
+        return (layer.finish(x, out.astype(x.dtype)), current), meta
 
     return body

@@ -18,16 +18,19 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pallas_kernels import Target
+from raas_jax import experts
 from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
+from raas_jax.experts import Experts, mixture, route
 from raas_jax.products import OfLayer, OfStack, Weight, look_up, project, project_all
 from raas_jax.rope import Rotation, rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
 Weights = dict[str, Any]
-"""Arrays of a model: `embedding`, `norm`, `head` and, stacked or separate, `layers`."""
-MATRICES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Arrays of a model: `embedding`, `norm`, `head`, stacks of experts and, stacked or separate,
+`layers`."""
+MATRICES = ("q", "k", "v", "o", "gate", "up", "down", "router")
 """A layer's weights that are multiplied by; the others are small."""
 INWARD = ("o", "down")
 """Those of which a mesh that splits heads and mlp width cuts what is summed over."""
@@ -69,6 +72,9 @@ class Block(nnx.Module):
             self.q_norm = full(1.0, (H,), ("head_dim",))
             self.k_norm = full(1.0, (H,), ("head_dim",))
         self.mlp_norm = full(1.0, (D,), ("embed",))
+        if c.num_experts:
+            self.router = normal((c.num_experts, D), ("experts", "embed"), D)
+            return
         self.gate = normal((F, D), ("mlp", "embed"), D)
         self.up = normal((F, D), ("mlp", "embed"), D)
         self.down = normal((D, F), ("embed", "mlp"), F)
@@ -89,18 +95,28 @@ class Block(nnx.Module):
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
         return rotate(q, rotation), rotate(k, rotation), v
 
-    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+    def finish(
+        self, x: jax.Array, attended: jax.Array, experts: Experts | None = None
+    ) -> jax.Array:
         """Output projection of `attended [B, T, N, H]`, the residuals and the MLP → `[B, T, D]`."""
         c = self.config
         flat = attended.reshape(*x.shape[:-1], -1)
         (out,) = self._products(flat, self.o)
         x = x + (out + self.o_bias[...] if c.output_bias else out)
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
+        if experts is not None:
+            return x + self._mixture(h, experts)
         gate, up = self._products(h, self.gate, self.up)
         if c.mlp_bias:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
         (out,) = self._products(jax.nn.silu(gate) * up, self.down)
         return x + (out + self.down_bias[...] if c.mlp_bias else out)
+
+    def _mixture(self, h: jax.Array, experts: Experts) -> jax.Array:
+        c, rows = self.config, h.reshape(-1, h.shape[-1])
+        (logits,) = project_all(rows, [self.router.get_value()], jnp.float32)
+        routed = route(logits, c.num_experts_per_tok, c.norm_topk_prob)
+        return mixture(rows, *routed, experts).reshape(h.shape)
 
     def _products(self, x: jax.Array, *weights: nnx.Param[Any]) -> list[jax.Array]:
         return project_all(x, [weight.get_value() for weight in weights])
@@ -147,6 +163,20 @@ class Transformer(Ends):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         super().__init__(config, dtype=dtype, rngs=rngs)
         self.layers = Block(config, dtype=dtype, rngs=rngs)
+        if not config.num_experts:
+            return
+        shape = config.num_hidden_layers, config.num_experts
+        D, F = config.hidden_size, config.moe_intermediate_size
+
+        def stack(out: int, given: int, axes: tuple[str, str]) -> nnx.Param[jax.Array]:
+            value = jax.random.normal(rngs.params(), (*shape, out, given), jnp.float32)
+            value = (value / math.sqrt(given)).astype(dtype)
+            return nnx.Param(value, logical_axes=("layers", "experts", *axes))
+
+        # Beside the layers, and always in stacks: of a layer only what is chosen is read.
+        self.expert_gate = stack(F, D, ("mlp", "embed"))
+        self.expert_up = stack(F, D, ("mlp", "embed"))
+        self.expert_down = stack(D, F, ("embed", "mlp"))
 
 
 @functools.cache
@@ -188,7 +218,8 @@ def _pure(state: Any) -> Weights:
 def ends(config: ModelConfig, weights: Weights) -> Ends:
     """The module over plain arrays; free, also inside a jit."""
     graph, _ = _abstract(Ends, config, weights["embedding"].dtype.name)
-    module: Ends = nnx.merge(graph, {k: v for k, v in weights.items() if k != "layers"})
+    others = {"layers", *experts.NAMES}
+    module: Ends = nnx.merge(graph, {k: v for k, v in weights.items() if k not in others})
     return module
 
 
@@ -230,11 +261,13 @@ class Layer(NamedTuple):
       block: its weights, ready to run.
       number: int32 scalar, its place in the model.
       kind: one of `ModelConfig.layer_pattern`.
+      experts: in the place of its multilayer perceptron, or None.
     """
 
     block: Block
     number: jax.Array
     kind: str
+    experts: Experts | None = None
 
     def qkv(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`Block.qkv`, rotated or not as this layer is."""
@@ -243,6 +276,10 @@ class Layer(NamedTuple):
             cos, sin = rotation
             rotation = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
         return self.block.qkv(x, rotation)
+
+    def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
+        """`Block.finish`, through this layer's experts where it has any."""
+        return self.block.finish(x, attended, self.experts)
 
 
 Body = Callable[[Layer, Any, Any], tuple[Any, Any]]
@@ -277,8 +314,8 @@ def run_layers(
       pattern: kinds of layers in turn; the config's by default.
       by_number: read each layer out of the stack, as decoding does; a part, and layers that are
         separate, are always read so.
-      target: what is compiled for, where few rows are multiplied by each weight, as in decoding;
-        products then have what is best there. None: they are the library's.
+      target: what is compiled for; None is the default backend, with no mesh. Where layers are read
+        by number, products have what is best there for few rows.
 
     Returns:
       The last carry, and what the layers gave, stacked.
@@ -296,7 +333,8 @@ def run_layers(
         raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
     if total % len(kinds):
         raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
-    in_place = None if isinstance(layers, tuple) else _in_place(config, target)
+    decodes = by_number and not isinstance(layers, tuple)
+    in_place = _in_place(config, target) if decodes else None
     # A slice of the stack would be a copy of it, so a part of it is read by number.
     by_number = by_number or isinstance(layers, tuple) or count < total
 
@@ -311,7 +349,10 @@ def run_layers(
                 arrays = _layer_by_number(layers, number)
             if in_place:
                 arrays |= _matrices_in_place(layers, number, in_place)
-            carry, y = body(Layer(nnx.merge(graph, arrays), number, kind), carry, x)
+            own = None
+            if config.num_experts:
+                own = Experts(*(weights[name] for name in experts.NAMES), number, target)
+            carry, y = body(Layer(nnx.merge(graph, arrays), number, kind, own), carry, x)
             ys.append(y)
         return carry, _stack(ys) if several else ys[0]
 
@@ -332,7 +373,11 @@ def _in_place(config: ModelConfig, target: Target | None) -> Target | None:
 
 
 def _matrices_in_place(layers: Any, number: jax.Array, target: Target) -> dict[str, Any]:
-    return {name: OfStack(layers[name], number, target, name in INWARD) for name in MATRICES}
+    return {
+        name: OfStack(layers[name], number, target, name in INWARD)
+        for name in MATRICES
+        if name in layers
+    }
 
 
 def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:
@@ -343,7 +388,11 @@ def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:
         return arrays
     small = [{name: leaf for name, leaf in own.items() if name not in MATRICES} for own in layers]
     arrays = jax.lax.switch(number, [functools.partial(dict, own) for own in small])
-    return arrays | {name: OfLayer(tuple(own[name] for own in layers), number) for name in MATRICES}
+    return arrays | {
+        name: OfLayer(tuple(own[name] for own in layers), number)
+        for name in MATRICES
+        if name in layers[0]
+    }
 
 
 def hidden_states(
@@ -369,7 +418,7 @@ def hidden_states(
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
         q, k, v = layer.qkv(x, rotation)
-        return layer.block.finish(x, attend(q, k, v, segments=segments)), None
+        return layer.finish(x, attend(q, k, v, segments=segments)), None
 
     x, _ = run_layers(config, weights, body, ends(config, weights).embed(tokens))
     hidden: jax.Array = x

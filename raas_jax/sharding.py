@@ -30,6 +30,7 @@ RULES: dict[str, str | None] = {
     "mlp": "model",
     "vocab": "model",
     "layers": None,
+    "experts": None,  # each is split in its width, so that all devices work for every token
     "embed": None,
     "head_dim": None,
     "any": None,

@@ -70,7 +70,7 @@ def gradients(params, tokens, drawn):
     def body(layer, x, change):
         q, k, v = layer.qkv(x, rotation)
         out, shares = attention(q[0], k[0], v[0])
-        return layer.block.finish(x, (out + change)[None]), (out, shares, v[0])
+        return layer.finish(x, (out + change)[None]), (out, shares, v[0])
 
     def likelihood(change):
         model = ends(config, params.weights)

@@ -55,7 +55,24 @@ def full(kind: str, **changes) -> dict:
     return fields
 
 
-BIASED = ("llama", "qwen3", "seed_oss", "smollm3")
+BIASED = ("llama", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
+
+
+def experts_of(config) -> dict:
+    """What differs of a mixture of experts, of which transformers calls the number in two ways."""
+    if config.model_type not in ("mixtral", "qwen3_moe"):
+        return {}
+    if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", []):
+        raise ValueError("a layer has no experts")
+    mixtral = config.model_type == "mixtral"
+    return {
+        "num_experts": config.num_experts,
+        "num_experts_per_tok": config.num_experts_per_tok,
+        "moe_intermediate_size": (
+            config.intermediate_size if mixtral else config.moe_intermediate_size
+        ),
+        "norm_topk_prob": mixtral or config.norm_topk_prob,
+    }
 
 
 def own_of_rope(config) -> dict:
@@ -65,6 +82,8 @@ def own_of_rope(config) -> dict:
     rope = dict(config.rope_parameters)
     kind = rope["rope_type"]
     if kind == "yarn":
+        if getattr(config, "head_dim", 0) is None:
+            config.head_dim = config.hidden_size // config.num_attention_heads
         rope["attention_factor"] = ROPE_INIT_FUNCTIONS[kind](config, "cpu")[1]
         rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
     return {name: rope[name] for name in ROPE_TYPES[kind]}
@@ -81,7 +100,7 @@ def theirs(fields: dict) -> ModelConfig | None:
     kind = fields["model_type"]
     fields = copy.deepcopy(fields)
     # Two values that its classes are written for, and its check of types refuses.
-    if kind == "mistral" and fields.get("num_key_value_heads", 8) is None:
+    if kind in ("mistral", "mixtral") and fields.get("num_key_value_heads", 8) is None:
         fields["num_key_value_heads"] = fields["num_attention_heads"]
     if type(fields.get("rms_norm_eps")) is int:
         fields["rms_norm_eps"] = float(fields["rms_norm_eps"])
@@ -89,7 +108,7 @@ def theirs(fields: dict) -> ModelConfig | None:
         c = CONFIG_MAPPING[kind].from_dict(fields)
         layers, windows = get_layer_types_and_kwargs(c)
         spans = [window.get("sliding_window", math.inf) for window in windows]
-        if kind in ("mistral", "phi3") and c.sliding_window is not None:
+        if kind in ("mistral", "mixtral", "phi3", "qwen3_moe") and c.sliding_window is not None:
             spans.append(c.sliding_window)
         if {*layers} - {"full_attention", "sliding_attention"}:
             return None
@@ -115,7 +134,8 @@ def theirs(fields: dict) -> ModelConfig | None:
             if kind == "seed_oss"
             else (kind in BIASED and c.attention_bias),
             mlp_bias=kind in ("llama", "seed_oss", "smollm3") and c.mlp_bias,
-            qk_norm=kind == "qwen3",
+            qk_norm=kind in ("qwen3", "qwen3_moe"),
+            **experts_of(c),
             unrotated_layers=tuple(i for i, turns in enumerate(rotates) if not turns),
             model_type=kind,
             bos_token_id=c.bos_token_id,

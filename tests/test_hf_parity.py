@@ -71,6 +71,16 @@ CASES = {
     "qwen2-dynamic": ("qwen2", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "llama-longrope": ("llama", {"rope_parameters": longrope(6)}),
     "llama-longrope-short": ("llama", {"rope_parameters": longrope(6, 64)}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen3-moe": (
+        "qwen3_moe",
+        {"head_dim": 16, "num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    ),
+    "qwen3-moe-normalised": (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 12}
+        | {"norm_topk_prob": True, "attention_bias": True, "head_dim": 12},
+    ),
     "phi3": ("phi3", {}),
     "phi3-part-of-a-head": (
         "phi3",
@@ -196,7 +206,8 @@ def test_half_precision_files_in_float32(dtype, tmp_path):
 
 
 WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-yarn"]
-WRITTEN += ["phi3-part-of-a-head", "phi3-longrope", "seed-oss-biases", "smollm3-biases"]
+WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
+WRITTEN += ["seed-oss-biases", "smollm3-biases"]
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -219,6 +230,7 @@ NEW_TOKENS = 64
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
 # Beyond the original context, a dynamic rope's growing with each token.
 GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
+GREEDY += ["mixtral", "qwen3-moe"]
 # The budget covers the new tokens, so nothing may be lost.
 POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 

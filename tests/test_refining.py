@@ -84,7 +84,7 @@ def divergence_of(params, ids, outputs, seen, blend):
         share = jnp.repeat(share, group)[:, None]
         # Where a head reads something else, the rest of the model sees it; its scores stay.
         out = read(now) + share * jax.lax.stop_gradient(read(then) - read(now))
-        return layer.block.finish(x, out[None]), None
+        return layer.finish(x, out[None]), None
 
     model = ends(config, params.weights)
     x, _ = run_layers(config, params.weights, body, model.embed(ids)[None], (*seen, blend))

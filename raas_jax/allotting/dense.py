@@ -168,7 +168,7 @@ def _through(
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, list[Any]]:
         q, k, v = _float32(layer.qkv(x, rotation))
         out, seen = _attend(q, k, v, see, *data, visible=visible)
-        return layer.block.finish(x, out.astype(x.dtype)), seen
+        return layer.finish(x, out.astype(x.dtype)), seen
 
     return _one_layer(params, body, x, number)
 

@@ -34,7 +34,7 @@ def check_finite(params: Params) -> None:
     bad = [
         name
         for name, place in places
-        if not all(flags[path][place.layer or 0] for path in place.paths)
+        if not all(flags[path][place.index[0] if place.index else 0] for path in place.paths)
     ]
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""
@@ -68,7 +68,7 @@ def _finite(weights: dict[str, Any]) -> dict[str, jax.Array]:
         if isinstance(leaf, tuple):
             rows = [layer[None] for layer in leaf]
         else:
-            rows = [leaf if path.startswith("layers.") else leaf[None]]
+            rows = [leaf if path.startswith(("layers.", "expert_")) else leaf[None]]
         found[path] = jnp.concatenate([_finite_rows(each) for each in rows])
     return found
 

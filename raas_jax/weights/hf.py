@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import math
 import os
@@ -59,43 +58,47 @@ class Destination(NamedTuple):
 
     Attributes:
       paths: ours, of which several lie in one tensor, one after the other.
-      layer: its number; None for an unstacked array.
+      index: where in the stack: its layer, and its expert; () for an array that is no stack.
       shape: of the tensor.
       rows: how long its first axis is for each path.
     """
 
     paths: tuple[str, ...]
-    layer: int | None
+    index: tuple[int, ...]
     shape: Shape
     rows: tuple[int, ...]
 
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Every Hugging Face tensor name of a model → where it goes, in Hugging Face's order."""
-    names: list[tuple[str, tuple[str, ...], int | None]] = []
-    names.append(("model.embed_tokens.weight", ("embedding",), None))
-    layer = FAMILIES[config.model_type].layer
-    for i, (theirs, ours) in itertools.product(range(config.num_hidden_layers), layer.items()):
-        paths = tuple(f"layers.{each}" for each in ours)
-        names.append((f"model.layers.{i}.{theirs}.weight", paths, i))
-        biases = tuple(f"{path}_bias" for path in paths)
-        names.append((f"model.layers.{i}.{theirs}.bias", biases, i))
-    names += [("model.norm.weight", ("norm",), None), ("lm_head.weight", ("head",), None)]
+    names: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = []
+    names.append(("model.embed_tokens.weight", ("embedding",), ()))
+    family = FAMILIES[config.model_type]
+    for i in range(config.num_hidden_layers):
+        layer = f"model.layers.{i}"
+        for theirs, ours in family.layer.items():
+            paths = tuple(f"layers.{each}" for each in ours)
+            names.append((f"{layer}.{theirs}.weight", paths, (i,)))
+            names.append((f"{layer}.{theirs}.bias", tuple(f"{path}_bias" for path in paths), (i,)))
+        for expert in range(config.num_experts):
+            assert family.experts is not None
+            for theirs, path in family.experts.tensors.items():
+                names.append((f"{layer}.{theirs.format(expert)}.weight", (path,), (i, expert)))
+    names += [("model.norm.weight", ("norm",), ()), ("lm_head.weight", ("head",), ())]
     leaves = flat_shapes(config, "float32")
     found: dict[str, Destination] = {}
-    for name, paths, number in names:
+    for name, paths, index in names:
         if paths[0] in leaves:
-            shapes = [_their_shape(path, leaves[path].shape, number) for path in paths]
+            shapes = [_their_shape(path, leaves[path].shape[len(index) :]) for path in paths]
             rows = tuple(shape[0] for shape in shapes)
-            found[name] = Destination(paths, number, (sum(rows), *shapes[0][1:]), rows)
+            found[name] = Destination(paths, index, (sum(rows), *shapes[0][1:]), rows)
     assert {path for place in found.values() for path in place.paths} == set(leaves), (
         "an array without a name"
     )
     return found
 
 
-def _their_shape(path: str, shape: Shape, layer: int | None) -> Shape:
-    own = shape if layer is None else shape[1:]
+def _their_shape(path: str, own: Shape) -> Shape:
     if path.removesuffix("_bias") in JOINED:
         return own[0] * own[1], *own[2:]
     return own
@@ -188,7 +191,7 @@ def load_hf(
     places = destinations(config)
     shardings = flat_shardings(config, sharding)
     shapes = {path: leaf.shape for path, leaf in flat_shapes(config, to.name).items()}
-    stacks = [path for path in shapes if path.startswith("layers.")]
+    stacks = {path for place in places.values() if place.index for path in place.paths}
     for path in stacks:
         where = shardings[path]
         if isinstance(where, NamedSharding) and (over := next(iter(where.spec), None)):
@@ -196,23 +199,23 @@ def load_hf(
     apart: list[dict[str, jax.Array]] = []
     if layers == "separate":
         apart = [{} for _ in range(config.num_hidden_layers)]
-    arrays: dict[str, Any] = {}
-    if not apart:
-        arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in stacks}
+    arrays: dict[str, Any]
+    whole = {path for path in stacks if not (apart and path.startswith("layers."))}
+    arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in whole}
     for name, entry in entries.items():
-        layer = places[name].layer
+        paths, index, _, rows = places[name]
         values = safetensors.read_tensor(entry, to)
-        ends = np.cumsum(places[name].rows)
-        for path, part in zip(places[name].paths, np.split(values, ends[:-1]), strict=True):
+        for path, part in zip(paths, np.split(values, np.cumsum(rows)[:-1]), strict=True):
             shape = shapes[path]
-            if layer is None:
-                array = arrays[path] = _to_device(part, shape, shardings[path])
-            elif apart:
+            if path in whole:
+                one = (1,) * len(index)
+                tensor = _to_device(part, (*one, *shape[len(index) :]), shardings[path])
+                array = arrays[path] = _set(arrays[path], tensor, jnp.asarray(index, jnp.int32))
+            elif index:
                 array = _to_device(part, shape[1:], _of_one_layer(shardings[path]))
-                apart[layer][path.removeprefix("layers.")] = array
+                apart[index[0]][path.removeprefix("layers.")] = array
             else:
-                tensor = _to_device(part, (1, *shape[1:]), shardings[path])
-                array = arrays[path] = _set_layer(arrays[path], tensor, jnp.int32(layer))
+                array = arrays[path] = _to_device(part, shape, shardings[path])
             # Waiting here keeps the host at one tensor; JAX would queue the next ones.
             array.block_until_ready()
     if apart:
@@ -237,9 +240,10 @@ def _to_device(values: np.ndarray, shape: Shape, sharding: Sharding | None) -> j
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _set_layer(array: jax.Array, tensor: jax.Array, layer: jax.Array) -> jax.Array:
-    # The stack is donated, so that a layer `[1, ...]` is written into it in place.
-    return jax.lax.dynamic_update_slice_in_dim(array, tensor, layer, 0)
+def _set(array: jax.Array, tensor: jax.Array, index: jax.Array) -> jax.Array:
+    # The stack is donated, so that a layer `[1, ...]`, or an expert, is written into it in place.
+    start = (*index, *[jnp.int32(0)] * (array.ndim - len(index)))
+    return jax.lax.dynamic_update_slice(array, tensor, start)
 
 
 def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.Entry]:
@@ -357,8 +361,8 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
     places = destinations(params.config)
 
     def tensor(name: str) -> np.ndarray:
-        paths, layer, shape, rows = places[name]
-        arrays = (leaves[path] if layer is None else leaves[path][layer] for path in paths)
+        paths, index, shape, rows = places[name]
+        arrays = (leaves[path][index] for path in paths)
         parts = [
             np.asarray(array).reshape(count, *shape[1:])
             for array, count in zip(arrays, rows, strict=True)

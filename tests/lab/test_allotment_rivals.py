@@ -44,7 +44,7 @@ def shares_of(params, ids):
         scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
         shares = jnp.exp(scores) / jnp.sum(jnp.exp(scores), axis=-1, keepdims=True)
         out = jnp.einsum("nts,snh->tnh", shares, jnp.repeat(v, group, axis=1))
-        return layer.block.finish(x, out[None]), shares.reshape(-1, group, T, T)
+        return layer.finish(x, out[None]), shares.reshape(-1, group, T, T)
 
     x = dense.embed(params, jnp.asarray(ids))
     return np.asarray(run_layers(config, params.weights, body, x)[1], np.float64)

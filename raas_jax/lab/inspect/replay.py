@@ -94,7 +94,7 @@ def _layer(
         scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
         weights = jax.nn.softmax(jnp.where(mask[:, None], scores, _NEVER), axis=-1)
         out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32))
-        return layer.block.finish(x, out.reshape(1, T, N, H).astype(x.dtype)), weights.max(1)
+        return layer.finish(x, out.reshape(1, T, N, H).astype(x.dtype)), weights.max(1)
 
     x, weights = run_layers(config, params.weights, body, x, first=number, count=1)
     return x, weights[0]

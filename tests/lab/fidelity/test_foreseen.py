@@ -50,7 +50,7 @@ def attention(params, ids):
         k, v = (jnp.repeat(each, G, axis=2) for each in (k, v))
         scores = jnp.einsum("btnh,bsnh->bnts", q, k) / QWEN3.head_dim**0.5
         shares = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf))
-        return layer.block.finish(x, jnp.einsum("bnts,bsnh->btnh", shares, v)), shares[0]
+        return layer.finish(x, jnp.einsum("bnts,bsnh->btnh", shares, v)), shares[0]
 
     x = ends(QWEN3, params.weights).embed(jnp.asarray([ids]))
     return np.float64(run_layers(QWEN3, params.weights, body, x)[1]).reshape(L, K, G, T, T)

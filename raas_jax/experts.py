@@ -1,0 +1,227 @@
+"""Mixtures of experts: of many multilayer perceptrons each token goes through a few.
+
+The weights of all layers' experts lie in stacks, and only those that are chosen are read, where
+they lie. A router's shares are those of Mixtral (arXiv 2401.04088) and Qwen3-MoE.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from pallas_kernels import Target
+
+NAMES = ("expert_gate", "expert_up", "expert_down")
+"""The stacks, as the weights of a model name them."""
+BLOCK = 16
+"""Tokens of one expert that are multiplied at a time on a CPU."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """The experts of one layer, in the stacks of all layers.
+
+    Attributes:
+      gate, up: `[L, E, F, D]`.
+      down: `[L, E, D, F]`.
+      number: int32 scalar, the layer's.
+      target: what is compiled for; on its mesh the width `F` of every expert is split.
+    """
+
+    gate: jax.Array
+    up: jax.Array
+    down: jax.Array
+    number: jax.Array
+    target: Target | None = None
+
+
+def route(logits: jax.Array, per_token: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
+    """Which experts a token goes through, and how much each counts.
+
+    Of float32 logits `[R, E]`: the `per_token` largest shares of their softmax, float32 `[R, k]`,
+    of a sum of one if they are to be normalised, and the numbers of their experts, int32 `[R, k]`.
+    """
+    shares, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
+    return shares / jnp.sum(shares, axis=-1, keepdims=True) if normalise else shares, chosen
+
+
+def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+    """Sum of what the chosen experts make of x `[R, D]`, each by its share → `[R, D]`.
+
+    Up to as many choices as there are experts, one after the other is read. Beyond, tokens are
+    brought together by their experts, so that each expert is read once.
+    """
+    stacks = experts.gate, experts.up, experts.down
+    args = x, shares, chosen, experts.number
+    mesh = None if experts.target is None else experts.target.mesh
+    ways = 1 if experts.target is None else experts.target.head_ways
+    if mesh is None or ways == 1 or experts.gate.shape[2] % ways:
+        return _mix(*args, *stacks)
+    heads, rows = experts.target.heads, experts.target.rows
+    split = mesh.shape.get(rows, 1)
+    by_row = PartitionSpec(rows if x.shape[0] % split == 0 else None)
+    width = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
+
+    def on_each(*operands: Any) -> jax.Array:
+        return jax.lax.psum(_mix(*operands), heads)
+
+    summed: jax.Array = jax.shard_map(
+        on_each,
+        mesh=mesh,
+        in_specs=(by_row, by_row, by_row, PartitionSpec(), width[0], *width),
+        out_specs=by_row,
+        check_vma=False,
+    )(*args, *stacks)
+    return summed
+
+
+def _mix(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    number: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    operands = x, shares, chosen, number, gate, up, down
+    if chosen.size <= gate.shape[1]:
+        out = _one_by_one(*operands)
+    else:
+        out = jax.lax.platform_dependent(*operands, default=_grouped, cpu=_in_blocks)
+    return out.astype(x.dtype)
+
+
+def _one_by_one(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    number: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """A product at a time: nothing is read but the experts that are chosen."""
+
+    def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
+        row, expert, share = choice
+        one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
+        weights = (_of(stack, number, expert) for stack in (gate, up, down))
+        y = _perceptron(one, *weights, product=_row_product)
+        return out.at[row].add(share * y.astype(jnp.float32)), None
+
+    rows = jnp.repeat(jnp.arange(x.shape[0], dtype=jnp.int32), chosen.shape[1])
+    choices = rows, chosen.reshape(-1), shares.reshape(-1)
+    return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), choices)[0]
+
+
+def _of(stack: jax.Array, number: jax.Array, expert: jax.Array) -> jax.Array:
+    """One expert's weight, of a stack `[L, E, out, in]`."""
+    found: jax.Array = jax.lax.dynamic_slice(
+        stack, (number, expert, 0, 0), (1, 1, *stack.shape[2:])
+    )
+    return found[0, 0]
+
+
+def _perceptron(
+    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, product: Any
+) -> jax.Array:
+    inner = jax.nn.silu(product(x, gate)) * product(x, up)
+    out: jax.Array = product(inner.astype(x.dtype), down)
+    return out
+
+
+def _row_product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """float32 product of x `[in]` with a weight `[out, in]` that is read where it lies."""
+    found: jax.Array = jax.lax.platform_dependent(x, weight, default=_sums, tpu=_product)
+    return found
+
+
+def _sums(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # A product of matrices would first copy the weight out of its stack.
+    return jnp.sum(weight.astype(jnp.float32) * x.astype(jnp.float32), axis=-1)
+
+
+def _product(x: jax.Array, weight: jax.Array) -> jax.Array:
+    dims = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32)
+
+
+def _sorted(chosen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Choices in the order of their experts: which ones, their experts, and their rows."""
+    order = jnp.argsort(chosen.reshape(-1), stable=True).astype(jnp.int32)
+    return order, chosen.reshape(-1)[order], order // chosen.shape[1]
+
+
+def _grouped(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    number: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Products of all groups in one, as XLA has them for accelerators."""
+    L, E = gate.shape[:2]
+    order, expert, row = _sorted(chosen)
+    # The experts of the other layers have no tokens, and so are not read.
+    sizes = jnp.bincount(number * E + expert, length=L * E).astype(jnp.int32)
+    dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
+
+    def product(rows: jax.Array, stack: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(
+            rows,
+            stack.reshape(L * E, *stack.shape[2:]),
+            sizes,
+            dims,
+            preferred_element_type=jnp.float32,
+        )
+
+    y = _perceptron(x[row], gate, up, down, product)
+    return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
+
+
+def _in_blocks(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    number: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+) -> jax.Array:
+    """Products of up to `BLOCK` tokens of one expert, one after the other.
+
+    XLA's grouped product on a CPU multiplies every token by every expert.
+    """
+    R, E = x.shape[0], gate.shape[1]
+    order, expert, row = _sorted(chosen)
+    sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
+    blocks = -(-sizes // BLOCK)
+    last = jnp.cumsum(blocks)
+    # Every expert's choices begin with a block of their own.
+    rank = jnp.arange(order.size, dtype=jnp.int32) - (jnp.cumsum(sizes) - sizes)[expert]
+    place = (last - blocks)[expert] * BLOCK + rank
+    most = -(-order.size // BLOCK) + E
+    rows = jnp.full(most * BLOCK, R, jnp.int32).at[place].set(row).reshape(most, BLOCK)
+    share = jnp.zeros(most * BLOCK, jnp.float32).at[place].set(shares.reshape(-1)[order])
+    padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
+
+    owner = jnp.searchsorted(last, jnp.arange(most, dtype=jnp.int32), side="right")
+
+    def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
+        own, rows, share = block
+        weights = (_of(stack, number, own) for stack in (gate, up, down))
+        y = _perceptron(padded[rows], *weights, product=_product)
+        return out.at[rows].add(share[:, None] * y, mode="drop")
+
+    def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:
+        return jax.lax.cond(block[0] < E, multiply, lambda _, out: out, block, out), None
+
+    blocks_of = owner, rows, share.reshape(most, BLOCK)
+    return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks_of)[0]
