@@ -378,7 +378,7 @@ def _refuse_windows(
     # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
     slides = window is not None
     if family.windows == "late":
-        slides = slides and fields.integer("max_window_layers", -INT32_MAX) < layers
+        slides = fields.integer("max_window_layers", -INT32_MAX) < layers and slides
     elif family.windows == "unrotated":
         slides = slides and bool(unrotated)
     if (types := fields.items("layer_types", None)) is not None:
