@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import tempfile
 from pathlib import Path
@@ -20,6 +21,14 @@ from raas_jax.rope import frequencies
 VOCAB = 19
 FOLDER = tempfile.TemporaryDirectory()
 QWEN3 = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3")
+MOE = dataclasses.replace(
+    QWEN3,
+    model_type="qwen3_moe",
+    num_experts=6,
+    num_experts_per_tok=2,
+    moe_intermediate_size=4,
+    norm_topk_prob=True,
+)
 
 
 def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):

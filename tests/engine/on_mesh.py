@@ -14,7 +14,7 @@ import warnings
 
 import jax
 import numpy as np
-from tiny import allotment_of, prompts_of, random_params
+from tiny import MOE, allotment_of, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
@@ -42,6 +42,7 @@ def virtual(folder):
     params = random_params(sharpness=3.0)
     check_scores(params)
     check_allotted(params, f"{folder}-allotted")
+    check_experts()
     expected = {}
     for name, policy in POLICIES.items():
         expected[name] = answers(Engine(params, policy=policy, **OPTIONS))
@@ -81,6 +82,16 @@ def check_scores(params):
     found = raas_jax.score(params, prompts, continuations, policy=policy, rows=3, mesh=mesh)
     for one, other in zip(alone, found, strict=True):
         np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def check_experts():
+    """Experts are split in their width, and rows over the other axis."""
+    params, policy = random_params(MOE, sharpness=3.0), POLICIES["raas"]
+    mesh = make_mesh(data=4, model=2)
+    alone, split = (Engine(params, policy=policy, **OPTIONS, mesh=each) for each in (None, mesh))
+    assert answers(split) == answers(alone)
+    stack = split.session.params.weights["expert_down"]
+    assert stack.sharding.shard_shape(stack.shape) == (*stack.shape[:-1], stack.shape[-1] // 2)
 
 
 def check_allotted(params, folder):
