@@ -15,7 +15,7 @@ from typing import Any
 
 from raas_jax import checks
 from raas_jax.checks import INT32_MAX
-from raas_jax.families import FAMILIES, FOR_ALL, Family
+from raas_jax.families import FAMILIES, FOR_ALL, MULTIPLIERS, Family
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.rope import Rope
 
@@ -105,6 +105,10 @@ class ModelConfig:
       num_experts: perceptrons of each layer, of `moe_intermediate_size`, of which a token goes
         through `num_experts_per_tok`; 0 is one, of `intermediate_size`.
       norm_topk_prob: the shares of a token's experts are made to add up to one.
+      embedding_multiplier: of embeddings.
+      attention_multiplier: of products of queries with keys; None is `H ** -0.5`.
+      residual_multiplier: of what attention and perceptrons add.
+      logits_scaling: what logits are divided by.
     """
 
     vocab_size: int
@@ -127,6 +131,10 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -153,6 +161,9 @@ class ModelConfig:
             )
         self.rope.check_head(self.head_dim)
         _check(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
+        for name in MULTIPLIERS:
+            if getattr(self, name) is not None:
+                _check(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
         least = 1 if self.num_experts else 0
         for name, most in LARGEST_OF_EXPERTS.items():
             _check(self, name, _integer(0 if name == "num_experts" else least, most))
@@ -220,6 +231,9 @@ class ModelConfig:
             for name in BIASES
             for said in [getattr(family, name)]
         }
+        multipliers = {}
+        if family.multipliers:
+            multipliers = {name: fields.real(name, default=1.0) for name in MULTIPLIERS}
         stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
         try:
             return cls(
@@ -229,6 +243,7 @@ class ModelConfig:
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 **biases,
                 **_experts(fields, family),
+                **multipliers,
                 qk_norm=family.qk_norm,
                 unrotated_layers=unrotated,
                 model_type=kind,
@@ -284,6 +299,8 @@ class ModelConfig:
             fields["num_experts_per_tok"] = self.num_experts_per_tok
             if not family.experts.normalised:
                 fields["norm_topk_prob"] = self.norm_topk_prob
+        if family.multipliers:
+            fields |= {name: getattr(self, name) for name in MULTIPLIERS}
         if family.partial_rotary:
             fields["partial_rotary_factor"] = self.rope.partial
         if family.original_context:

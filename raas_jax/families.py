@@ -29,6 +29,12 @@ LAYER: Mapping[str, tuple[str, ...]] = {
 }
 """The tensors of a layer as most families have them."""
 
+MULTIPLIERS = (
+    *("embedding_multiplier", "attention_multiplier"),
+    *("residual_multiplier", "logits_scaling"),
+)
+"""Factors by which a family may scale, by their names in a config.json and in `ModelConfig`."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertNames:
@@ -80,6 +86,7 @@ class Family:
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
       ropes: the kinds of rope that it has, by their names in its files; None is all.
       experts: of mixtures of experts, how these are called.
+      multipliers: there are fields of the names of `MULTIPLIERS`, each 1 where it is left out.
       original_context: the field, outside the rope, that holds the context before it was stretched.
     """
 
@@ -99,6 +106,7 @@ class Family:
     ropes: Mapping[str, str] | None = None
     original_context: str | None = None
     experts: ExpertNames | None = None
+    multipliers: bool = False
 
 
 _QWEN = {
@@ -109,6 +117,14 @@ _QWEN = {
 }
 
 FAMILIES: dict[str, Family] = {
+    "granite": Family(
+        "GraniteForCausalLM",
+        {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        multipliers=True,
+    ),
     "llama": Family(
         "LlamaForCausalLM",
         {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},

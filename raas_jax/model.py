@@ -93,7 +93,11 @@ class Block(nnx.Module):
         if c.qk_norm:
             q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
             k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
-        return rotate(q, rotation), rotate(k, rotation), v
+        q, k = rotate(q, rotation), rotate(k, rotation)
+        if c.attention_multiplier is not None:
+            # Attention divides by the root of the head dim.
+            q = _times(q, c.attention_multiplier * c.head_dim**0.5)
+        return q, k, v
 
     def finish(
         self, x: jax.Array, attended: jax.Array, experts: Experts | None = None
@@ -102,15 +106,15 @@ class Block(nnx.Module):
         c = self.config
         flat = attended.reshape(*x.shape[:-1], -1)
         (out,) = self._products(flat, self.o)
-        x = x + (out + self.o_bias[...] if c.output_bias else out)
+        x = x + _times(out + self.o_bias[...] if c.output_bias else out, c.residual_multiplier)
         h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
         if experts is not None:
-            return x + self._mixture(h, experts)
+            return x + _times(self._mixture(h, experts), c.residual_multiplier)
         gate, up = self._products(h, self.gate, self.up)
         if c.mlp_bias:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
         (out,) = self._products(jax.nn.silu(gate) * up, self.down)
-        return x + (out + self.down_bias[...] if c.mlp_bias else out)
+        return x + _times(out + self.down_bias[...] if c.mlp_bias else out, c.residual_multiplier)
 
     def _mixture(self, h: jax.Array, experts: Experts) -> jax.Array:
         c, rows = self.config, h.reshape(-1, h.shape[-1])
@@ -141,7 +145,7 @@ class Ends(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 `[...]` → `[..., D]` in the weights' dtype."""
-        return look_up(self.embedding[...], tokens)
+        return _times(look_up(self.embedding[...], tokens), self.config.embedding_multiplier)
 
     def logits(self, x: jax.Array, target: Target | None = None) -> jax.Array:
         """Hidden states `[..., D]` → float32 logits `[..., V]`; target as of `run_layers`."""
@@ -150,7 +154,8 @@ class Ends(nnx.Module):
         weight: Weight = head[...]
         if in_place := _in_place(self.config, target):
             weight = OfStack(head[...][None], jnp.int32(0), in_place)
-        return project(h, weight, dtype=jnp.float32)
+        logits = project(h, weight, dtype=jnp.float32)
+        return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
 
 
 class Transformer(Ends):
@@ -437,6 +442,10 @@ def forward(
     """float32 logits `[B, T, V]` of the causal forward pass; arguments as in `hidden_states`."""
     x = hidden_states(config, weights, tokens, positions, segments, attend=attend)
     return ends(config, weights).logits(x)
+
+
+def _times(x: jax.Array, factor: float) -> jax.Array:
+    return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raas_jax.config import LARGEST, ModelConfig
-from raas_jax.families import FAMILIES
+from raas_jax.families import FAMILIES, MULTIPLIERS
 from raas_jax.files import FileError
 from raas_jax.rope import ROPE_TYPES, Rope
 
@@ -55,7 +55,7 @@ def full(kind: str, **changes) -> dict:
     return fields
 
 
-BIASED = ("llama", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
+BIASED = ("granite", "llama", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
 
 
 def experts_of(config) -> dict:
@@ -73,6 +73,12 @@ def experts_of(config) -> dict:
         ),
         "norm_topk_prob": mixtral or config.norm_topk_prob,
     }
+
+
+def multipliers_of(config) -> dict:
+    if config.model_type != "granite":
+        return {}
+    return {name: getattr(config, name) for name in MULTIPLIERS}
 
 
 def own_of_rope(config) -> dict:
@@ -133,9 +139,10 @@ def theirs(fields: dict) -> ModelConfig | None:
             output_bias=c.attention_out_bias
             if kind == "seed_oss"
             else (kind in BIASED and c.attention_bias),
-            mlp_bias=kind in ("llama", "seed_oss", "smollm3") and c.mlp_bias,
+            mlp_bias=kind in ("granite", "llama", "seed_oss", "smollm3") and c.mlp_bias,
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             **experts_of(c),
+            **multipliers_of(c),
             unrotated_layers=tuple(i for i, turns in enumerate(rotates) if not turns),
             model_type=kind,
             bos_token_id=c.bos_token_id,

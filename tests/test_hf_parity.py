@@ -71,6 +71,11 @@ CASES = {
     "qwen2-dynamic": ("qwen2", {"rope_parameters": DYNAMIC, "max_position_embeddings": 16}),
     "llama-longrope": ("llama", {"rope_parameters": longrope(6)}),
     "llama-longrope-short": ("llama", {"rope_parameters": longrope(6, 64)}),
+    "granite-scaled": (
+        "granite",
+        {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6}
+        | {"logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "qwen3_moe",
@@ -207,7 +212,7 @@ def test_half_precision_files_in_float32(dtype, tmp_path):
 
 WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-yarn"]
 WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
-WRITTEN += ["seed-oss-biases", "smollm3-biases"]
+WRITTEN += ["seed-oss-biases", "smollm3-biases", "granite-scaled"]
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -230,7 +235,7 @@ NEW_TOKENS = 64
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
 # Beyond the original context, a dynamic rope's growing with each token.
 GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
-GREEDY += ["mixtral", "qwen3-moe"]
+GREEDY += ["mixtral", "qwen3-moe", "granite-scaled"]
 # The budget covers the new tokens, so nothing may be lost.
 POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 
