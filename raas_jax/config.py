@@ -15,7 +15,7 @@ from typing import Any
 
 from raas_jax import checks
 from raas_jax.checks import INT32_MAX
-from raas_jax.families import FAMILIES, FOR_ALL, MULTIPLIERS, Family
+from raas_jax.families import FAMILIES, FOR_ALL, MULTIPLIERS, REFUSED, Family
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.rope import Rope
 
@@ -204,6 +204,11 @@ class ModelConfig:
         value and the supported ones.
         """
         given = Fields(config, path)
+        if isinstance(said := config.get("model_type"), str) and said in REFUSED:
+            raise given.error(
+                f"model_type is {said!r}, which is not supported: {REFUSED[said]}. Supported are "
+                f"{', '.join(FAMILIES)}"
+            )
         kind = given.choice("model_type", FAMILIES)
         family = FAMILIES[kind]
         fields = Fields({**FOR_ALL, **family.left_out, **config}, path)

@@ -253,3 +253,65 @@ FAMILIES: dict[str, Family] = {
         windows="unrotated",
     ),
 }
+
+_WINDOWS = "some of its layers see a sliding window only"
+_LATENT = "its keys and values are kept as a latent vector (MLA)"
+_RECURRENT = "some of its layers keep a recurrent state and no keys and values"
+_SEVERAL = (
+    "it takes more than text; its text model, saved on its own, may be of a family that is here"
+)
+_ENCODES = "it has an encoder beside its decoder"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            *("gemma2", "gemma3", "gemma3_text", "gemma3n", "cohere2", "exaone4", "ministral"),
+            *("gemma4", "olmo3", "mimo_v2_flash"),
+        ),
+        _WINDOWS,
+    ),
+    "gpt_oss": f"{_WINDOWS}, and its softmax has a sink for each head",
+    "llama4": "some of its layers see chunks of the text only",
+    "llama4_text": "some of its layers see chunks of the text only",
+    **dict.fromkeys(
+        (
+            *("deepseek_v2", "deepseek_v3", "deepseek_v32", "kimi_k2", "glm4_moe_lite"),
+            *("glm_moe_dsa", "minicpm3", "longcat_flash", "sarvam_mla"),
+        ),
+        _LATENT,
+    ),
+    **dict.fromkeys(
+        (
+            *("qwen3_next", "qwen3_5", "qwen3_5_text", "qwen3_5_moe", "mamba", "mamba2", "jamba"),
+            *("bamba", "falcon_mamba", "falcon_h1", "zamba", "zamba2", "rwkv", "recurrent_gemma"),
+            *("nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "minimax", "kimi_linear"),
+            *("olmo_hybrid", "xlstm"),
+        ),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(
+        (
+            *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "llava"),
+            *("mllama", "idefics3", "smolvlm", "mistral3", "phi4_multimodal", "internvl"),
+        ),
+        _SEVERAL,
+    ),
+    **dict.fromkeys(("t5", "bart", "t5gemma", "mt5", "pegasus", "whisper", "marian"), _ENCODES),
+    **dict.fromkeys(
+        ("olmo2", "glm4", "nemotron", "exaone", "starcoder2", "gpt_neox", "gpt2", "falcon", "phi"),
+        "its layers are put together otherwise",
+    ),
+    **dict.fromkeys(
+        (
+            "qwen2_moe",
+            "glm4_moe",
+            "granitemoe",
+            "minimax_m2",
+            "olmoe",
+            "ernie4_5_moe",
+            "dots1",
+            "hunyuan_v1_moe",
+        ),
+        "its experts are chosen or joined in another way",
+    ),
+}
+"""Families that are known, and why they are not run."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raas_jax.config import LARGEST, ModelConfig
-from raas_jax.families import FAMILIES, MULTIPLIERS
+from raas_jax.families import FAMILIES, MULTIPLIERS, REFUSED
 from raas_jax.files import FileError
 from raas_jax.rope import ROPE_TYPES, Rope
 
@@ -301,7 +301,9 @@ def test_odd_configs_are_refused_or_mean_the_same(fields, changes):
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
         ({"vocab_size": 10**5000}, "vocab_size is a number of too many digits"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*llama.*qwen3"),
+        ({"model_type": "gpt9"}, "model_type is 'gpt9'.*llama.*qwen3"),
+        ({"model_type": "gpt_oss"}, "model_type is 'gpt_oss'.*sliding window.*sink.*llama.*qwen3"),
+        ({"model_type": "deepseek_v3"}, "'deepseek_v3'.*latent vector.*Supported are .*llama"),
         ({"is_causal": False}, "is_causal is False, which is not supported"),
         ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config is .* not supported"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantised .'gptq'.*dequantize"),
@@ -373,3 +375,12 @@ def test_numbers_of_numpy_are_made_pythons():
     config = dataclasses.replace(GOOD, vocab_size=np.int64(97), rms_norm_eps=np.float64(1e-6))
     assert config == GOOD
     assert type(config.vocab_size) is int and type(config.rms_norm_eps) is float
+
+
+def test_refused_families_are_families_of_transformers():
+    """By the names that it has for them, but for one that only its publisher has; none is ours."""
+    pytest.importorskip("torch", reason="transformers needs it")
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+    assert not REFUSED.keys() & FAMILIES.keys()
+    assert REFUSED.keys() - CONFIG_MAPPING_NAMES.keys() <= {"kimi_k2"}
