@@ -1,4 +1,4 @@
-"""The transformer: one decoder-only network for Llama, Mistral, Qwen2/2.5 and Qwen3.
+"""The transformer: one decoder-only network for every family of `raas_jax.families`.
 
 Flax NNX declares every parameter once, with its shape, its initial values and its logical axes.
 The layers are declared stacked (`[L, ...]`), and `run_layers` is the one loop over them. Weights
