@@ -231,7 +231,7 @@ def test_transformers_reads_what_we_write(case, tmp_path):
 
 
 NEW_TOKENS = 64
-# One of each architecture; a prefill and a decode are compiled for each policy.
+# One of each family.
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
 # Beyond the original context, a dynamic rope's growing with each token.
 GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
@@ -251,7 +251,8 @@ def test_greedy_tokens_equal_transformers(case, tmp_path):
         answer = model.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False)
     expected = answer[0, len(prompt) :].tolist()
     assert len(expected) == NEW_TOKENS
-    for policy in POLICIES:
+    # A prefill and a decode are compiled for each; a budget that covers all is as good as dense.
+    for policy in POLICIES if case == "qwen3" else POLICIES[1:]:
         out = generate(params, prompt, policy=policy, max_new_tokens=NEW_TOKENS)
         assert list(out.tokens) == expected, policy
         assert out.stats.evicted_pages == 0
