@@ -7,6 +7,7 @@ they lie. A router's shares are those of Mixtral (arXiv 2401.04088) and Qwen3-Mo
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -57,17 +58,17 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     """
     stacks = experts.gate, experts.up, experts.down
     args = x, shares, chosen, experts.number
-    mesh = None if experts.target is None else experts.target.mesh
-    ways = 1 if experts.target is None else experts.target.head_ways
-    if mesh is None or ways == 1 or experts.gate.shape[2] % ways:
+    target = experts.target or Target("")
+    mesh, heads, rows = target.mesh, target.heads, target.rows
+    if mesh is None or target.head_ways == 1 or experts.gate.shape[2] % target.head_ways:
         return _mix(*args, *stacks)
-    heads, rows = experts.target.heads, experts.target.rows
     split = mesh.shape.get(rows, 1)
     by_row = PartitionSpec(rows if x.shape[0] % split == 0 else None)
     width = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
 
     def on_each(*operands: Any) -> jax.Array:
-        return jax.lax.psum(_mix(*operands), heads)
+        part: jax.Array = jax.lax.psum(_mix(*operands), heads)
+        return part
 
     summed: jax.Array = jax.shard_map(
         on_each,
@@ -110,8 +111,8 @@ def _one_by_one(
     def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
         row, expert, share = choice
         one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-        weights = (_of(stack, number, expert) for stack in (gate, up, down))
-        y = _perceptron(one, *weights, product=_row_product)
+        own = [_of(stack, number, expert) for stack in (gate, up, down)]
+        y = _perceptron(_row_product, one, *own)
         return out.at[row].add(share * y.astype(jnp.float32)), None
 
     rows = jnp.repeat(jnp.arange(x.shape[0], dtype=jnp.int32), chosen.shape[1])
@@ -128,7 +129,11 @@ def _of(stack: jax.Array, number: jax.Array, expert: jax.Array) -> jax.Array:
 
 
 def _perceptron(
-    x: jax.Array, gate: jax.Array, up: jax.Array, down: jax.Array, product: Any
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    x: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
 ) -> jax.Array:
     inner = jax.nn.silu(product(x, gate)) * product(x, up)
     out: jax.Array = product(inner.astype(x.dtype), down)
@@ -182,7 +187,7 @@ def _grouped(
             preferred_element_type=jnp.float32,
         )
 
-    y = _perceptron(x[row], gate, up, down, product)
+    y = _perceptron(product, x[row], gate, up, down)
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
@@ -216,8 +221,8 @@ def _in_blocks(
 
     def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
         own, rows, share = block
-        weights = (_of(stack, number, own) for stack in (gate, up, down))
-        y = _perceptron(padded[rows], *weights, product=_product)
+        weights = [_of(stack, number, own) for stack in (gate, up, down)]
+        y = _perceptron(_product, padded[rows], *weights)
         return out.at[rows].add(share[:, None] * y, mode="drop")
 
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:

@@ -356,7 +356,8 @@ def run_layers(
                 arrays |= _matrices_in_place(layers, number, in_place)
             own = None
             if config.num_experts:
-                own = Experts(*(weights[name] for name in experts.NAMES), number, target)
+                gate, up, down = (weights[name] for name in experts.NAMES)
+                own = Experts(gate, up, down, number, target)
             carry, y = body(Layer(nnx.merge(graph, arrays), number, kind, own), carry, x)
             ys.append(y)
         return carry, _stack(ys) if several else ys[0]

@@ -34,7 +34,7 @@ def check_finite(params: Params) -> None:
     bad = [
         name
         for name, place in places
-        if not all(flags[path][place.index[0] if place.index else 0] for path in place.paths)
+        if not all(flags[path][place.at[0] if place.at else 0] for path in place.paths)
     ]
     if bad:
         more = f" and {len(bad) - _NAMED} more" if len(bad) > _NAMED else ""

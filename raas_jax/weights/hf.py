@@ -58,13 +58,13 @@ class Destination(NamedTuple):
 
     Attributes:
       paths: ours, of which several lie in one tensor, one after the other.
-      index: where in the stack: its layer, and its expert; () for an array that is no stack.
+      at: where in the stack: its layer, and its expert; () for an array that is no stack.
       shape: of the tensor.
       rows: how long its first axis is for each path.
     """
 
     paths: tuple[str, ...]
-    index: tuple[int, ...]
+    at: tuple[int, ...]
     shape: Shape
     rows: tuple[int, ...]
 
@@ -191,7 +191,7 @@ def load_hf(
     places = destinations(config)
     shardings = flat_shardings(config, sharding)
     shapes = {path: leaf.shape for path, leaf in flat_shapes(config, to.name).items()}
-    stacks = {path for place in places.values() if place.index for path in place.paths}
+    stacks = {path for place in places.values() if place.at for path in place.paths}
     for path in stacks:
         where = shardings[path]
         if isinstance(where, NamedSharding) and (over := next(iter(where.spec), None)):
