@@ -1,13 +1,8 @@
-"""Reads optimised HLO text: what do the loops of a compiled program write out in full?"""
+"""What do the loops of a compiled program write out in full? By its optimised HLO text."""
 
 from __future__ import annotations
 
-import dataclasses
-import math
-import re
-
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "f32": 4, "s32": 4}
-SIZES |= {"u32": 4, "f64": 8, "s64": 8, "u64": 8}
+from raas_jax.aot.hlo import Instruction, parse
 
 # These name memory that exists, or run a computation whose own instructions are looked at.
 FREE = {
@@ -17,49 +12,10 @@ FREE = {
 # These write a part of their first operand, in place: where the compiler cannot, it adds a `copy`.
 IN_PLACE = {"dynamic-update-slice", "scatter"}
 
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_SHAPE = re.compile(r"\b([a-z]+[0-9]*)\[([0-9,]*)\]")
-_CALLED = re.compile(
-    r"\b(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
-)
-_BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    name: str
-    op: str
-    bytes: int
-    called: tuple[str, ...]
-    operands: tuple[str, ...]
-    root: bool
-    line: str
-
 
 def computations(text: str) -> dict[str, list[Instruction]]:
     """Instructions of every computation of a module."""
-    found: dict[str, list[Instruction]] = {}
-    current: list[Instruction] = []
-    for line in text.splitlines():
-        if head := _COMPUTATION.match(line):
-            current = found.setdefault(head[1], [])
-        elif part := _INSTRUCTION.match(line):
-            root, name, shape, op, rest = part.groups()
-            called = _CALLED.findall(rest)
-            for branches in _BRANCHES.findall(rest):
-                called += [one.strip().lstrip("%") for one in branches.split(",")]
-            operands = re.findall(r"%([\w.\-]+)", rest.split(")")[0])
-            size = sum(
-                SIZES.get(kind, 8) * math.prod(int(d) for d in dims.split(",") if d)
-                for kind, dims in _SHAPE.findall(shape)
-            )
-            current.append(
-                Instruction(
-                    name, op, size, tuple(called), tuple(operands), bool(root), line.strip()
-                )
-            )
-    return found
+    return parse(text).computations
 
 
 def written_in_loops(text: str, size: int) -> list[str]:

@@ -13,8 +13,11 @@ import tyro
 from raas_jax.cli import options
 
 if TYPE_CHECKING:
+    from raas_jax.aot.decode_traffic import DecodeTraffic, Part
     from raas_jax.aot.memory import Compiled
     from raas_jax.aot.memory import Memory as Account
+    from raas_jax.config import ModelConfig
+    from raas_jax.policies import Policy
 
 
 @dataclasses.dataclass
@@ -38,6 +41,8 @@ class Memory:
     target: Annotated[str | None, options.unset("KIND:SHAPE")] = None
     """Hardware to compile for, in place of what is at hand, such as v5e:2x4; nothing is run."""
     mesh: options.Mesh = None
+    traffic: bool = False
+    """Instead: bytes that a decode step reads and writes, against the least, from its program."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)
@@ -55,9 +60,12 @@ class Memory:
         config = options.read_config(file, self.layers)
         # Weights are not wanted for an account; the folder may have an allotment.
         without_weights = Params({}, config, str(Path(file).parent))
+        policy = suited(self.policy.create(), without_weights)
+        if self.traffic:
+            return self._traffic(config, policy)
         account = memory(
             config,
-            suited(self.policy.create(), without_weights),
+            policy,
             prompt_tokens=self.prompt_tokens,
             max_new_tokens=self.max_new_tokens,
             batch=self.batch,
@@ -66,6 +74,26 @@ class Memory:
             **options.parse_mesh(self.mesh),
         )
         print(json.dumps(dataclasses.asdict(account), indent=2) if self.json else table(account))
+        return 0
+
+    def _traffic(self, config: ModelConfig, policy: Policy) -> int:
+        """Prints what a decode step moves."""
+        from raas_jax.aot.decode_traffic import decode_traffic
+        from raas_jax.aot.memory import abstract_session, target_mesh
+
+        mesh, given = None, options.parse_mesh(self.mesh)
+        if self.target is not None:
+            mesh = target_mesh(config, self.target, **given)
+        elif given:
+            raise ValueError("a mesh is given but no target; name one, for instance 'v5e:2x4'.")
+        dtype = self.dtype or config.dtype
+        prompts = [self.prompt_tokens] * self.batch
+        session = abstract_session(config, policy, prompts, self.max_new_tokens, dtype, mesh)
+        found = decode_traffic(session)
+        if self.json:
+            print(json.dumps({**dataclasses.asdict(found), "floor": found.floor}, indent=2))
+        else:
+            print(traffic_lines(found))
         return 0
 
     def _file(self) -> str:
@@ -90,6 +118,49 @@ def config_file(source: str) -> str:
             f"--model is {source!r}; there is no such folder, and config.json could not be "
             f"fetched from the hub ({str(error).splitlines()[0]})."
         ) from error
+
+
+def traffic_lines(found: DecodeTraffic) -> str:
+    """What a step moves, in lines."""
+
+    def row(name: str, size: float, note: str = "") -> str:
+        return f"{name:22}{size / 1e9:>9.3f} GB  {note}".rstrip()
+
+    devices = f", on each of {found.devices} devices" if found.devices > 1 else ""
+    moved = found.reads + found.writes
+    lines = [
+        f"estimated from the program for {found.platform}, nothing was run; "
+        f"per step of {found.rows} rows{devices}",
+        row("read", found.reads),
+        row("written", found.writes),
+        row("floor", found.floor, f"weights {found.weights / 1e9:.3f}, cache once"),
+        f"{'over the floor':22}{found.ratio:>9.2f} x"
+        f"   {found.least / found.floor:.2f} x where the sampler has the least to do",
+        row("in layers", found.layers, f"{found.layers / moved:.0%}"),
+        row("outside of layers", found.outside, f"{found.outside / moved:.0%}"),
+        row("at page boundaries", found.boundary, "their share of a step"),
+        row("once per call", found.call, "likewise"),
+        f"{'operations':22}{found.operations_per_layer:>9.1f} per layer, "
+        f"{found.operations_outside:.0f} outside, {found.operations_at_boundary:.0f} per page; "
+        f"{found.conditions} conditions",
+    ]
+    per_layer = {**found.kernels, **found.collectives}
+    if per_layer:
+        named = ", ".join(f"{name} {count:g}" for name, count in per_layer.items())
+        lines.append(f"  of them per layer: {named}")
+    if found.unknown:
+        lines.append(f"  loops of unknown length, counted once: {', '.join(found.unknown)}")
+    if found.copies:
+        lines.append("copies of weights or of the cache, per step:")
+        lines += [_part(each) for each in found.copies]
+    lines.append("largest, per step:")
+    lines += [_part(each) for each in found.largest if not each.copies or each.writes == 0]
+    return "\n".join(lines)
+
+
+def _part(part: Part) -> str:
+    name, of = part.what.split("/")[0] or part.op, part.of or part.name
+    return f"  {of:20}{part.reads / 1e9:>9.3f} GB read {part.writes / 1e9:>9.3f} written  {name}"
 
 
 def table(account: Account) -> str:
