@@ -171,16 +171,16 @@ def floor(session: Session) -> tuple[int, int]:
     Embeddings that are not the head's too are looked up, a row per token, never read whole.
     """
     weights = session.params.weights
-    read = _bytes(weights)
+    read = bytes_on_one_device(weights)
     if "head" in weights:
         table = weights["embedding"]
         row = table.shape[-1] * table.dtype.itemsize
-        read += session.rows * row - _bytes(table)
-    return read, _bytes((session.shape.cache, session.shape.meta))
+        read += session.rows * row - bytes_on_one_device(table)
+    return read, bytes_on_one_device((session.shape.cache, session.shape.meta))
 
 
-def _bytes(tree: Any) -> int:
-    """On one device."""
+def bytes_on_one_device(tree: Any) -> int:
+    """Bytes of all arrays, those of a mesh as they lie on one of its devices."""
     size = 0
     for leaf in jax.tree.leaves(tree):
         sharding = getattr(leaf, "sharding", None)

@@ -31,7 +31,7 @@ def read_of_operands(
       in_place: for each array of the result, whether it is written into the memory of an operand,
         whose other parts stay as they are.
     """
-    if each.op == "fusion" or each.op == "async-start":
+    if runs_inside(each):
         found = _of_parameters(module, each.called[0], in_place)
         return [found.get(number, 0.0) for number in range(len(each.operands))]
     demand: Demand = defaultdict(float)
@@ -41,7 +41,7 @@ def read_of_operands(
 
 def ends(module: Module, each: Instruction) -> list[tuple[Instruction, Mapping[str, Instruction]]]:
     """What makes each array of a result: an update, where that is what it is, and its siblings."""
-    if each.op not in ("fusion", "async-start"):
+    if not runs_inside(each):
         return [(each, {})] * len(each.arrays)
     inside = module.computations[each.called[0]]
     named = {one.name: one for one in inside}
@@ -49,6 +49,22 @@ def ends(module: Module, each: Instruction) -> list[tuple[Instruction, Mapping[s
     if found and found[0].op == "tuple":
         found = [named[name] for name in found[0].operands]
     return [(behind(one, named), named) for one in found]
+
+
+def runs_inside(each: Instruction) -> bool:
+    """Whether it stands for a computation that is run as one piece."""
+    return each.op == "fusion" or (each.op.endswith("-start") and " calls=" in each.line)
+
+
+def updates(end: Instruction, named: Mapping[str, Instruction]) -> list[Instruction]:
+    """The updates of one buffer, last one first, that a result consists of; none if it is new."""
+    found = []
+    while end.op in ("dynamic-update-slice", "scatter"):
+        found.append(end)
+        if end.operands[0] not in named:
+            break
+        end = behind(named[end.operands[0]], named)
+    return found
 
 
 def behind(each: Instruction, named: Mapping[str, Instruction]) -> Instruction:
@@ -69,13 +85,13 @@ def _of_parameters(module: Module, name: str, in_place: Sequence[bool]) -> dict[
     for output, inplace in zip(outputs, [*in_place, *[False] * len(outputs)], strict=False):
         demand[output.name] += output.size
         if inplace:
-            written.add(behind(output, named).name)
+            written |= {one.name for one in updates(behind(output, named), named)}
     read: dict[int, float] = {}
     for one in reversed(inside):
         asked = min(demand[one.name], float(one.size))
         if one.op == "parameter":
             read[int(one.attribute(r"parameter\((\d+)\)") or 0)] = asked
-        elif asked and not (one.root and one.op == "tuple"):
+        elif (asked or one.name in written) and not (one.root and one.op == "tuple"):
             _ask(module, one, asked, named, demand, one.name in written)
     return read
 
@@ -95,7 +111,7 @@ def _ask(
         wanted[0] = asked
     elif each.op == "dynamic-update-slice":
         wanted[0] = 0.0 if in_place else max(0.0, asked - sizes[1])
-        wanted[1] = min(sizes[1], asked)
+        wanted[1] = sizes[1] if in_place else min(sizes[1], asked)
     elif each.op == "scatter":
         buffers = len(sizes) // 3
         wanted[:buffers] = [0.0 if in_place else asked] * buffers

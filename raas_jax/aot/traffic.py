@@ -21,10 +21,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
-from raas_jax.aot.demand import behind, ends, read_of_operands
+from raas_jax.aot.demand import behind, ends, read_of_operands, runs_inside, updates
 from raas_jax.aot.hlo import Array, Instruction, Module, parse
 
 ON_TPU = frozenset({0})
@@ -228,7 +228,7 @@ class _Walk:
         operands = [frame.made(name) for name in each.operands]
         if each.op == "custom-call":
             reads, writes = self._of_call(frame, each, target or "", operands)
-        elif each.op.endswith("-start") and not each.called:
+        elif each.op.endswith("-start") and not runs_inside(each):
             reads, writes = self._of_start(each, operands)
         else:
             reads, writes = self._of_fusion(frame, number, each, operands)
@@ -260,16 +260,15 @@ class _Walk:
             0.0 if operand is None else self._part(operand, size)
             for operand, size in zip(operands, sizes, strict=True)
         ]
+        first = 0
+        if each.op != "fusion" and runs_inside(each):  # Its operands are part of its result.
+            first = sum(len(one.arrays) for one in operands if one is not None)
         writes = 0.0
-        arrays = each.arrays if len(made) == len(each.arrays) else each.arrays[: len(made)]
-        for array, (end, named), inplace in zip(arrays, made, in_place, strict=False):
-            if not self._counts(array):
-                continue
-            new = array.size
-            if inplace:
-                siblings = named or frame.named
-                new = sum(siblings[name].size for name in _new(end) if name in siblings)
-            writes += new * array.bytes / max(1, array.size)
+        for array, (end, named), inplace in zip(each.arrays[first:], made, in_place, strict=False):
+            if self._counts(array):
+                chain = updates(end, named) if named else [end]
+                new = _new(chain, named or frame.named) if inplace else array.size
+                writes += new * array.bytes / max(1, array.size)
         return reads, writes
 
     def _part(self, operand: Instruction, size: float) -> float:
@@ -281,18 +280,15 @@ class _Walk:
         self, frame: _Frame, number: int, each: Instruction, end: Instruction, named: Any
     ) -> bool:
         """Whether a result is an update of an operand that nobody needs as it was."""
-        if end.op not in ("dynamic-update-slice", "scatter"):
+        chain = updates(end, named or {end.name: end})
+        if not chain:
             return False
+        operand = each.operands[0]
         if named:
-            buffer = end.operands[0]
-            source = behind(named[buffer], named) if buffer in named else None
-            while source is not None and source.op in ("dynamic-update-slice", "scatter"):
-                source = behind(named[source.operands[0]], named)
-            if source is None or source.op != "parameter":
+            source = behind(named[chain[-1].operands[0]], named)
+            if source.op != "parameter":
                 return False
             operand = each.operands[int(source.attribute(r"parameter\((\d+)\)") or 0)]
-        else:
-            operand = each.operands[0]
         return frame.last_use.get(frame.memory(operand), number) <= number
 
     def _of_call(
@@ -343,18 +339,15 @@ class _Walk:
         self, each: Instruction, operands: list[Instruction | None]
     ) -> tuple[list[float], float]:
         """Of an asynchronous copy, slice or collective without a computation of its own."""
-        sources = [one for one in operands if one is not None]
+        count = len(operands)
         if each.op == "copy-start":
             result = each.arrays[:1]
         else:
-            result = each.arrays[len(sources) : len(sources) + 1] or each.arrays[:1]
-        size = float(sum(array.size for array in result))
-        if each.op in ("copy-start", "slice-start"):
-            reads = [self._part(one, size) for one in sources]
-        else:
-            reads = [self._part(one, float(one.size)) for one in sources]
-        writes = float(sum(array.bytes for array in result if self._counts(array)))
-        return reads + [0.0] * (len(operands) - len(reads)), writes
+            # A result that begins with the operands is followed by what is made of them.
+            result = each.arrays[count : 2 * count] or each.arrays[:count]
+        part = float(sum(array.size for array in result)) if "slice" in each.op else float("inf")
+        reads = [0.0 if one is None else self._part(one, min(part, one.size)) for one in operands]
+        return reads, float(sum(array.bytes for array in result if self._counts(array)))
 
     def _trips(self, frame: _Frame, each: Instruction) -> int:
         """How often a loop runs."""
@@ -378,16 +371,20 @@ class _Walk:
 def _copies(module: Module, each: Instruction) -> bool:
     """Whether it does nothing but move numbers."""
     inside = [each]
-    if each.op in ("fusion", "async-start"):
+    if runs_inside(each):
         inside = module.computations[each.called[0]]
     return all(one.op in _MOVES or one.size <= 1 for one in inside)
 
 
-def _new(end: Instruction) -> tuple[str, ...]:
-    """Operands that hold what an update writes."""
-    if end.op == "scatter":
-        return end.operands[len(end.operands) // 3 * 2 :]
-    return end.operands[1:2]
+def _new(chain: Iterable[Instruction], named: Mapping[str, Instruction]) -> int:
+    """Numbers that updates write."""
+    size = 0
+    for each in chain:
+        new = each.operands[1:2]
+        if each.op == "scatter":
+            new = each.operands[len(each.operands) // 3 * 2 :]
+        size += sum(named[name].size for name in new if name in named)
+    return size
 
 
 def _aliased(each: Instruction) -> set[int]:
