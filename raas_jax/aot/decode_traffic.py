@@ -214,7 +214,8 @@ def _parts(moved: Iterable[Moved], steps: int) -> list[Part]:
     """Like ones together, those that move most first."""
     like: dict[Any, list[Moved]] = {}
     for each in moved:
-        like.setdefault((each.op, each.what, each.of, each.copies, each.loops), []).append(each)
+        what = each.what, each.of or each.name
+        like.setdefault((each.op, *what, each.copies, each.loops), []).append(each)
     parts = [
         Part(
             name=some[0].name,

@@ -74,8 +74,13 @@ def behind(each: Instruction, named: Mapping[str, Instruction]) -> Instruction:
     return each
 
 
-def _of_parameters(module: Module, name: str, in_place: Sequence[bool]) -> dict[int, float]:
-    """Numbers that a computation reads of its parameters, by their number."""
+def _of_parameters(
+    module: Module, name: str, in_place: Sequence[bool], asked: float = _WHOLE
+) -> dict[int, float]:
+    """Numbers that a computation reads of its parameters, by their number.
+
+    `asked` are the numbers of its result that are wanted, if that is one array.
+    """
     inside = module.computations[name]
     named = {one.name: one for one in inside}
     demand: Demand = defaultdict(float)
@@ -83,16 +88,16 @@ def _of_parameters(module: Module, name: str, in_place: Sequence[bool]) -> dict[
     [root] = [one for one in inside if one.root]
     outputs = [named[name] for name in root.operands] if root.op == "tuple" else [root]
     for output, inplace in zip(outputs, [*in_place, *[False] * len(outputs)], strict=False):
-        demand[output.name] += output.size
+        demand[output.name] += output.size if root.op == "tuple" else min(asked, output.size)
         if inplace:
             written |= {one.name for one in updates(behind(output, named), named)}
     read: dict[int, float] = {}
     for one in reversed(inside):
-        asked = min(demand[one.name], float(one.size))
+        wanted = min(demand[one.name], float(one.size))
         if one.op == "parameter":
-            read[int(one.attribute(r"parameter\((\d+)\)") or 0)] = asked
-        elif (asked or one.name in written) and not (one.root and one.op == "tuple"):
-            _ask(module, one, asked, named, demand, one.name in written)
+            read[int(one.attribute(r"parameter\((\d+)\)") or 0)] = wanted
+        elif (wanted or one.name in written) and not (one.root and one.op == "tuple"):
+            _ask(module, one, wanted, named, demand, one.name in written)
     return read
 
 
@@ -123,7 +128,7 @@ def _ask(
         part = asked / max(1, each.size)
         wanted[:half] = [size * part for size in sizes[:half]]
     elif each.op in ("fusion", "call"):
-        inner = _of_parameters(module, each.called[0], ())
+        inner = _of_parameters(module, each.called[0], (), asked)
         wanted = [inner.get(number, 0.0) for number in range(len(sizes))]
     elif each.op == "get-tuple-element":
         wanted = [_WHOLE]

@@ -42,11 +42,12 @@ _FREE_CALLS = {
 # Nothing but these, and the arithmetic of indices, makes a copy.
 _MOVES = {
     "parameter", "constant", "bitcast", "reshape", "transpose", "copy", "slice", "dynamic-slice",
-    "tuple", "get-tuple-element", "convert", "copy-start", "slice-start",
+    "tuple", "get-tuple-element", "convert", "copy-start", "copy-done", "slice-start", "slice-done",
 }  # fmt: skip
 _COLLECTIVES = {
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 }  # fmt: skip
+_UPDATE = ["dynamic-update-slice"]
 _AROUND = re.compile(r"while|body|closed_call|cond|branch_\d+_fun|jit\(.*\)")
 _TARGET = r'custom_call_target="([^"]*)"'
 _DECLARED = r'"bytes_accessed":"?(\d+)'
@@ -370,10 +371,9 @@ class _Walk:
 
 def _copies(module: Module, each: Instruction) -> bool:
     """Whether it does nothing but move numbers."""
-    inside = [each]
-    if runs_inside(each):
-        inside = module.computations[each.called[0]]
-    return all(one.op in _MOVES or one.size <= 1 for one in inside)
+    if runs_inside(each) or each.op == "call-start":
+        return all(_copies(module, one) for one in module.computations[each.called[0]])
+    return each.op in _MOVES or each.op == "call-done" or each.size <= 1
 
 
 def _new(chain: Iterable[Instruction], named: Mapping[str, Instruction]) -> int:
@@ -453,12 +453,9 @@ def _is_piece(module: Module, each: Instruction) -> bool:
     """Whether a result has the numbers of its first operand: a copy, a part, or an update of it."""
     if each.op == "custom-call":
         return each.attribute(_TARGET) in _FREE_CALLS
-    if each.op == "fusion":
-        last = [end.op for end, _ in ends(module, each)]
-        return _copies(module, each) or last == ["dynamic-update-slice"]
-    if each.op.endswith("-done"):
+    if each.op == "fusion" and [end.op for end, _ in ends(module, each)] == _UPDATE:
         return True
-    return each.op in _MOVES or each.op in ("dynamic-update-slice", "async-start")
+    return each.op in (*_UPDATE, "async-done") or (each.size > 1 and _copies(module, each))
 
 
 def _is_copy(module: Module, each: Instruction) -> bool:

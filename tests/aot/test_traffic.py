@@ -338,3 +338,44 @@ def test_a_fusion_that_asks_for_less_than_it_is_given():
 def test_a_text_that_is_no_program():
     with pytest.raises(ValueError, match="no ENTRY"):
         account("nothing")
+
+
+def test_a_fusion_in_a_fusion_is_asked_for_as_much():
+    """A change of layout of a whole stack, of which one layer is wanted."""
+    inner = (
+        "%whole (p0: f32[5,8,8]) -> f32[5,8,8]",
+        ["%p0 = f32[5,8,8]{2,1,0} parameter(0)", "ROOT %c = f32[5,8,8]{2,1,0} copy(%p0)"],
+    )
+    outer = (
+        "%one (p: f32[5,8,8], j: s32[]) -> f32[1,8,8]",
+        [
+            *TAKE[1][:3],
+            "%f = f32[5,8,8]{2,1,0} fusion(%p), kind=kLoop, calls=%whole",
+            "ROOT %cut = f32[1,8,8]{2,1,0} dynamic-slice(%f, %j, %o, %o)",
+        ],
+    )
+    call = "ROOT %out = f32[1,8,8]{2,1,0} fusion(%p, %j), kind=kLoop, calls=%one"
+    [only] = account(program([*TAKE[1][:2], call], inner, outer)).moved
+    assert only.reads == F32 * (64 + 1)
+    assert only.copies
+
+
+def test_a_copy_on_another_core():
+    """A call that runs beside the others: all of it is read and written, once."""
+    there = (
+        "%there (p: f32[64], t: token[]) -> f32[64]",
+        [
+            "%p = f32[64]{0} parameter(0)",
+            "%t = token[] parameter(1)",
+            "ROOT %c = f32[64]{0} copy(%p)",
+        ],
+    )
+    lines = [
+        '%x = f32[64]{0} parameter(0), metadata={op_name="state.cache.prompt.k"}',
+        "%k = token[] after-all()",
+        "%s = ((f32[64]{0}, token[]), f32[64]{0}) call-start(%x, %k), to_apply=%there",
+        "ROOT %d = f32[64]{0} call-done(%s)",
+    ]
+    [only] = account(program(lines, there)).moved
+    assert (only.reads, only.writes, only.copies) == (F32 * 64, F32 * 64, True)
+    assert only.of == "cache.prompt.k"
