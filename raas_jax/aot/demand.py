@@ -69,9 +69,15 @@ def updates(end: Instruction, named: Mapping[str, Instruction]) -> list[Instruct
 
 def behind(each: Instruction, named: Mapping[str, Instruction]) -> Instruction:
     """What lies behind other names and shapes of the same memory."""
-    while each.op == "bitcast" and each.operands[0] in named:
+    while each.operands and each.operands[0] in named and _is_renamed(each):
         each = named[each.operands[0]]
     return each
+
+
+def _is_renamed(each: Instruction) -> bool:
+    """Also where a TPU's compiler puts a fusion that stands for the memory of its operand."""
+    aliased = "output_to_operand_aliasing={{}: (0, {})}" in each.line
+    return each.op == "bitcast" or (each.op == "fusion" and aliased)
 
 
 def _of_parameters(

@@ -160,6 +160,15 @@ def test_an_update_in_place_writes_what_is_new():
     call = "ROOT %put.1 = f32[100,8]{1,0} fusion(%b, %row, %at), kind=kLoop, calls=%put"
     [only] = account(program([*UPDATE[:3], call], fused)).moved
     assert (only.reads, only.writes) == (F32 * (8 + 1), F32 * 8)
+    # Also where the buffer has another name, with other tiles, inside.
+    tiles = (
+        "%tiles (p: f32[100,8]) -> f32[100,8]",
+        ["%p = f32[100,8]{1,0} parameter(0)", "ROOT %c = f32[100,8]{1,0} copy(%p)"],
+    )
+    renamed = "%r = f32[100,8]{1,0} fusion(%b), output_to_operand_aliasing={{}: (0, {})}, "
+    lines = [*UPDATE, renamed + "calls=%tiles", f"ROOT {UPDATED}".replace("(%b,", "(%r,")]
+    [only] = account(program([*UPDATE[:3], call], tiles, (fused[0], lines))).moved
+    assert (only.reads, only.writes) == (F32 * (8 + 1), F32 * 8)
 
 
 def test_an_update_of_what_is_still_needed_writes_all():
