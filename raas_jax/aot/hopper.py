@@ -1,4 +1,4 @@
-"""An H100 that is not there: what XLA has to know of one to compile for it ahead of time."""
+"""H100s that are not there: what XLA has to know of one to compile for it ahead of time."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def _has_ptxas() -> bool:
     return any(next(Path(place).glob("nvidia/*/bin/ptxas"), None) for place in sys.path if place)
 
 
-def hopper_device() -> jax.Device:
-    """A device to compile for; nothing can be put on it or run on it.
+def hopper_devices(count: int = 1) -> list[jax.Device]:
+    """Devices of one host to compile for; nothing can be put on them or run on them.
 
     Raises:
       ModuleNotFoundError: JAX's CUDA plugin or `ptxas` is not installed; the message says how to.
@@ -53,5 +53,7 @@ def hopper_device() -> jax.Device:
             f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}, with ptxas "
             "of CUDA 13 on PATH. It needs no GPU."
         )
-    found = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_TARGET)
-    return found.devices[0]
+    described = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x1x{count}", target_config=_TARGET
+    )
+    return list(described.devices)

@@ -1,7 +1,8 @@
 """Accelerators to compile for, by name, without having one.
 
-A name is a kind of chip and the shape of a slice: `v5e:2x4` is eight chips of TPU v5e. The compiler
-comes with the plugin of the platform, and what its environment needs is set here, before it loads.
+A name is a kind of chip and the shape of a slice: `v5e:2x4` is eight chips of TPU v5e, `h100:8`
+eight GPUs of a host. The compiler comes with the plugin of the platform, and what its environment
+needs is set here, before it loads.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ TPU_TARGETS = (
     *("tpu7x:2x2x1", "tpu7x:2x2x2", "tpu7x:2x4x4", "tpu7x:4x4x4"),
 )
 """The usual slices; the compiler knows more."""
+
+HOPPER_TARGETS = ("h100", "h100:2", "h100:4", "h100:8")
+"""H100s of one host."""
 
 _GIB = 1 << 30
 DEVICE_MEMORY: dict[str, int] = {
@@ -59,7 +63,7 @@ def _tpu(name: str) -> list[jax.Device]:
 
 def target_names() -> list[str]:
     """Names to suggest."""
-    return [*TPU_TARGETS, "h100"]
+    return [*TPU_TARGETS, *HOPPER_TARGETS]
 
 
 @functools.cache
@@ -72,8 +76,8 @@ def target_devices(name: str) -> tuple[jax.Device, ...]:
       ValueError: there is no such target; the message has the nearest.
       ModuleNotFoundError: its compiler is not installed; the message says how to.
     """
-    if name == "h100":
-        return (hopper.hopper_device(),)
+    if name in HOPPER_TARGETS:
+        return tuple(hopper.hopper_devices(int(name.partition(":")[2] or 1)))
     # Of a known chip, also slices that are not listed.
     chip = re.fullmatch(r"(\w+):\d+(x\d+)+", name)
     if chip is None or chip[1] not in {known.partition(":")[0] for known in TPU_TARGETS}:

@@ -23,7 +23,7 @@ TARGETS = ("h100", "v5e", "v6e", "tpu7x")
 ROWS = (1, 8, 16, 64, 256)
 
 MESHES: dict[str, tuple[tuple[str, int], ...]] = {
-    "h100": (("h100", 1),),
+    "h100": (("h100", 1), ("h100:2", 2), ("h100:4", 4), ("h100:8", 8)),
     "v5e": (
         *(("v5e:2x2", devices) for devices in (1, 2, 4)),
         ("v5e:2x4", 8),
@@ -111,13 +111,14 @@ def _divisors(number: int) -> list[int]:
 
 
 def table(cells: dict[Cell, dict[str, Any]], before: dict[Cell, dict[str, Any]]) -> str:
-    """Markdown: a line for each cell, the ratios of `before` beside those of now."""
+    """Markdown: a line for each cell, in order, the ratios of `before` beside those of now."""
     head = ["Model", "Target", "Rows", "Floor GB", "Moved GB", "Over the floor"]
     head += ["Copied GB", "Per layer", "Outside"]
     if before:
         head[5:6] = ["Before", "Now"]
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "--:|" * (len(head) - 2)]
-    for cell, found in cells.items():
+    order = sorted(cells, key=lambda each: (each.model, TARGETS.index(each.chip), each.rows))
+    for cell, found in ((each, cells[each]) for each in order):
         lines.append("| " + " | ".join(_line(cell, found, before)) + " |")
     return "\n".join(lines)
 
