@@ -13,6 +13,10 @@ from raas_jax.aot.traffic import ON_GPU, ON_TPU, Moved, account, total
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.session import Session
 
+# Beginnings of the names of arguments, see `Moved.sources`.
+_WEIGHTS = "layers", "head", "embedding", "norm"
+_CACHE = "cache", "meta"
+
 COPY = 1 << 20
 """Bytes from which a copy of weights or of the cache is listed."""
 
@@ -55,6 +59,8 @@ class DecodeTraffic:
       weights, cache: bytes of the weights, without the embeddings that are not looked up, and of
         all that is kept for attention; their sum is the floor.
       ratio: reads + writes over the floor.
+      weights_read, cache_read: what of `reads` is of weights and of the cache, or of their copies;
+        what is left, and most of `writes`, are activations, many of which a GPU's L2 may hold.
       layers, outside, boundary, call: bytes per step in the loops over layers, outside of them, at
         the boundaries of pages, and once per call.
       operations_per_layer: what is launched for one layer: fusions, kernels, library calls, copies.
@@ -78,6 +84,8 @@ class DecodeTraffic:
     weights: int
     cache: int
     ratio: float
+    weights_read: float
+    cache_read: float
     layers: float
     outside: float
     boundary: float
@@ -129,6 +137,9 @@ def decode_traffic(session: Session, text: str | None = None, largest: int = 12)
     if pages == 1:
         boundary, call = boundary + call, []
     weights, cache = floor(session)
+    sources = [
+        (origin, size * each.times / steps) for each in found.moved for origin, size in each.sources
+    ]
     moved = total(found.moved) / steps
 
     def launched(some: list[Moved], runs: float) -> float:
@@ -144,6 +155,8 @@ def decode_traffic(session: Session, text: str | None = None, largest: int = 12)
         weights=weights,
         cache=cache,
         ratio=moved / (weights + cache),
+        weights_read=sum(size for origin, size in sources if origin.startswith(_WEIGHTS)),
+        cache_read=sum(size for origin, size in sources if origin.startswith(_CACHE)),
         layers=total(inside) / steps,
         outside=total(outside) / steps,
         boundary=total(boundary) / steps,
@@ -206,7 +219,7 @@ def _layer_loops(
 
 def _is_costly_copy(each: Moved) -> bool:
     """A copy from memory to memory, of a weight or of the cache."""
-    ours = each.of.startswith(("layers", "head", "embedding", "cache"))
+    ours = each.of.startswith((*_WEIGHTS, *_CACHE))
     return each.copies and ours and each.writes >= COPY and each.reads > 0
 
 

@@ -61,8 +61,9 @@ class Moved:
       name: the instruction's.
       op: what it is; of a custom call, its target.
       what: the place in the Python program that it comes from, as far as XLA kept it.
-      of: the program's argument that most of what it reads belongs to, directly or as a copy.
-      reads, writes: bytes.
+      sources: the program's arguments that what it reads belongs to, directly or as a copy, and the
+        bytes of each, most first; '' is what is none's, such as activations.
+      writes: bytes.
       copies: whether it does nothing but move numbers, at most converting them.
       calls: whether it is a kernel or a call of a library.
       scalar: whether it gives one number and is no fusion, kernel or library call.
@@ -72,13 +73,26 @@ class Moved:
     name: str
     op: str
     what: str
-    of: str
-    reads: float
+    sources: tuple[tuple[str, float], ...]
     writes: float
     copies: bool
     calls: bool
     scalar: bool
     loops: tuple[tuple[str, int], ...]
+
+    @property
+    def reads(self) -> float:
+        """Bytes."""
+        return sum(size for _, size in self.sources)
+
+    @property
+    def of(self) -> str:
+        """The argument that most of what it reads belongs to, and how many more; '' if none."""
+        if not self.sources:
+            return ""
+        largest, size = self.sources[0]
+        more = sum(bool(name) and 10 * other > size for name, other in self.sources[1:])
+        return f"{largest} +{more}" if largest and more else largest
 
     @property
     def bytes(self) -> float:
@@ -233,13 +247,16 @@ class _Walk:
             reads, writes = self._of_start(each, operands)
         else:
             reads, writes = self._of_fusion(frame, number, each, operands)
-        largest = max(zip(reads, each.operands, strict=True), default=None)
+        sources: dict[str, float] = {}
+        for size, name in zip(reads, each.operands, strict=True):
+            if size:
+                origin = _origin(frame, name)
+                sources[origin] = sources.get(origin, 0.0) + size
         return Moved(
             name=each.name,
             op=target or each.op,
             what=_place(each),
-            of="" if largest is None or not largest[0] else _origin(frame, largest[1]),
-            reads=sum(reads),
+            sources=tuple(sorted(sources.items(), key=lambda one: -one[1])),
             writes=writes,
             copies=_copies(self.module, each),
             calls=target is not None,

@@ -128,10 +128,11 @@ def traffic_lines(found: DecodeTraffic) -> str:
 
     devices = f", on each of {found.devices} devices" if found.devices > 1 else ""
     moved = found.reads + found.writes
+    weights, cache = found.weights_read / found.weights, found.cache_read / found.cache
     lines = [
         f"estimated from the program for {found.platform}, nothing was run; "
         f"per step of {found.rows} rows{devices}",
-        row("read", found.reads),
+        row("read", found.reads, f"weights {weights:.2f} times, cache {cache:.2f} times"),
         row("written", found.writes),
         row("floor", found.floor, f"weights {found.weights / 1e9:.3f}, cache once"),
         f"{'over the floor':22}{found.ratio:>9.2f} x"
@@ -160,7 +161,7 @@ def traffic_lines(found: DecodeTraffic) -> str:
 
 def _part(part: Part) -> str:
     name, of = part.what.split("/")[0] or part.op, part.of or part.name
-    return f"  {of:20}{part.reads / 1e9:>9.3f} GB read {part.writes / 1e9:>9.3f} written  {name}"
+    return f"  {of:22}{part.reads / 1e9:>7.3f} GB read {part.writes / 1e9:>9.3f} written  {name}"
 
 
 def table(account: Account) -> str:

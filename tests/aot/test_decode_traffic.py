@@ -46,6 +46,8 @@ def test_a_step_moves_at_least_the_floor(found):
     for each in found.values():
         assert each.floor < each.reads + each.writes
         assert each.least <= each.reads + each.writes
+        assert each.weights <= each.weights_read and each.cache <= each.cache_read
+        assert each.weights_read + each.cache_read <= each.reads
         parts = each.layers + each.outside + each.boundary + each.call
         assert np.isclose(parts, each.reads + each.writes)
         assert each.unknown == []
@@ -103,6 +105,8 @@ def test_a_tpu_reads_weights_and_cache_once(tpu):
     found = on_target("v5e:2x2", rows=8, model=2)
     assert found.devices == 2
     assert 1 < found.ratio < 1.05
+    assert found.weights_read == pytest.approx(found.weights, rel=0.01)
+    assert found.cache_read == pytest.approx(found.cache, rel=0.03)
     assert found.collectives == {"all-reduce": 2}
     # Nothing of a weight is copied; the current page of all rows is, once per page.
     assert {part.of for part in found.copies} <= {"cache.current.k", "cache.current.v"}
@@ -115,6 +119,7 @@ def test_a_gpu_launches_kernels():
     except ModuleNotFoundError as error:
         pytest.skip(str(error))
     assert 1 < found.ratio < 1.15
+    assert found.weights_read == pytest.approx(found.weights, rel=0.01)
     assert found.copies == []
     assert found.kernels["decode_attention"] >= 1
     assert found.operations_per_layer == int(found.operations_per_layer)
