@@ -36,6 +36,12 @@ INWARD = ("o", "down")
 """Those of which a mesh that splits heads and mlp width cuts what is summed over."""
 
 
+@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+def _normal(key: jax.Array, divisor: Any, *, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Normal numbers over `divisor`; one program, so that no float32 array of the shape is made."""
+    return (jax.random.normal(key, shape, jnp.float32) / divisor).astype(dtype)
+
+
 class Block(nnx.Module):
     """A stack of `L` transformer layers, or one of them once `lax.scan` has sliced the stack."""
 
@@ -48,8 +54,8 @@ class Block(nnx.Module):
         def normal(
             shape: tuple[int, ...], axes: tuple[str, ...], fan_in: int
         ) -> nnx.Param[jax.Array]:
-            value = jax.random.normal(rngs.params(), (L, *shape), jnp.float32) / math.sqrt(fan_in)
-            return nnx.Param(value.astype(dtype), logical_axes=("layers", *axes))
+            value = _normal(rngs.params(), math.sqrt(fan_in), shape=(L, *shape), dtype=dtype)
+            return nnx.Param(value, logical_axes=("layers", *axes))
 
         def full(
             fill: float, shape: tuple[int, ...], axes: tuple[str, ...]
@@ -132,11 +138,10 @@ class Ends(nnx.Module):
     def __init__(self, config: ModelConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         V, D = config.vocab_size, config.hidden_size
         self.config = config
-        scale = 1.0 / math.sqrt(D)
 
         def table() -> nnx.Param[jax.Array]:
-            value = jax.random.normal(rngs.params(), (V, D), jnp.float32) * scale
-            return nnx.Param(value.astype(dtype), logical_axes=("vocab", "embed"))
+            value = _normal(rngs.params(), math.sqrt(D), shape=(V, D), dtype=dtype)
+            return nnx.Param(value, logical_axes=("vocab", "embed"))
 
         self.embedding = table()
         self.norm = nnx.Param(jnp.ones((D,), dtype), logical_axes=("embed",))
@@ -197,7 +202,10 @@ def abstract_weights(config: ModelConfig, dtype: str) -> Weights:
 
 
 def init_weights(config: ModelConfig, key: jax.Array, dtype: Any = jnp.float32) -> Weights:
-    """Random weights, their layers stacked, from a typed key."""
+    """Random weights, their layers stacked, from a typed key.
+
+    Each array is drawn by a program of its own, in `dtype`: no other memory of its size is taken.
+    """
     model = Transformer(config, dtype=dtype, rngs=nnx.Rngs(params=key))
     return _pure(nnx.split(model)[1])
 

@@ -31,7 +31,11 @@ class Params:
 
     @classmethod
     def random(cls, config: ModelConfig, seed: int = 0, dtype: DTypeLike | None = None) -> Params:
-        """Random weights of a given shape, for benchmarks and tests."""
+        """Random weights of a given shape, for benchmarks and tests.
+
+        They are drawn in `dtype` (the config's where not given), array by array, so that they take
+        no more memory than a model that was loaded.
+        """
         key = jax.random.key(seed)
         return cls(init_weights(config, key, dtype or config.dtype), config)
 
