@@ -323,6 +323,18 @@ def _wait_for(arrays: Any) -> Any:
     return jax.block_until_ready(arrays)
 
 
+def copying(target: Target) -> Program:
+    """A copy of a large array, which says how fast memory is; each number is read and written."""
+    numbers = jnp.zeros((COPIED_BYTES.get(target.platform, 2**30) // 4,), jnp.float32)
+    copied = Case(lambda carry, one, _: carry + one, numbers, jnp.ones(()), 1, 2 * numbers.nbytes)
+    return Program(copied, _least(target))
+
+
+def _least(target: Target) -> float:
+    """Seconds that a program takes at least."""
+    return 0.0 if target.platform == "cpu" else PROGRAM_SECONDS
+
+
 def bench(
     operations: Sequence[str], shapes: Sequence[str], *, dtype: str, repetitions: int = 7
 ) -> Iterator[Measurement]:
@@ -334,10 +346,7 @@ def bench(
       repetitions: timed turns; medians count.
     """
     target = Target.of()
-    least = 0.0 if target.platform == "cpu" else PROGRAM_SECONDS
-    numbers = jnp.zeros((COPIED_BYTES.get(target.platform, 2**30) // 4,), jnp.float32)
-    copied = Case(lambda carry, one, _: carry + one, numbers, jnp.ones(()), 1, 2 * numbers.nbytes)
-    copy = Program(copied, least)
+    least, copy = _least(target), copying(target)
     for shape, name in itertools.product(shapes, operations):
         if name == "prefill_attention" and SHAPES[shape].batch > MOST_PREFILLED:
             continue

@@ -14,6 +14,7 @@ import tyro
 
 from raas_jax.cli import options
 from raas_jax.cli.errors import note
+from raas_jax.cli.streams import say
 from raas_jax.cli.tables import markdown
 from raas_jax.config import ModelConfig
 
@@ -35,8 +36,7 @@ class Bench:
     """Generated lengths at which to measure."""
     batch: options.Rows = 1
     """Sequences at once."""
-    dtype: options.DtypeName = "float32"
-    """Data type of weights and cache."""
+    dtype: options.Dtype = None
     layers: options.Layers = None
     """Number of layers, in place of the one in the file."""
     repetitions: options.Turns = 15
@@ -53,6 +53,8 @@ class Bench:
 
     def run(self) -> int:
         """Prints the table, or the JSON object."""
+        if self.against is not None:
+            leave_memory()
         config = options.read_config(self.config, self.layers)
         load, cores = os.getloadavg()[0], os.cpu_count() or 1
         report, text = self._steps(config) if self.policies is None else self._compare(config)
@@ -68,8 +70,9 @@ class Bench:
         """Random weights, stored as `raas_jax.load` would."""
         from raas_jax import weights
         from raas_jax.params import Params
+        from raas_jax.weights.hf import wanted_dtype
 
-        params = Params.random(config, dtype=self.dtype)
+        params = Params.random(config, dtype=wanted_dtype(self.dtype, config.dtype))
         return params.separate() if weights.separates() else params
 
     def _steps(self, config: ModelConfig) -> tuple[StepReport | Comparison, str]:
@@ -83,6 +86,7 @@ class Bench:
             lengths=lengths,
             against=options.split_names(self.against or ""),
             largest_batch=self.largest_batch,
+            say=say,
             **self._common(),
         )
         for remark in report.left_out:
@@ -108,6 +112,11 @@ class Bench:
     def _common(self) -> dict[str, Any]:
         names = ("prompt_tokens", "batch", "repetitions")
         return {name: getattr(self, name) for name in names} | {"progress": sys.stderr.isatty()}
+
+
+def leave_memory() -> None:
+    """Lets JAX take a GPU's memory as it needs it, so that others find some; before it starts."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 Column = tuple[str, str, Callable[[Any], str]]

@@ -1,11 +1,14 @@
 """`raas-jax bench`, and the baseline that it times on GPUs."""
 
 import json
+import os
+import re
 import sys
 
 import jax
 import pytest
 
+from raas_jax.cli.bench import Bench
 from raas_jax.cli.main import main
 
 
@@ -70,3 +73,34 @@ def test_a_baseline_that_is_not_installed_is_left_out(model, capsys, monkeypatch
     assert "transformers is left out: it needs torch" in err
     assert "llama.cpp is left out: it needs llama-cpp-python" in err
     assert "dense ms" in out and "transformers" not in out and "llama.cpp" not in out
+
+
+def test_what_is_known_is_said_at_once_and_memory_that_ends_costs_one_baseline(
+    model, capsys, monkeypatch
+):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+
+    def full(name, params, prompt_tokens):
+        # Before JAX takes all memory of a GPU, as it does unless it is told not to.
+        assert os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] == "false"
+        said.append(capsys.readouterr().err)
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    said = []
+    monkeypatch.setattr("raas_jax.lab.bench.baselines.of_name", full)
+    args = ["bench", "--config", model, "--budget", "64", "--prompt-tokens", "20", "--layers", "1"]
+    args += ["--lengths", "64", "--repetitions", "1", "--against", "transformers"]
+    assert main([*args, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"raas-jax, 64 generated: [\d.]+ ms/token at first\n", said[0])
+    assert "transformers is left out: there is no memory left for it" in err
+    assert json.loads(out)["timings"][0]["others"] == {}
+
+
+def test_on_an_accelerator_it_is_bfloat16(config, monkeypatch):
+    bench = Bench(config="unread")
+    assert bench._params(config).dtype == "float32"
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert bench._params(config).dtype == "bfloat16"
+    assert Bench(config="unread", dtype="float32")._params(config).dtype == "float32"

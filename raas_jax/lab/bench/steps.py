@@ -7,7 +7,6 @@ are busy. Nothing is extrapolated: the state at a generated length is reached by
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 import os
 import statistics
@@ -24,13 +23,14 @@ from raas_jax import checks
 from raas_jax.decode import DecodeState, cache_bytes
 from raas_jax.engine import autosize
 from raas_jax.lab.bench import baselines
+from raas_jax.lab.bench.bandwidth import reader
 from raas_jax.lab.bench.turns import (
     Contender,
     TimedDecode,
     check_positive,
     copied,
-    cores,
     endless,
+    ran_out,
     random_prompts,
     take_turns,
     timed,
@@ -117,6 +117,7 @@ def bench(
     against: Collection[str] = (),
     largest_batch: bool = False,
     progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> StepReport:
     """Measures the time per token at each generated length.
 
@@ -134,6 +135,7 @@ def bench(
         library with a "dense" cache. One that is not installed is left out.
       largest_batch: also say how many rows fit, for which programs are compiled but not run.
       progress: a bar on stderr.
+      say: is told what is known so far, a line at a time.
 
     Raises:
       ValueError: a number below 1, lengths beyond the model's context, or an unknown baseline.
@@ -153,18 +155,29 @@ def bench(
         named = ", ".join(map(repr, baselines.NAMES))
         raise ValueError(f"against is {','.join(against)!r}; there are {named}.")
     prompts = random_prompts(params, batch, prompt_tokens)
-    reached = list(_reach(params, policy, prompts, sorted(set(lengths)), progress))
+
+    def first(name: str, length: int, decode: TimedDecode | baselines.Baseline) -> None:
+        say(f"{name}, {length:,} generated: {1e3 * decode.time_chunk():.2f} ms/token at first")
+
+    reached = []
+    for each in _reach(params, policy, prompts, sorted(set(lengths)), progress):
+        first("raas-jax", each.length, each.own)
+        reached.append(each)
     left_out = []
     for name in dict.fromkeys(against):
         try:
             begin = baselines.of_name(name, params, prompt_tokens)
             for each in reached:
                 each.others[name] = begin(each.tokens, each.own.chunk)
-        except ValueError as error:
-            left_out.append(f"{name} is left out: {error}")
+                first(name, each.length, each.others[name])
+        except (ValueError, RuntimeError, MemoryError) as error:
+            if not (isinstance(error, ValueError) or ran_out(error)):
+                raise
+            reason = error if isinstance(error, ValueError) else "there is no memory left for it."
+            left_out.append(f"{name} is left out: {reason}")
             for each in reached:
                 each.others.pop(name, None)
-    contenders = [Contender("bandwidth", 0, _reader())]
+    contenders = [Contender("bandwidth", 0, reader())]
     for each in reached:
         contenders += each.contenders()
     times = zip(contenders, take_turns(contenders, repetitions, progress), strict=True)
@@ -249,32 +262,6 @@ def step_bytes(params: Params, state: DecodeState) -> int:
 
 def _bytes(params: Params) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(params.weights))
-
-
-def _reader(size: int = 2**28) -> Callable[[], float]:
-    """A function that reads `size` bytes once, on all cores, and returns seconds per byte."""
-    if jax.default_backend() != "cpu":
-        array = jnp.ones((size // 2**12, 2**10), jnp.float32)
-        reduce = jax.jit(lambda x: jnp.max(x, axis=-1))
-        reduce(array).block_until_ready()
-        # Several at once, so that launching them does not count.
-        return lambda: timed(lambda: [reduce(array) for _ in range(16)])[1] / (16 * array.nbytes)
-
-    workers = cores()
-    blocks = np.ones((size // 2**20, 2**18), np.float32)
-    # A dot product of a vector with itself does the least work per byte that NumPy vectorises.
-    own = [part for part in np.array_split(blocks, workers) if len(part)]
-
-    def read_part(part: np.ndarray) -> None:
-        for block in part:
-            np.dot(block, block)
-
-    def read_cpu() -> float:
-        with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-            list(pool.map(read_part, own))
-            return timed(lambda: list(pool.map(read_part, own)))[1] / blocks.nbytes
-
-    return read_cpu
 
 
 def _reach(

@@ -72,6 +72,12 @@ def timed(call: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - start
 
 
+def ran_out(error: BaseException) -> bool:
+    """Whether an error says, in the words of Python, JAX or torch, that memory is used up."""
+    text = str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text or "out of memory" in text
+
+
 def cores() -> int:
     """Cores that this process may use."""
     allowed = getattr(os, "sched_getaffinity", None)
