@@ -21,6 +21,7 @@ from raas_jax.cli.allot import Allot
 from raas_jax.cli.bench import Bench
 from raas_jax.cli.calibrate import Calibrate
 from raas_jax.cli.convert import Convert
+from raas_jax.cli.device_check import DeviceCheck
 from raas_jax.cli.errors import INTERRUPTED, explain
 from raas_jax.cli.eval import Eval, Report
 from raas_jax.cli.fidelity import Fidelity
@@ -36,6 +37,7 @@ COMMANDS: dict[str, type[Command]] = {
     "convert": Convert,
     "memory": Memory,
     "bench": Bench,
+    "device-check": DeviceCheck,
     "throughput": Throughput,
     "train": Train,
     "allot": Allot,

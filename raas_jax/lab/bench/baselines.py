@@ -100,7 +100,7 @@ class _Generate:
         return stamps
 
 
-class _StaticCache:
+class StaticCache:
     """Transformers with a static cache and a compiled forward pass: its quickest on a GPU."""
 
     whole_seconds: float | None = None
@@ -162,10 +162,10 @@ class _Transformers:
         model.generation_config.eos_token_id = None
         self._model: Any = model.to("cuda") if torch.cuda.is_available() else model
 
-    def begin(self, prompt_tokens: int, tokens: np.ndarray, chunk: int) -> _Generate | _StaticCache:
+    def begin(self, prompt_tokens: int, tokens: np.ndarray, chunk: int) -> _Generate | StaticCache:
         """After these tokens `[B, T]`, of which the first `prompt_tokens` are the prompt."""
         if self._model.device.type == "cuda":
-            return _StaticCache(self._model, tokens, chunk, compiled=True)
+            return StaticCache(self._model, tokens, chunk, compiled=True)
         return _Generate(self._model, tokens, chunk, prompt_tokens)
 
 

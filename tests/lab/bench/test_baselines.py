@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from raas_jax.lab.bench.baselines import _StaticCache
+from raas_jax.lab.bench.baselines import StaticCache
 
 
 def test_a_static_cache_decodes_as_a_growing_one():
@@ -25,7 +25,7 @@ def test_a_static_cache_decodes_as_a_growing_one():
     model = transformers.LlamaForCausalLM(config).eval()
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, 50, (2, 12))
-    baseline = _StaticCache(model, tokens, 6, compiled=False)
+    baseline = StaticCache(model, tokens, 6, compiled=False)
     seen = []
     baseline.forward = lambda token, **kwargs: seen.append(token) or model(token, **kwargs)
     for _ in range(2):

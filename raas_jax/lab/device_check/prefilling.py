@@ -1,0 +1,50 @@
+"""Section `prefill`: how long prompts take to be read, beside their arithmetic."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from raas_jax.config import ModelConfig
+from raas_jax.lab.bench.arithmetic import multiplier
+from raas_jax.lab.bench.turns import endless, random_prompts, timed
+from raas_jax.lab.device_check.check import Check, median
+from raas_jax.model import MATRICES
+from raas_jax.params import Params
+from raas_jax.policies import RaaS
+from raas_jax.session import Session
+from raas_jax.weights import separates
+
+
+def run(check: Check) -> None:
+    """One prompt of each length."""
+    sizes, config = check.sizes, check.config()
+    operation_seconds = median(multiplier(check.dtype))
+    params = Params.random(config, dtype=check.dtype)
+    params = params.separate() if separates() else params
+    for tokens in sizes.prompts:
+        what = f"prompt of {tokens:,} tokens"
+        with check.journal.attempt(what):
+            session = Session.create(params, RaaS(sizes.budget), [tokens], sizes.budget)
+            prompts = random_prompts(params, 1, tokens).tolist()
+            read = partial(session.start, prompts, endless(1))
+            _, compile_seconds = timed(read)
+            seconds = median(lambda read=read: timed(read)[1], 3)
+            check.journal.figure(
+                what,
+                1e3 * seconds,
+                "ms",
+                floor=1e3 * operations(config, params, tokens) * operation_seconds,
+                tokens_per_second=tokens / seconds,
+                compile_seconds=compile_seconds,
+            )
+
+
+def operations(config: ModelConfig, params: Params, tokens: int) -> int:
+    """Multiplies and adds of a prompt: products with all weights, half a square of attention, and
+    the logits of its last token.
+    """
+    layers = params.stacked().weights["layers"]
+    in_layers = sum(layers[name].size for name in MATRICES)
+    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim
+    attention = 2 * 2 * scores * tokens * (tokens + 1) // 2
+    return 2 * tokens * in_layers + attention + 2 * config.vocab_size * config.hidden_size
