@@ -39,7 +39,8 @@ INWARD = ("o", "down")
 @functools.partial(jax.jit, static_argnames=("shape", "dtype"))
 def _normal(key: jax.Array, divisor: Any, *, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal numbers over `divisor`; one program, so that no float32 array of the shape is made."""
-    return (jax.random.normal(key, shape, jnp.float32) / divisor).astype(dtype)
+    drawn: jax.Array = (jax.random.normal(key, shape, jnp.float32) / divisor).astype(dtype)
+    return drawn
 
 
 class Block(nnx.Module):

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from raas_jax.accelerators import warn_if_unused
 from raas_jax.admission import Admissions, admit, empty_admissions
 from raas_jax.config import ModelConfig
 from raas_jax.decode import (
@@ -259,6 +260,7 @@ class Session:
 
     def _check_room(self) -> None:
         """Raises ValueError where the cache cannot fit, before the system ends the process."""
+        warn_if_unused()
         devices = 1 if self.mesh is None else self.mesh.size
         size, room = cache_bytes(self.shape), devices * device_memory()
         if size > room:

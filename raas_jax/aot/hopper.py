@@ -49,9 +49,10 @@ def hopper_devices(count: int = 1) -> list[jax.Device]:
     """
     if importlib.util.find_spec("jax_cuda13_plugin") is None or not _has_ptxas():
         raise ModuleNotFoundError(
-            "target is 'h100', and the compiler for GPUs is not installed: pip install --no-deps "
-            f"jax-cuda13-plugin=={jax.__version__} jax-cuda13-pjrt=={jax.__version__}, with ptxas "
-            "of CUDA 13 on PATH. It needs no GPU."
+            "target is 'h100', and the compiler for GPUs is not installed: in the checkout of "
+            "raas_jax, pip install -e '.[cuda13]'; or, with ptxas of CUDA 13 on PATH, "
+            f"pip install --no-deps jax-cuda13-plugin=={jax.__version__} "
+            f"jax-cuda13-pjrt=={jax.__version__}. It needs no GPU."
         )
     described = topologies.get_topology_desc(
         platform="cuda", topology=f"1x1x{count}", target_config=_TARGET

@@ -53,8 +53,8 @@ _LIBTPU_ENVIRONMENT = {
 def _tpu(name: str) -> list[jax.Device]:
     if importlib.util.find_spec("libtpu") is None:
         raise ModuleNotFoundError(
-            f"target is {name!r}, and the compiler for TPUs is not installed: "
-            'pip install "jax[tpu]". It needs no TPU.'
+            f"target is {name!r}, and the compiler for TPUs is not installed: in the checkout of "
+            "raas_jax, pip install -e '.[tpu]'. It needs no TPU."
         )
     for variable, value in _LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)

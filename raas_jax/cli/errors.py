@@ -58,8 +58,11 @@ def _mendable(error: Exception) -> str | None:
 def _missing(error: ImportError) -> str | None:
     package = (error.name or "").partition(".")[0]
     if extra := EXTRAS.get(package):
-        every = "" if extra == "eval" else ', or "raas-jax[eval]" for all that `eval` can do'
-        return f'{package} is not installed: pip install "raas-jax[{extra}]"{every}'
+        every = "" if extra == "eval" else ", or '.[eval]' for all that `eval` can do"
+        return (
+            f"{package} is not installed: in the checkout of raas_jax, pip install -e "
+            f"'.[{extra}]'{every}"
+        )
     if isinstance(error, ModuleNotFoundError) and package not in ("", "raas_jax"):
         return f"{package} is not installed: pip install {package}"
     return str(error) if error.name is None else None

@@ -18,7 +18,8 @@ def run(arguments: Sequence[str]) -> int:
         from lm_eval.api.registry import model_registry
     except ImportError as error:
         raise ValueError(
-            f"raas-jax {NAME} needs lm-evaluation-harness ({error}): pip install 'raas-jax[eval]'."
+            f"raas-jax {NAME} needs lm-evaluation-harness ({error}): in the checkout of raas_jax, "
+            "pip install -e '.[eval]'."
         ) from error
     import lm_eval.models  # noqa: F401 - registers the harness's own models
 

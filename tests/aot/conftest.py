@@ -16,5 +16,5 @@ TPUS = ("v4:2x2x1", "v5e:2x2", "v5p:2x2x1", "v6e:2x2", "tpu7x:2x2x1")
 def tpu():
     """Devices of a target by its name."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip('needs the compiler for TPUs (pip install "jax[tpu]"), which is not here')
+        pytest.skip("needs the compiler for TPUs (pip install -e '.[tpu]'), which is not here")
     return target_devices

@@ -6,6 +6,7 @@ import importlib.util
 
 import pytest
 
+from raas_jax.aot import hopper
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices, target_names
 from raas_jax.cli.main import main
 
@@ -22,8 +23,10 @@ def test_an_unknown_target_gets_near_ones(name, near):
 def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     # Not one that another test has asked for already.
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "jax\[tpu\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[tpu\]'"):
         target_devices("v6e:8x16")
+    with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[cuda13\]'"):
+        hopper.hopper_device()
 
 
 def test_names_are_of_chips_and_shapes():

@@ -82,11 +82,11 @@ def test_without_the_extras(tmp_path):
         "    assert main(each.split()) == 2\n"
     )
     for gone, commands in {
-        "optax,filelock": {"train x": "raas-jax[lab]", "eval gsm8k -o x": "raas-jax[eval]"},
+        "optax,filelock": {"train x": ".[lab]", "eval gsm8k -o x": ".[eval]"},
         "matplotlib,datasets,lm_eval,math_verify": {
-            "trace x -o x": "raas-jax[plots]",
-            "eval gsm8k -o x": "raas-jax[eval]",
-            "lm-eval": "raas-jax[eval]",
+            "trace x -o x": ".[plots]",
+            "eval gsm8k -o x": ".[eval]",
+            "lm-eval": ".[eval]",
         },
     }.items():
         given = [sys.executable, "-c", code, gone, " / ".join(commands)]

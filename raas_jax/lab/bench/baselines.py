@@ -148,7 +148,7 @@ class _Transformers:
         try:
             import torch
         except ImportError:
-            raise ValueError("it needs torch: pip install 'raas-jax[dev]'.") from None
+            raise ValueError("it needs torch: pip install torch.") from None
         import transformers
 
         from raas_jax.weights.hf import save_hf

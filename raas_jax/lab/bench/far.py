@@ -39,7 +39,8 @@ def at_length(session: Session, prompt_tokens: int, generated: int) -> DecodeSta
         raise ValueError(f"policy is {plan.policy!r}; one that keeps the prompt is wanted.")
     pages = (generated - 1) // plan.page_size
     begin = partial(_begun, params.config, plan, session.rows, params.dtype.name, prompt_tokens)
-    return timed(partial(_committed, begin(), pages, plan=plan))[0]
+    state: DecodeState = timed(partial(_committed, begin(), pages, plan=plan))[0]
+    return state
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))

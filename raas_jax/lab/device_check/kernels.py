@@ -127,8 +127,8 @@ def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
         return float("inf")
     if not np.isfinite(found[finite]).all():
         return float("inf")
-    size = np.linalg.norm(wanted[finite])
-    return float(np.linalg.norm(found[finite] - wanted[finite]) / max(size, 1e-30))
+    size = float(np.linalg.norm(wanted[finite]))
+    return float(np.linalg.norm(found[finite] - wanted[finite])) / max(size, 1e-30)
 
 
 def cases(whole: tuple[Pages, ...], attention: tuple[Pages, ...]) -> Iterator[Case]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from raas_jax.config import ModelConfig
 from raas_jax.lab.bench.arithmetic import multiplier
@@ -28,7 +30,7 @@ def run(check: Check) -> None:
             prompts = random_prompts(params, 1, tokens).tolist()
             read = partial(session.start, prompts, endless(1))
             _, compile_seconds = timed(read)
-            seconds = median(lambda read=read: timed(read)[1], 3)
+            seconds = median(partial(_seconds, read), 3)
             check.journal.figure(
                 what,
                 1e3 * seconds,
@@ -39,12 +41,16 @@ def run(check: Check) -> None:
             )
 
 
+def _seconds(call: Callable[[], Any]) -> float:
+    return timed(call)[1]
+
+
 def operations(config: ModelConfig, params: Params, tokens: int) -> int:
     """Multiplies and adds of a prompt: products with all weights, half a square of attention, and
     the logits of its last token.
     """
     layers = params.stacked().weights["layers"]
-    in_layers = sum(layers[name].size for name in MATRICES)
+    in_layers = sum(int(layers[name].size) for name in MATRICES)
     scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     attention = 2 * 2 * scores * tokens * (tokens + 1) // 2
     return 2 * tokens * in_layers + attention + 2 * config.vocab_size * config.hidden_size

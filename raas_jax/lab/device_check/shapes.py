@@ -92,7 +92,8 @@ def taken(config: ModelConfig, rows: int, sizes: Sizes, dtype: str = "bfloat16")
     prompts = [sizes.prompt] * rows
     session = Session.create(Params(weights, config), RaaS(sizes.budget), prompts, sizes.far)
     of_weights = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(weights))
-    return of_weights + cache_bytes(session.shape)
+    total: int = of_weights + cache_bytes(session.shape)
+    return total
 
 
 def fitting(memory: int) -> str:

@@ -33,7 +33,7 @@ def report(folder: str | Path) -> tuple[str, list[str]]:
     try:
         from raas_jax.lab.fidelity.figures import draw
     except ImportError:
-        return text, [*remarks, "No pictures: `pip install 'raas-jax[plots]'` brings matplotlib."]
+        return text, [*remarks, "No pictures: `pip install -e '.[plots]'` brings matplotlib."]
     drawn = [file.name for file in draw(findings, results.folder)]
     return text, [*remarks, *(["Pictures: " + ", ".join(drawn)] if drawn else [])]
 

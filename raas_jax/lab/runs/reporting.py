@@ -137,6 +137,6 @@ def _draw(findings: Findings, folder: Path) -> str:
     try:
         from raas_jax.lab.runs.figures import draw
     except ImportError:
-        return "No pictures: `pip install 'raas-jax[plots]'` brings matplotlib."
+        return "No pictures: `pip install -e '.[plots]'` brings matplotlib."
     files = draw(findings, folder)
     return "Pictures: " + ", ".join(f"`{file.name}`" for file in files) if files else ""

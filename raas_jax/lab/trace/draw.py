@@ -1,4 +1,4 @@
-"""The three pictures of a trace, with matplotlib (`pip install 'raas-jax[plots]'`).
+"""The three pictures of a trace, with matplotlib (`pip install -e '.[plots]'`).
 
 Colours are those of Okabe and Ito, which people with any kind of colour vision can tell apart.
 Every picture has time running down or to the right in tokens of the answer.
@@ -31,7 +31,8 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise ImportError(
-            "pictures need matplotlib: pip install 'raas-jax[plots]', or pip install matplotlib."
+            "pictures need matplotlib: pip install matplotlib, or, in the checkout of raas_jax, "
+            "pip install -e '.[plots]'."
         ) from error
     if "inline" not in matplotlib.get_backend().lower():  # A notebook draws by itself.
         matplotlib.use("Agg")

@@ -194,4 +194,4 @@ def test_bad_model_arguments(model, arguments, said):
 def test_without_the_harness(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval.__main__", None)
     assert main(["lm-eval", "--help"]) == 2
-    assert "pip install 'raas-jax[eval]'" in capsys.readouterr().err
+    assert "pip install -e '.[eval]'" in capsys.readouterr().err

@@ -68,8 +68,8 @@ def from_hub(task: str, hub: Hub, columns: Sequence[str]) -> list[dict[str, Any]
         from datasets import load_dataset
     except ImportError as error:
         raise ImportError(
-            f"{task} is read from the hub by the library datasets: pip install "
-            f"'raas-jax[eval]', or give {file}."
+            f"{task} is read from the hub by the library datasets: in the checkout of raas_jax, "
+            f"pip install -e '.[eval]', or give {file}."
         ) from error
     try:
         found = load_dataset(hub.path, hub.name, split=hub.split)

@@ -51,7 +51,9 @@ class GraderPool:
                 "above 0 seconds."
             )
         if file is None and importlib.util.find_spec("math_verify") is None:
-            raise ImportError("grading needs math-verify: pip install 'raas-jax[eval]'.")
+            raise ImportError(
+                "grading needs math-verify: in the checkout of raas_jax, pip install -e '.[eval]'."
+            )
         self.time_limit = time_limit
         self._command = [
             *(sys.executable, "-P", "-c", _MAIN, _ROOT, str(time_limit)),
