@@ -1,4 +1,8 @@
-"""`raas-jax device-check`: what a GPU or a TPU does with this library, in one table."""
+"""`raas-jax device-check`: what a GPU or a TPU does with this library, in one table.
+
+Kernels against their references, bandwidth, decode steps, sampling and prefill; torch and vLLM
+beside them where they are installed.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +24,7 @@ MOST_MINUTES = 24 * 60.0
 
 @dataclasses.dataclass
 class DeviceCheck:
-    """Tell all about this GPU or TPU in minutes: is it right, and how fast.
-
-    Kernels against their references, bandwidth, decode steps, sampling and prefill, and torch and
-    vLLM beside them where they are installed. Each part has a process and a time limit of its own;
-    every figure is on disk at once, and all of them end up in a table for an issue.
-    """
+    """Say whether a GPU or TPU computes right, and how fast."""
 
     minutes: Annotated[float, options.Within(0.5, MOST_MINUTES), tyro.conf.arg(metavar="FLOAT")] = (
         9.0

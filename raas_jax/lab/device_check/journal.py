@@ -29,8 +29,11 @@ class Journal:
     def write(self, kind: Kind, what: str, **more: Any) -> None:
         """Adds a row; it survives whatever happens to the process next."""
         row = {"kind": kind, "section": self.section, "what": what, **more}
+        line = json.dumps({name: _plain(value) for name, value in row.items()})
+        # A process that was ended may have left half a line, which ends here.
+        start = "\n" if _ends_within_a_line(self.file) else ""
         with open(self.file, "a", encoding="utf-8") as out:
-            out.write(json.dumps({name: _plain(value) for name, value in row.items()}) + "\n")
+            out.write(f"{start}{line}\n")
             out.flush()
             os.fsync(out.fileno())
 
@@ -76,6 +79,15 @@ def read(file: Path) -> list[Row]:
             if isinstance(row := json.loads(line), dict):
                 rows.append(row)
     return rows
+
+
+def _ends_within_a_line(file: Path) -> bool:
+    try:
+        with open(file, "rb") as found:
+            found.seek(-1, os.SEEK_END)
+            return found.read() != b"\n"
+    except OSError:  # There is no file, or nothing in it.
+        return False
 
 
 def _plain(value: Any) -> Any:

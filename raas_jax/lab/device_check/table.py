@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -128,11 +129,11 @@ def _error(error: float) -> str:
 
 
 def _value(value: Any, unit: str) -> str:
-    """Three digits or more."""
+    """Three digits, or all before the point."""
     if not isinstance(value, float | int):
         return f"{value} {unit}"
-    digits = max(0, 2 - len(str(int(abs(value)))) + 1)
-    return f"{value:,.{digits}f} {unit}"
+    digits = 2 - math.floor(math.log10(abs(value))) if value else 0
+    return f"{value:,.{min(max(digits, 0), 9)}f} {unit}"
 
 
 def _times(value: Any) -> str:
