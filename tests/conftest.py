@@ -54,6 +54,7 @@ FAST = {
 # Files whose tests look at compiled programs, or at their memory or time.
 OPTIMISED = {
     *("cli/test_main", "engine/test_engine", "lab/test_limits", "policies/test_compiled"),
+    "lab/bench/test_bandwidth",
     *("policies/test_every_policy", "test_constant_memory", "test_model", "test_products"),
     *("test_real_models", "test_recompilation", "test_session"),
 }

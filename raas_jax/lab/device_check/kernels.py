@@ -63,7 +63,7 @@ class Case(NamedTuple):
 SERVED = (Pages("bfloat16", 1, 8, 4, 128, 16, 64), Pages("bfloat16", 8, 4, 7, 128, 16, 64))
 """As in Qwen3-8B and Llama-3.1-8B, and in Qwen2.5-7B; all operations are tried on these."""
 OTHERS = (
-    Pages("bfloat16", 64, 8, 4, 128, 16, 64),
+    Pages("bfloat16", 16, 8, 4, 128, 16, 64),
     Pages("bfloat16", 2, 8, 8, 128, 16, 128),
     Pages("bfloat16", 2, 2, 4, 64, 16, 64),
     Pages("bfloat16", 2, 1, 8, 256, 16, 64),

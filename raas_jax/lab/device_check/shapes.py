@@ -9,11 +9,12 @@ from pathlib import Path
 
 import jax
 
-from raas_jax.config import ModelConfig, Rope
+from raas_jax.config import ModelConfig
 from raas_jax.decode import cache_bytes
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.policies import RaaS
+from raas_jax.rope import Rope
 from raas_jax.session import Session
 
 BATCHES = (1, 8, 64)
