@@ -14,7 +14,7 @@ from raas_jax.cli.options import unset
 
 @dataclasses.dataclass
 class Convert:
-    """Convert weights between Hugging Face safetensors and Orbax."""
+    """Convert weights between safetensors and Orbax."""
 
     src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Model to convert: hub id, Hugging Face or Orbax folder, or demo."""

@@ -95,7 +95,7 @@ def _figures(rows: Sequence[Row]) -> list[list[str]]:
         [
             *(row["section"], row["what"], _value(row["value"], row["unit"])),
             "" if row["floor"] is None else _value(row["floor"], row["unit"]),
-            "" if row["over_floor"] is None else _times(row["over_floor"]),
+            "" if row["over_floor"] is None else _with_share(row["over_floor"]),
         ]
         for row in rows
         if row["kind"] == "figure"
@@ -137,5 +137,9 @@ def _value(value: Any, unit: str) -> str:
 
 
 def _times(value: Any) -> str:
-    """A multiple of the floor; what it leaves of the bandwidth is that inverted."""
-    return f"{value:.2f} x ({1 / value:.0%})" if isinstance(value, float) else str(value)
+    return f"{value:.2f} x" if isinstance(value, float) else str(value)
+
+
+def _with_share(value: Any) -> str:
+    """A multiple of the floor, and what it leaves of the bandwidth: that inverted."""
+    return _times(value) + (f" ({1 / value:.0%})" if isinstance(value, float) else "")
