@@ -32,7 +32,7 @@ BENCHMARK_ONLY = ("data", "limit", "no_chat")
 
 @dataclasses.dataclass
 class Eval:
-    """Measure policies on a task; a stopped run goes on. `eval fidelity --help`: on plain text."""
+    """Measure policies on a task; on text: `eval fidelity -h`."""
 
     task: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="TASK")]
     """Task: lemma, gsm8k, math500, aime24, or your own: JSONL ("prompt", "answer") or Python."""
