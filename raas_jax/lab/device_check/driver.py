@@ -25,6 +25,7 @@ from raas_jax.lab.device_check.table import table
 TABLE = "table.md"
 LEAST_SECONDS = 10.0
 """A section that would have less is not begun: importing and compiling alone take as long."""
+GRACE_SECONDS = 3.0
 LOOK_SECONDS = 0.2
 """How often what a section found is told."""
 
@@ -162,9 +163,12 @@ def _run_one(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a section and whatever it has started."""
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # Nothing of it is left.
-        os.killpg(process.pid, signal.SIGKILL)
+    """Ends a section and whatever it has started; its driver may first let go of the device."""
+    for how in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # Nothing of it is left.
+            os.killpg(process.pid, how)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE_SECONDS)
     process.wait()
 
 
