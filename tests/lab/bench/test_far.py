@@ -26,7 +26,8 @@ def session_of(policy, new=80):
 def test_it_is_where_a_real_decode_would_be(policy, pages):
     session = session_of(policy)
     real, _ = session.start([[3, 1, 4, 1, 5]] * ROWS, endless(ROWS))
-    real, _ = session.advance(real, pages)
+    for _ in range(pages):
+        real, _ = session.advance(real)
     far = at_length(session, PROMPT, 1 + pages * PAGE)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), far) == jax.tree.map(
         lambda x: (x.shape, x.dtype), real
@@ -65,9 +66,9 @@ def test_it_goes_on_as_a_decode_does():
     times, first = step_seconds(session, state, 1, 3)
     assert len(times) == 3 and 0 < min(times) < first
     assert ("advance", 1) in session.called
-    state, progress = session.advance(at_length(session, PROMPT, 33), 2)
+    state, progress = session.advance(at_length(session, PROMPT, 33))
     assert np.asarray(progress.tokens).min() >= 0 and np.isfinite(progress.logprobs).all()
-    assert state.rows.generated.tolist() == [33 + 2 * PAGE] * ROWS
+    assert state.rows.generated.tolist() == [33 + PAGE] * ROWS
     assert not np.any(state.rows.done)
 
 
