@@ -109,9 +109,10 @@ def compare(case: Case, platform: str) -> tuple[bool, float, str]:
     wide = jax.tree.map(_widened, case.arrays)
     with jax.default_matmul_precision("highest"):
         wanted = jax.tree.map(_exact, jax.jit(partial(call, implementation="xla"))(*wide))
-    names = getattr(wanted, "_fields", ("result",))
-    leaves = zip(names, jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
-    errors = {name: relative_error(one, other) for name, one, other in leaves}
+    results = jax.tree_util.tree_leaves_with_path(wanted)
+    names = (jax.tree_util.keystr(path).strip(".") or "result" for path, _ in results)
+    pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+    errors = {name: relative_error(*pair) for name, pair in zip(names, pairs, strict=True)}
     wrong = [name for name, error in errors.items() if not error <= TOLERANCES[case.dtype]]
     why = ", ".join(wrong)
     pairs = zip(jax.tree.leaves(found), jax.tree.leaves(again), strict=True)
