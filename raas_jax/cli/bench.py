@@ -86,7 +86,6 @@ class Bench:
             lengths=lengths,
             against=options.split_names(self.against or ""),
             largest_batch=self.largest_batch,
-            say=say,
             **self._common(),
         )
         for remark in report.left_out:
@@ -111,7 +110,10 @@ class Bench:
 
     def _common(self) -> dict[str, Any]:
         names = ("prompt_tokens", "batch", "repetitions")
-        return {name: getattr(self, name) for name in names} | {"progress": sys.stderr.isatty()}
+        return {name: getattr(self, name) for name in names} | {
+            "progress": sys.stderr.isatty(),
+            "say": say,
+        }
 
 
 def leave_memory() -> None:

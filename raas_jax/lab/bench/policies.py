@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import statistics
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ def compare(
     batch: int = 1,
     repetitions: int = 15,
     progress: bool = False,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Measures a step of every policy once all of its slots are filled.
 
@@ -118,6 +119,7 @@ def compare(
       batch: rows.
       repetitions: timed turns of `ROUND` tokens.
       progress: a bar on stderr.
+      say: is told what is known so far, a line at a time.
 
     Raises:
       ValueError: no policies, a number below 1, or more tokens than the model's context.
@@ -140,6 +142,7 @@ def compare(
         new = warm + 2 * pages * policy.page_size
         session = Session.create(params, policy, [prompt_tokens] * batch, new)
         decodes[name] = TimedDecode.start(session, prompts, warm, pages)
+        say(f"{name}, {warm:,} generated: {1e3 * decodes[name].time_chunk():.2f} ms/token at first")
     contenders = [Contender(name, warm, decode.time_chunk) for name, decode in decodes.items()]
     times = dict(zip(decodes, take_turns(contenders, repetitions, progress), strict=True))
     raas = next((name for name, policy in tried.items() if isinstance(policy, RaaS)), None)

@@ -57,7 +57,9 @@ def test_the_command(tmp_path, capsys, monkeypatch, quick_compilation):
     args = ["bench", "--config", f"{model}/config.json", "--budget", "32", "--page-size", "8"]
     args += ["--prompt-tokens", "9", "--repetitions", "2", "--json"]
     assert main([*args, "--policies", "raas,rkv:every=8:recent=8:budget=24"]) == 0
-    said = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    said = json.loads(out)
+    assert "raas-jax: raas, 64 generated: " in err
     raas, rkv = said["lines"]
     assert (raas["policy"], rkv["policy"]) == ("raas", "rkv:every=8:recent=8:budget=24")
     assert (raas["slots"], rkv["slots"], said["generated"]) == (32, 32, 64)
