@@ -21,15 +21,19 @@ _NO_TPU = ("0x01", "0x02")
 
 @functools.cache
 def warn_if_unused() -> None:
-    """Warns, in the first call, of an accelerator that JAX does not use.
+    """Warns, in the first call, of an accelerator that is `missed`."""
+    if (found := missed()) is not None:
+        warnings.warn(found, stacklevel=2)
 
-    Not where the platform was chosen (`JAX_PLATFORMS=cpu`), nor where JAX has found one. To be
-    called where a device is needed anyway, since it starts JAX's backend.
+
+def missed() -> str | None:
+    """What is `unused`, unless the platform was chosen (`JAX_PLATFORMS=cpu`) or is no CPU.
+
+    To be asked where a device is needed anyway, since it starts JAX's backend.
     """
     if getattr(jax.config, "jax_platforms", None) or jax.default_backend() != "cpu":
-        return
-    if (found := unused()) is not None:
-        warnings.warn(found, stacklevel=2)
+        return None
+    return unused()
 
 
 def unused(root: Path = ROOT) -> str | None:

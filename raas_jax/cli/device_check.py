@@ -60,9 +60,6 @@ class DeviceCheck:
         return FAILED if wrong(rows) or failed(rows) else 0
 
 
-RESULTS = "results.jsonl"
-
-
 def new_folder(out: str | None) -> Path:
     """The folder for the results, made where it is not there.
 
@@ -76,5 +73,5 @@ def new_folder(out: str | None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if next(folder.iterdir(), None) is not None:
         raise ValueError(f"--out is {name!r}, which is not empty; give a new folder.")
-    (folder / RESULTS).touch()
+    (folder / "results.jsonl").touch()  # Raises OSError at once, and not after the first section.
     return folder

@@ -8,7 +8,7 @@ import platform
 import jax
 
 from raas_jax import __version__
-from raas_jax.accelerators import unused
+from raas_jax.accelerators import missed
 from raas_jax.lab.bench.arithmetic import multiplier
 from raas_jax.lab.bench.bandwidth import copier, reader
 from raas_jax.lab.device_check import shapes
@@ -38,7 +38,7 @@ def run(check: Check) -> None:
         except importlib.metadata.PackageNotFoundError:
             continue
     # Said here too, since what follows would be a check of the wrong device.
-    if device.platform == "cpu" and (why := unused()) is not None:
+    if (why := missed()) is not None:
         check.journal.write("missing", "the accelerator", why=why)
     config = check.config()
     tell("model", shapes.name_of(config))
