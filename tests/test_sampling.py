@@ -12,6 +12,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from raas_jax import sampling
 from raas_jax.sampling import Sampler, Sampling, row_keys
 
 ROWS, V = 4000, 9
@@ -61,6 +62,70 @@ def test_frequencies_are_those_of_a_naive_filter(seed, setting):
     # Before temperature and filters.
     model = logits - np.log(np.sum(np.exp(logits.astype(np.float64))))
     np.testing.assert_allclose(logprobs, model[np.asarray(tokens)], rtol=1e-5, atol=1e-5)
+
+
+def kept_by_sorting(logits, setting):
+    """Which tokens the filters leave; None where rounding decides."""
+    x = np.asarray(logits, np.float64) / setting.temperature
+    order = np.argsort(-x, kind="stable")
+    rank = len(x) if not setting.top_k else min(setting.top_k, len(x))
+    keep = x >= x[order[rank - 1]]
+    mass = np.where(keep, np.exp(x - x.max()), 0)
+    if setting.top_p < 1:
+        above = np.array([mass[x > each].sum() for each in x]) / mass.sum()
+        if np.abs(above - setting.top_p).min() < 1e-6:
+            return None
+        keep &= above < setting.top_p
+    return keep & (mass >= setting.min_p)
+
+
+WAYS = {"cpu": sampling._ON_CPU, "tpu": sampling._ON_TPU, "gpu": sampling._ON_GPU}
+SETTINGS = [
+    Sampling(1.0, top_k=1),
+    Sampling(0.6, top_k=20, top_p=0.95, min_p=0.02),
+    Sampling(1.3, top_p=0.9),
+    Sampling(2.0, top_k=300),
+    Sampling(0.8, top_k=5000, top_p=1e-6),
+    Sampling(1.0, min_p=0.1),
+    Sampling(1.7, top_p=0.9999),
+    Sampling(0.7),
+]
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_platforms_bounds_are_those_of_a_sort(name):
+    """Of logits of both signs, with equals among them and some of no probability at all."""
+    random, size = np.random.default_rng(5), 700
+    logits = random.normal(-1, 3, (len(SETTINGS), size)).astype(np.float32)
+    logits[:, 100:200] = logits[:, :100]
+    logits[3:, 300:350] = -np.inf
+    logits[5] *= 1e-30
+    logits[6] = np.round(logits[6])
+    sampler = Sampler.create(SETTINGS, None)
+    found = sampling._filter(
+        sampler,
+        jnp.asarray(logits),
+        jnp.asarray(sampler.temperature)[:, None],
+        jnp.ones(len(SETTINGS), bool),
+        WAYS[name],
+    )
+    checked = 0
+    for row, setting in enumerate(SETTINGS):
+        keep = kept_by_sorting(logits[row], setting)
+        if keep is not None:
+            np.testing.assert_array_equal(np.isfinite(found[row]), keep & np.isfinite(logits[row]))
+            checked += 1
+    assert checked > len(SETTINGS) - 2
+
+
+def test_every_platform_draws_the_same_tokens():
+    logits = jnp.asarray(np.random.default_rng(1).normal(0, 2, (len(SETTINGS), 500)), jnp.float32)
+    sampler = Sampler.create(SETTINGS, row_keys(4, len(SETTINGS)))
+    index, greedy = jnp.arange(len(SETTINGS)), jnp.argmax(logits, axis=-1)
+    alike = jax.jit(sampling._draw, static_argnames="way")
+    for way in WAYS.values():
+        drawn = alike(sampler, logits, index, greedy, way=way)
+        np.testing.assert_array_equal(drawn, draw(sampler, logits, index)[0])
 
 
 def test_mixed_rows_keep_their_own_settings():
