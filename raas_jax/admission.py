@@ -90,15 +90,29 @@ def admit(
     whole = PartitionSpec()
     state_specs = jax.tree.map(lambda s: s.spec, state_shardings(state, mesh))
     part_specs = jax.tree.map(lambda s: s.spec, state_shardings(part, mesh, rows_divide=False))
+    empty = plan.policy.evicts_prompt
+
+    def without(tree: Any) -> Any:
+        """XLA of jax 0.11 dies of an array without numbers that a `shard_map` is given."""
+        return _with_pages(tree, None, None, None) if empty else tree
+
     # Each device writes the rows that it holds; nothing is asked of the compiler.
     insert = jax.shard_map(
         partial(_insert, plan=plan, axis=RULES["rows"]),
         mesh=mesh,
-        in_specs=(state_specs, part_specs, whole, whole, whole),
-        out_specs=state_specs,
+        in_specs=(without(state_specs), without(part_specs), whole, whole, whole),
+        out_specs=without(state_specs),
         check_vma=False,
     )
-    return insert(state, part, *places), first
+    joined = insert(without(state), without(part), *places)
+    pages = state.cache.prompt
+    return _with_pages(joined, pages.k, pages.v, pages.bounds) if empty else joined, first
+
+
+def _with_pages(state: Any, k: Any, v: Any, bounds: Any) -> Any:
+    """A state, or a tree like it, with these for the pages of its prompt."""
+    prompt = dataclasses.replace(state.cache.prompt, k=k, v=v, bounds=bounds)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, prompt=prompt))
 
 
 def _row_key(seed: jax.Array, sample: jax.Array) -> jax.Array:

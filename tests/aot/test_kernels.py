@@ -74,7 +74,10 @@ def test_every_operation_for_every_tpu(tpu, name):
     long = (1, 4096, 32, 128), bf16
     short = (1, 4096, 8, 128), bf16
     program = compile_for(device, prefill_attention, long, short, short, None)
-    assert program.memory_analysis().temp_size_in_bytes < 4096 * 4096 * 32 / 8
+    # No square of scores. As a program of its own, whose arguments have their layouts, it may turn
+    # q, k, v and the result to have the heads first: how many of them lie in HBM is up to libtpu.
+    turned = 4096 * (2 * 32 + 2 * 8) * 128 * 2
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * turned < 4096 * 4096 * 32 / 4
 
 
 # Shapes that lie in a TPU's memory as they are, and so cost no copy.
