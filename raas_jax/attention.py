@@ -29,6 +29,9 @@ from raas_jax.cache import (
 )
 from raas_jax.policies.base import Bounded, Selection
 
+MOST_SCORES = 1 << 26
+"""In memory at once while the mass of a prompt's pages is summed: 0.25 GiB in float32."""
+
 
 def causal_attention(
     q: jax.Array,
@@ -51,7 +54,7 @@ def prompt_mass(
     the last `queries` tokens: float32 `[B, K, G, T / P]`.
     """
     B, T, N, H = q.shape
-    K, block = k.shape[2], min(T, 256)
+    K, block = k.shape[2], min(T, 256, max(16, MOST_SCORES // (B * N * T)))
     blocks = -(-T // block)
     padded = jnp.pad(q, ((0, 0), (0, blocks * block - T), (0, 0), (0, 0)))
     grouped = padded.reshape(B, blocks, block, K, N // K, H)

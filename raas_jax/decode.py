@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from pallas_kernels import Target
 from raas_jax.attention import Reader, causal_attention, prompt_mass
@@ -34,6 +35,7 @@ from raas_jax.cache import (
     page_bounds,
     write_token,
 )
+from raas_jax.chunks import in_chunks
 from raas_jax.config import ModelConfig
 from raas_jax.model import Body, Layer, ends, run_layers
 from raas_jax.params import Params
@@ -296,8 +298,9 @@ def prefill(
     queries = plan.policy.prompt_queries
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
-        q, k, v = layer.qkv(x, rotation)
-        x = layer.finish(x, causal_attention(q, k, v, target=plan.target))
+        q, k, v = in_chunks(lambda x, *angles: layer.qkv(x, angles), x, *rotation)
+        attended = causal_attention(q, k, v, target=plan.target)
+        x = in_chunks(layer.finish, x, attended)
         mass = prompt_mass(q, k, lengths, P, queries) if queries else None
         return x, (_as_pages(k, P), _as_pages(v, P), mass)
 
@@ -685,7 +688,9 @@ def _by_head(x: jax.Array, heads: int) -> jax.Array:
 def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
     """`[B, T, K, H]` → `[B, K, T / P, P, H]`."""
     B, T, K, H = x.shape
-    return jnp.swapaxes(x, 1, 2).reshape(B, K, T // page_size, page_size, H)
+    pages = jnp.swapaxes(x, 1, 2).reshape(B, K, T // page_size, page_size, H)
+    # Turned here, layer by layer: XLA would stack them as they come, and then turn a second copy.
+    return with_layout_constraint(pages, Layout(tuple(range(pages.ndim))))
 
 
 def cache_bytes(state: DecodeState) -> int:

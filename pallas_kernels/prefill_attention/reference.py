@@ -5,31 +5,34 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 512
+QUERY_BLOCK, LEAST_BLOCK = 512, 16
+MOST_SCORES = 1 << 26
+"""Of a block of queries, all rows and heads: 0.25 GiB in float32."""
 
 
 def prefill_attention_reference(
     q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, scale: float
 ) -> jax.Array:
-    """See `api.prefill_attention`. Scores take `O(QUERY_BLOCK * T)` memory, never `T * T`."""
+    """See `api.prefill_attention`. Of many tokens, `MOST_SCORES` scores are in memory at once."""
     B, T, N, H = q.shape
     if T <= 2 * QUERY_BLOCK:
         return _attend(q, k, v, segments, segments, 0, scale)
-    blocks = -(-T // QUERY_BLOCK)
-    padding = blocks * QUERY_BLOCK - T
+    size = min(QUERY_BLOCK, max(LEAST_BLOCK, MOST_SCORES // (B * N * T)))
+    blocks = -(-T // size)
+    padding = blocks * size - T
     padded = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     if segments is None:
         segments = jnp.zeros((B, T), jnp.int32)
     query_segments = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge")
 
     def block(index: jax.Array) -> jax.Array:
-        start = index * QUERY_BLOCK
-        part = jax.lax.dynamic_slice_in_dim(padded, start, QUERY_BLOCK, 1)
-        part_segments = jax.lax.dynamic_slice_in_dim(query_segments, start, QUERY_BLOCK, 1)
+        start = index * size
+        part = jax.lax.dynamic_slice_in_dim(padded, start, size, 1)
+        part_segments = jax.lax.dynamic_slice_in_dim(query_segments, start, size, 1)
         return _attend(part, k, v, part_segments, segments, start, scale)
 
     out = jax.lax.map(block, jnp.arange(blocks))
-    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * QUERY_BLOCK, N, H)[:, :T]
+    return jnp.moveaxis(out, 0, 1).reshape(B, blocks * size, N, H)[:, :T]
 
 
 def _attend(
