@@ -690,7 +690,8 @@ def _as_pages(x: jax.Array, page_size: int) -> jax.Array:
     B, T, K, H = x.shape
     pages = jnp.swapaxes(x, 1, 2).reshape(B, K, T // page_size, page_size, H)
     # Turned here, layer by layer: XLA would stack them as they come, and then turn a second copy.
-    return with_layout_constraint(pages, Layout(tuple(range(pages.ndim))))
+    turned: jax.Array = with_layout_constraint(pages, Layout(tuple(range(pages.ndim))))
+    return turned
 
 
 def cache_bytes(state: DecodeState) -> int:
