@@ -1,5 +1,6 @@
 """Attention over pages of keys and values: operations that know nothing of models or policies."""
 
+from pallas_kernels.cache_attention import CacheAttention, Segment, cache_attention
 from pallas_kernels.decode_attention import DecodeAttention, decode_attention
 from pallas_kernels.dispatch import Target
 from pallas_kernels.page_bound import page_bound
@@ -12,9 +13,12 @@ from pallas_kernels.selected_decode_attention import selected_decode_attention
 from pallas_kernels.stacked_product import stacked_product
 
 __all__ = [
+    "CacheAttention",
     "DecodeAttention",
     "Ranges",
+    "Segment",
     "Target",
+    "cache_attention",
     "decode_attention",
     "head_pages",
     "page_bound",

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from functools import partial, reduce
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels import (
+    CacheAttention,
     DecodeAttention,
     Ranges,
+    Segment,
     Target,
+    cache_attention,
     decode_attention,
     page_bound,
     prefill_attention,
     ragged_decode_attention,
     selected_decode_attention,
 )
+from pallas_kernels.cache_attention.reference import merge_segments
+from pallas_kernels.cache_attention.segments import by_prompt, by_row
 from raas_jax.cache import (
     Bounds,
     Cache,
@@ -116,6 +121,8 @@ class Reader:
           The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
           kept page, float32 `[B, N, S]`, and the current page, `[B, N]`, received.
         """
+        if selection.kept is None and selection.prompt is None:
+            return self._attend_all(q)
         current = self.cache.current
         of_kept = self._over_kept(q, selection.kept)
         page = CurrentPage(current.k[:, :, :, None], current.v[:, :, :, None])
@@ -128,6 +135,17 @@ class Reader:
         if selection.kept is not None:
             mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
         return out, mass, jnp.exp(of_current.page_lse[..., 0] - lse)
+
+    def _attend_all(self, q: jax.Array) -> CacheAttention:
+        prompt, kept, current = self.cache.prompt, self.cache.kept[self.group], self.cache.current
+        return cache_attention(
+            q,
+            Segment(prompt.k, prompt.v, prompt.lengths, self.layer),
+            Segment(kept.k, kept.v, kept.fill, self.layer_in_group),
+            Segment(current.k, current.v, self.offset + 1, self.layer),
+            ranges=self.ranges,
+            target=self.target,
+        )
 
     def attend_page(self, q: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Attention of all tokens of the current page, q `[B, P, N, H]`, over what each can see.
@@ -263,35 +281,3 @@ def _at_slots(mass: jax.Array, slots: jax.Array, size: int) -> jax.Array:
     where = jnp.repeat(jnp.where(slots < 0, size, slots), N // slots.shape[1], axis=1)
     row, head = jnp.arange(B)[:, None, None], jnp.arange(N)[:, None]
     return jnp.zeros((B, N, size), mass.dtype).at[row, head, where].add(mass, mode="drop")
-
-
-def merge_segments(parts: list[DecodeAttention]) -> tuple[jax.Array, jax.Array]:
-    """Joins the attention over several segments exactly, by log-sum-exp.
-
-    Returns:
-      The attended values, float32 `[B, N, H]`, and the log of the softmax denominator, float32
-      `[B, N]`: `exp(part.page_lse - lse)` is the share of attention that a page received.
-    """
-    peak = reduce(jnp.maximum, (part.max for part in parts))
-    factors = [jnp.exp(part.max - peak) for part in parts]
-    total = reduce(jnp.add, (part.sum * f for part, f in zip(parts, factors, strict=True)))
-    out = reduce(jnp.add, (part.out * f[..., None] for part, f in zip(parts, factors, strict=True)))
-    return out / total[..., None], peak + jnp.log(total)
-
-
-def by_prompt(x: jax.Array, heads: int, samples: int) -> jax.Array:
-    """`[B, N, ...]` → `[B', samples * N, ...]`: rows of one prompt become one larger head group."""
-    if samples == 1:
-        return x
-    B, N, *rest = x.shape
-    split = x.reshape(B // samples, samples, heads, N // heads, *rest)
-    return jnp.swapaxes(split, 1, 2).reshape(B // samples, samples * N, *rest)
-
-
-def by_row(x: jax.Array, heads: int, samples: int) -> jax.Array:
-    """The inverse of `by_prompt`."""
-    if samples == 1:
-        return x
-    prompts, N, *rest = x.shape
-    split = x.reshape(prompts, heads, samples, N // samples // heads, *rest)
-    return jnp.swapaxes(split, 1, 2).reshape(prompts * samples, N // samples, *rest)

@@ -197,7 +197,8 @@ def attend_block(
 ) -> None:
     """One block of pages, k and v `[pages, P, H]` or, of single tokens, `[pages, H]`, of one head.
 
-    q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]`.
+    q is `[rows, H]`, fill `[chunks, chunk_pages]`, lse `[chunks, rows, chunk_pages]` or None, where
+    nobody asks.
     """
     (rows, H), (chunks, chunk_pages) = q_ref.shape, fill_ref.shape
     k, v = (ref[...].reshape(-1, H) for ref in kv_refs)
@@ -225,25 +226,36 @@ def attend_block(
     ]
     scores = join(parts, axis=1)
 
+    # A dead token may hold anything, NaN included, and 0 * NaN is NaN.
+    live = [place_column < live_column[:, c : c + 1] for c in range(chunks)]
+    v = join([jnp.where(valid, v[cut], 0) for valid, cut in zip(live, cuts, strict=True)], axis=0)
+    weights, peak = accumulate(softmax, scores, v, precision)
+    if lse_ref is not None:
+        stacked = join([weights[:, cut] for cut in cuts], axis=0)
+        sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
+        lse_ref[...] = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + peak
+
+
+def accumulate(
+    softmax: Softmax, scores: jax.Array, v: jax.Array, precision: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Adds scores `[rows, T]` and values `[T, H]`, both without what is dead, to the sums.
+
+    Returns:
+      The weights `[rows, T]`, and the score `[rows, 1]` that they are relative to.
+    """
     before = softmax.peak[:, 0:1]
     peak = jnp.maximum(before, jnp.max(scores, axis=1, keepdims=True))
     # The block has a live page, but with several heads not every head has.
     safe = finite(peak)
     weights = jnp.exp(scores - safe)
     shrink = jnp.exp(before - safe)
-
-    stacked = join([weights[:, cut] for cut in cuts], axis=0)
-    sums = dot(stacked, member, (1, 0), jax.lax.Precision.HIGHEST)
-    lse_ref[...] = jnp.log(sums.reshape(chunks, rows, chunk_pages)) + safe
-
-    # A dead token may hold anything, NaN included, and 0 * NaN is NaN.
-    live = [place_column < live_column[:, c : c + 1] for c in range(chunks)]
-    v = join([jnp.where(valid, v[cut], 0) for valid, cut in zip(live, cuts, strict=True)], axis=0)
     values = dot(weights.astype(v.dtype), v, (1, 0), precision)
     softmax.acc[...] = softmax.acc[...] * shrink + values
     total = softmax.total[:, 0:1] * shrink + jnp.sum(weights, axis=1, keepdims=True)
     softmax.peak[...] = jnp.broadcast_to(peak, softmax.peak.shape)
     softmax.total[...] = jnp.broadcast_to(total, softmax.total.shape)
+    return weights, safe
 
 
 def join(parts: list[jax.Array], axis: int) -> jax.Array:

@@ -1,0 +1,2 @@
+def cache_attention_gpu(*a, **k):
+    raise NotImplementedError("later")
