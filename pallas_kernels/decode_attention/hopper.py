@@ -129,28 +129,7 @@ def attend_tiles(
         max=result(blocks, splits, group),
         page_lse=result(blocks, tiles, pages, group),
     )
-    matrix = partial(tile_memory, width=tile_width(H))
-    tile_in_two = matrix(2, TILE, H) if exact else None
-    tiles_in_flight = matrix(stages, TILE, H)
-    if exact:
-        width = min(tile_width(H), 32)
-        tiles_in_flight = tile_memory(stages, TILE, H, width=width, dtype=jnp.float32)
-    scratch = Scratch(
-        q=matrix(2 if exact else 1, group, H),
-        k=tiles_in_flight,
-        v=tiles_in_flight,
-        weights=matrix(2, group if on_top else TILE, TILE),
-        member=matrix(TILE, TILE),
-        page_lse=plgpu.SMEM((TILE, group), jnp.float32),
-        out=plgpu.SMEM((H, group) if on_top else (TILE, H), jnp.float32),
-        max=plgpu.SMEM((group,), jnp.float32),
-        factor=plgpu.SMEM((TILE,), jnp.float32),
-        q_barrier=plgpu.Barrier(num_arrivals=2 if exact else 1),
-        k_barriers=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        v_barriers=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
-        k_halves=tile_in_two,
-        v_halves=tile_in_two,
-    )
+    scratch = block_memory(group, H, exact, stages, pieces)
     (found,) = plgpu.kernel(
         partial(attend_block, owners=owners, prompts=prompts, scale=scale),
         out_type=[results],
@@ -177,6 +156,36 @@ def attend_tiles(
         out.reshape(B, K, chunks * group, H),
         top.reshape(B, K, chunks * group),
         jnp.where(living[..., None], lse, -jnp.inf),
+    )
+
+
+def block_memory(group: int, H: int, exact: bool, stages: int, pieces: int = 1) -> Scratch:
+    """The shared memory of a block that serves so many query heads, `exact` if in float32.
+
+    A tile of keys, or of values, arrives in so many pieces.
+    """
+    on_top = values_on_top(H)
+    matrix = partial(tile_memory, width=tile_width(H))
+    tile_in_two = matrix(2, TILE, H) if exact else None
+    tiles_in_flight = matrix(stages, TILE, H)
+    if exact:
+        width = min(tile_width(H), 32)
+        tiles_in_flight = tile_memory(stages, TILE, H, width=width, dtype=jnp.float32)
+    return Scratch(
+        q=matrix(2 if exact else 1, group, H),
+        k=tiles_in_flight,
+        v=tiles_in_flight,
+        weights=matrix(2, group if on_top else TILE, TILE),
+        member=matrix(TILE, TILE),
+        page_lse=plgpu.SMEM((TILE, group), jnp.float32),
+        out=plgpu.SMEM((H, group) if on_top else (TILE, H), jnp.float32),
+        max=plgpu.SMEM((group,), jnp.float32),
+        factor=plgpu.SMEM((TILE,), jnp.float32),
+        q_barrier=plgpu.Barrier(num_arrivals=2 if exact else 1),
+        k_barriers=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        v_barriers=plgpu.Barrier(num_arrivals=pieces, num_barriers=stages),
+        k_halves=tile_in_two,
+        v_halves=tile_in_two,
     )
 
 

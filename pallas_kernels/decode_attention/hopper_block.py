@@ -193,10 +193,28 @@ def fetch_tile(
             )
 
 
+class Weighed(NamedTuple):
+    """The sums after one more tile, and what it was given; scores are in powers of 2."""
+
+    out: jax.Array
+    peak: jax.Array  # [group]
+    factor: jax.Array  # [group], what the sums so far were multiplied by
+    weights: jax.Array  # [64, group]
+    by_token: Any  # The same in two bfloat16 parts, in shared memory.
+
+
 def attend_tile(
     own: Scratch, stage: jax.Array, alive: Living, scale: float, out: jax.Array, peak: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The output so far and its peak (of scores in powers of 2), and the tile's `page_lse`."""
+    tile = weigh_tile(own, stage, alive, scale, out, peak)
+    return tile.out, tile.peak, page_lse_of(own, tile)
+
+
+def weigh_tile(
+    own: Scratch, stage: jax.Array, alive: Living, scale: float, out: jax.Array, peak: jax.Array
+) -> Weighed:
+    """Adds a tile, in which something lives, to the output so far."""
     parts, group, H = own.q.shape
     plgpu.barrier_wait(own.k_barriers.at[stage])
     keys = keys_of(own, stage)
@@ -219,11 +237,16 @@ def attend_tile(
         # By column it was found, by row it is wanted.
         own.factor.at[pl.ds(0, group)][...] = factor
         commit_memory()
-        factor = plgpu.layout_cast(own.factor[...], plgpu.Layout.WGMMA.reduce(1))
+        by_row = plgpu.layout_cast(own.factor[...], plgpu.Layout.WGMMA.reduce(1))
         factors = crossed([own.weights.at[part] for part in range(2)], values)
-        out = out * lax.broadcast_in_dim(factor, (TILE, H), (0,)) + product(factors, TILE, H)
-    page_sum = product([(own.member, part) for part in by_token], TILE, group)
-    return out, new_peak, by_head(new_peak * (1 / LOG2_E), TILE) + jnp.log(page_sum)
+        out = out * lax.broadcast_in_dim(by_row, (TILE, H), (0,)) + product(factors, TILE, H)
+    return Weighed(out, new_peak, factor, weights, by_token)
+
+
+def page_lse_of(own: Scratch, tile: Weighed) -> jax.Array:
+    """Log-sum-exp of the scores of the tile's pages, in its first rows: `[64, group]`."""
+    page_sum = product([(own.member, part) for part in tile.by_token], *tile.weights.shape)
+    return by_head(tile.peak * (1 / LOG2_E), TILE) + jnp.log(page_sum)
 
 
 def keys_of(own: Scratch, stage: jax.Array) -> list[Any]:
