@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -115,6 +116,17 @@ def store(memory: Any, x: jax.Array) -> None:
         plgpu.store(memory, x, optimized=False)
     else:
         memory[...] = x
+
+
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+_LOAD_WANTS_INDEX = _INDEX is not None and _INDEX.default is inspect.Parameter.empty
+
+
+def load(memory: Any, layout: Any) -> jax.Array:
+    """Reads registers from memory, global memory too; jax 0.10 wants an index, 0.12 takes none."""
+    index = (...,) if _LOAD_WANTS_INDEX else ()
+    found: jax.Array = plgpu.load(memory, *index, layout=layout, optimized=False)
+    return found
 
 
 def commit_memory() -> None:

@@ -18,6 +18,7 @@ from pallas_kernels.cache_attention.hopper_block import (
     Sizes,
     attend_block,
 )
+from pallas_kernels.cache_attention.hopper_merge import Merged, Parts, merge_parts
 from pallas_kernels.cache_attention.segments import Attended, Segment
 from pallas_kernels.decode_attention.hopper import block_memory, require_tiles
 from pallas_kernels.decode_attention.hopper_block import halves, values_on_top
@@ -102,10 +103,7 @@ def cache_attention_gpu(
         interpret=interpret,
     )(operands)
 
-    out = jnp.swapaxes(found.out, 2, 3) if on_top else found.out
-    top, factor = merge_splits(found.max, 1)
-    total = jnp.sum(found.sum * factor, axis=1)
-    out = jnp.sum(out * factor[..., None], axis=1) / total[..., None]
+    merged = merge_parts(Parts(*found[:3]), G, chunks, interpret) if on_top else _merged(found, G)
 
     def by_head(x: jax.Array, *tail: int) -> jax.Array:
         """`[blocks, group, ...]` without the padding."""
@@ -119,11 +117,21 @@ def cache_attention_gpu(
     fill = jax.lax.dynamic_index_in_dim(kept.tokens, kept.layer, 0, keepdims=False)
     filled = jnp.repeat(fill, G, axis=1)[..., None] > begin
     return Attended(
-        out=by_head(out, H),
-        lse=by_head(top + jnp.log(total)),
+        out=merged.out.reshape(B, N, H),
+        lse=by_head(merged.lse),
         kept_lse=_joined(by_head(of_kept_pages, S * parts).reshape(B, N, S, parts), filled),
         current_lse=_joined(by_head(lse[:, :, tiles[-2] :, 0], parts), current.tokens > begin),
     )
+
+
+def _merged(parts: Results, G: int) -> Merged:
+    """What `merge_parts` does, by XLA, for head dims that do not fit its layout."""
+    top, factor = merge_splits(parts.max, 1)
+    total = jnp.sum(parts.sum * factor, axis=1)
+    out = jnp.sum(parts.out * factor[..., None], axis=1) / total[..., None]
+    chunks = -(-G // out.shape[1])
+    by_head = out.reshape(-1, chunks * out.shape[1], out.shape[2])
+    return Merged(by_head[:, :G], top + jnp.log(total))
 
 
 def _joined(lse: jax.Array, living: jax.Array) -> jax.Array:

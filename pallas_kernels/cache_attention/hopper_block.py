@@ -186,9 +186,7 @@ def attend_block(read: Operands, write: Results, memory: Memory, *, sizes: Sizes
     plgpu.wait_smem_to_gmem(0)
 
 
-def living_in(
-    read: Operands, places: list[Place], prompt: Scalar, P: int, tile: Scalar
-) -> Living:
+def living_in(read: Operands, places: list[Place], prompt: Scalar, P: int, tile: Scalar) -> Living:
     """Which tokens of a tile count."""
     *before, kept, current = places
     local = tile - current.first
