@@ -1,4 +1,4 @@
-"""`cache_attention`: one query token per row over the prompt, the kept pages and the current one."""
+"""`cache_attention`: one query token per row over prompt, kept pages and the current page."""
 
 from __future__ import annotations
 
@@ -96,13 +96,20 @@ def cache_attention(
         target,
         (q, *(prompt or (None,) * 4), *kept, *current, *places),
         (
-            ("BNH", "LBKSPH", "LBKSPH", "B", "", *pages, "LBKS", "", "LBKPH", "LBKPH", "", "")
-            + ("LK", "LK"),
+            (
+                *("BNH", "LBKSPH", "LBKSPH", "B", "", *pages, "LBKS", ""),
+                *("LBKPH", "LBKPH", "", "", "LK", "LK"),
+            ),
             _RESULTS,
         ),
         prefers_xla=partial(prefers_separate, q=q, prompt=prompt, kept=kept, current=current),
         scale=scale,
     )
+    return finished(found, sink)
+
+
+def finished(found: Attended, sink: jax.Array | None) -> CacheAttention:
+    """Joins the sink, and forms the masses: XLA makes this a part of what asks for them."""
     out, lse = found.out, found.lse
     if sink is not None:
         lse = jnp.logaddexp(lse, sink.astype(jnp.float32))

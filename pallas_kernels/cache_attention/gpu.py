@@ -1,4 +1,4 @@
-"""`cache_attention` for NVIDIA GPUs of compute capability 9.0; the kernel is in `hopper_block.py`."""
+"""`cache_attention` for GPUs of compute capability 9.0; the kernel is in `hopper_block.py`."""
 
 from __future__ import annotations
 

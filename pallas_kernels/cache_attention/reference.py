@@ -25,7 +25,7 @@ def cache_attention_reference(
     implementation: Implementation = None,
     target: Target | None = None,
 ) -> Attended:
-    """See `api.cache_attention`, which checks the arguments; the last two are for each operation."""
+    """See `api.cache_attention`, which checks; the last two arguments are for each operation."""
     options = {"scale": scale, "implementation": implementation, "target": target}
     attend = partial(decode_attention, **options)
     fill = jax.lax.dynamic_index_in_dim(kept.tokens, kept.layer, 0, keepdims=False)

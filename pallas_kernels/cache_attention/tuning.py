@@ -9,7 +9,7 @@ from pallas_kernels.decode_attention.tuning import prefers_xla
 from pallas_kernels.dispatch import Target
 
 SHARED_READS = 2
-"""How often a GPU's kernel may read a prompt from its cache in the time of one pass over the rest."""
+"""Slots of a prompt over kept slots up to which a GPU may read it for each of its samples."""
 
 
 def prefers_separate(
