@@ -26,10 +26,12 @@ from pallas_kernels.hopper import (
     COMPILER,
     ROWS,
     TILE,
+    choose_ragged_splits,
     choose_splits,
     choose_stages,
     grouping,
     require_hopper,
+    require_rows,
 )
 
 
@@ -49,51 +51,58 @@ def cache_attention_gpu(
     """See `api.cache_attention`, which checks the arguments.
 
     Raises:
-      NotImplementedError: another device than Hopper, a pool, or sizes that tiles of 64 tokens do
-        not fit.
+      NotImplementedError: another device than Hopper, or sizes that tiles of 64 tokens do not fit.
     """
     require_hopper(device_kind)
-    if sizes is not None:
-        raise NotImplementedError("the kept pages are a pool")
     require_tiles(q, kept.k)
-    (B, N, H), (_, _, K, S, P, _) = q.shape, kept.k.shape
+    (B, N, H), (_, _, K, P, _) = q.shape, current.k.shape
+    S, G, exact = kept.tokens.shape[3], N // K, kept.k.dtype == jnp.float32
     if P % ROWS:
         raise NotImplementedError(f"a page has {P} tokens, not a multiple of {ROWS}")
-    G, exact = N // K, kept.k.dtype == jnp.float32
+    if sizes is not None:
+        require_rows("T * P", kept.k.shape[1] * P)
     group, chunks = grouping(G, H)
-    blocks = B * K * chunks
-    segments = [x for x in (prompt, kept, current) if x is not None]
-    tokens = [x.k.size // (len(x.k) * x.k.shape[1] * K * H) for x in segments]
-    tiles = [-(-count // TILE) for count in tokens]
-    splits = choose_splits(blocks, sum(tiles))
-    stages = min(2 if exact else choose_stages(H), sum(tiles))
-    pages, on_top = max(1, TILE // P), values_on_top(H)
+    blocks, prompts = B * K * chunks, B if prompt is None else prompt.k.shape[1]
+    before = (0 if prompt is None else _tiles(prompt.k.shape[3] * P)) + _tiles(P)
+    tiles = before + _tiles(S * P)
+    if sizes is None:
+        splits = choose_splits(blocks, tiles)
+    else:
+        pages = kept.k.shape[1] // kept.tokens.shape[0] // K
+        splits = choose_ragged_splits(blocks, tiles, before + _tiles(pages * P))
+    per_split = -(-tiles // splits)
+    stages, on_top = min(2 if exact else choose_stages(H), tiles), values_on_top(H)
+
+    def pages_of(segment: Segment, tokens: int) -> Pages:
+        return Pages(*(side.reshape(-1, tokens, H) for side in (segment.k, segment.v)))
+
+    def number(x: jax.Array) -> jax.Array:
+        return jnp.reshape(x, 1)
 
     queries = pad_groups(q, K, chunks * group).reshape(blocks, group, H)
-    *of_prompt, of_kept, of_current = (
-        Pages(*(side.reshape(-1, count, H) for side in (x.k, x.v)))
-        for x, count in zip(segments, tokens, strict=True)
-    )
     operands = Operands(
         q=jnp.stack(halves(queries) if exact else [queries], axis=1),
-        prompt=of_prompt[0] if of_prompt else None,
-        kept=of_kept,
-        current=of_current,
+        prompt=None if prompt is None else pages_of(prompt, prompt.k.shape[3] * P),
+        kept=pages_of(kept, (S if sizes is None else kept.k.shape[1]) * P),
+        current=pages_of(current, P),
         lengths=None if prompt is None else prompt.tokens,
         fill=kept.tokens.reshape(-1, S),
-        layers=tuple(jnp.reshape(x.layer, 1) for x in segments),
-        written=jnp.reshape(current.tokens, 1),
+        starts=starts,
+        counts=counts,
+        prompt_layer=None if prompt is None else number(prompt.layer),
+        kept_layer=number(kept.layer),
+        current_layer=number(current.layer),
+        written=number(current.tokens),
     )
     results = Results(
         out=result(blocks, splits, *((H, group) if on_top else (group, H))),
         max=result(blocks, splits, group),
         sum=result(blocks, splits, group),
-        page_lse=result(blocks, sum(tiles[-2:]), pages, group),
+        page_lse=result(blocks, _tiles(P) + _tiles(S * P), max(1, TILE // P), group),
     )
     memory = Memory(block_memory(group, H, exact, stages), plgpu.SMEM((group,), jnp.float32))
-    prompts = B if prompt is None else prompt.k.shape[1]
     (found,) = plgpu.kernel(
-        partial(attend_block, sizes=Sizes(K, B // prompts, chunks, P, scale)),
+        partial(attend_block, sizes=Sizes(K, B // prompts, chunks, P, per_split, scale)),
         out_type=[results],
         scratch_types=[memory],
         grid=(blocks, splits),
@@ -102,7 +111,6 @@ def cache_attention_gpu(
         compiler_params=COMPILER,
         interpret=interpret,
     )(operands)
-
     merged = merge_parts(Parts(*found[:3]), G, chunks, interpret) if on_top else _merged(found, G)
 
     def by_head(x: jax.Array, *tail: int) -> jax.Array:
@@ -113,15 +121,45 @@ def cache_attention_gpu(
     parts = max(1, P // TILE)
     begin = jnp.arange(parts, dtype=jnp.int32) * TILE
     lse = jnp.moveaxis(found.page_lse, 3, 1)
-    of_kept_pages = lse[:, :, : tiles[-2]].reshape(blocks, group, -1)[..., : S * parts]
+    of_kept = lse[:, :, _tiles(P) :].reshape(blocks, group, -1)
+    if starts is not None and counts is not None:
+        of_range = (x[kept.layer] for x in (starts % kept.k.shape[1], counts))
+        of_kept = _moved_back(of_kept, *of_range, kept.k.shape[1], P, chunks)
+    of_kept = by_head(of_kept[..., : S * parts], S * parts).reshape(B, N, S, parts)
     fill = jax.lax.dynamic_index_in_dim(kept.tokens, kept.layer, 0, keepdims=False)
     filled = jnp.repeat(fill, G, axis=1)[..., None] > begin
+    of_current = by_head(lse[:, :, : _tiles(P), 0], parts)
     return Attended(
         out=merged.out.reshape(B, N, H),
         lse=by_head(merged.lse),
-        kept_lse=_joined(by_head(of_kept_pages, S * parts).reshape(B, N, S, parts), filled),
-        current_lse=_joined(by_head(lse[:, :, tiles[-2] :, 0], parts), current.tokens > begin),
+        kept_lse=_joined(of_kept, filled),
+        current_lse=_joined(of_current, current.tokens > begin),
     )
+
+
+def _tiles(tokens: int) -> int:
+    return -(-tokens // TILE)
+
+
+def _moved_back(
+    lse: jax.Array, start: jax.Array, count: jax.Array, pages: int, P: int, chunks: int
+) -> jax.Array:
+    """By slots, the pages `[blocks, group, slots]` of ranges `[K]` of a pool of so many pages.
+
+    Those of a tile that had to begin too early lie as many places further on.
+    """
+    each = max(1, TILE // P)
+    last = start + (count - 1) // each * each
+    early = jnp.maximum(last + each - pages, 0)
+    slot = jnp.arange(lse.shape[2])
+    found, padded = lse, jnp.pad(lse, ((0, 0), (0, 0), (0, each)))
+    early, last = (jnp.repeat(x, chunks)[:, None, None] for x in (early, last - start))
+    heads = lse.reshape(-1, early.shape[0], *lse.shape[1:])
+    found, padded = heads, padded.reshape(*heads.shape[:3], -1)
+    for by in range(1, each):
+        moved = padded[..., by : by + lse.shape[2]]
+        found = jnp.where((early == by) & (slot >= last), moved, found)
+    return found.reshape(lse.shape)
 
 
 def _merged(parts: Results, G: int) -> Merged:

@@ -1,9 +1,13 @@
 """What one block of the Hopper kernel of `cache_attention` does; `gpu.py` launches it.
 
-The tiles of a row and head follow one another: those of its prompt, of its kept pages, and of the
-current one. A block takes its share of them, wherever they lie, and does with each what a block of
+The tiles of a row and head follow one another: those of its prompt, of the current page, and of its
+kept ones. A block takes its share of them, wherever they lie, and does with each what a block of
 `decode_attention` does. Which tokens of a tile live it finds out itself, from the numbers of the
 cache, so that no program has to run before it.
+
+Where heads have ranges of a pool, they differ in their tiles. All are given as many blocks as the
+longest needs; those that have no tile write that they found nothing. The last tile of the pool's
+last range may have to begin earlier than it should, and leaves out what the one before it covers.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ from pallas_kernels.decode_attention.hopper_block import (
     write_constants,
     write_page_lse,
 )
-from pallas_kernels.hopper import TILE, commit_memory, store
+from pallas_kernels.hopper import ROWS, TILE, commit_memory, store
 
 
 class Pages(NamedTuple):
@@ -46,9 +50,13 @@ class Operands(NamedTuple):
     prompt: Pages | None
     kept: Pages
     current: Pages
-    lengths: Any  # int32 [B'], of the prompts
+    lengths: Any  # int32 [B'], of the prompts; or None
     fill: Any  # int32 [Lg * B * K, S], of the kept pages
-    layers: Any  # int32 [1] each: of prompt, kept and current
+    starts: Any  # int32 [Lg, K], of the ranges of a pool `[B, T * P, H]`; or None
+    counts: Any  # int32 [Lg, K]; or None
+    prompt_layer: Any  # int32 [1]; or None
+    kept_layer: Any  # int32 [1]
+    current_layer: Any  # int32 [1]
     written: Any  # int32 [1], tokens of the current page
 
 
@@ -58,7 +66,7 @@ class Results(NamedTuple):
     out: Any  # [blocks, splits, group, H], or H before group where values are on top
     max: Any  # [blocks, splits, group]
     sum: Any  # [blocks, splits, group]
-    page_lse: Any  # [blocks, kept and current tiles, pages, group]
+    page_lse: Any  # [blocks, current and kept tiles, pages, group]
 
 
 class Memory(NamedTuple):
@@ -75,36 +83,101 @@ class Sizes(NamedTuple):
     samples: int
     chunks: int  # of a key/value head's query heads
     P: int
+    per_split: int  # tiles of a block
     scale: float
 
 
 class Place(NamedTuple):
-    """Where a segment's tiles are: among all tiles of a pair, and its pages in memory."""
+    """Where a segment's tiles are: among all tiles of a pair, and in memory."""
 
     first: int
-    tiles: int
     pages: Pages
     row: Scalar
 
+    @property
+    def tiles(self) -> int:
+        return -(-self.pages.k.shape[1] // TILE)
+
     def fetch(self, own: Scratch, tile: Scalar, stage: Scalar) -> None:
         """Starts the copies of a tile, if it is one of them; the last may be shorter."""
-        tokens = self.pages.k.shape[1]
+        whole, rest = divmod(self.pages.k.shape[1], TILE)
         local = tile - self.first
-        whole, rest = tokens // TILE, tokens % TILE
-
-        def copy(size: int) -> None:
-            both = (self.pages.k, own.k, own.k_barriers), (self.pages.v, own.v, own.v_barriers)
-            for ref, memory, barriers in both:
-                plgpu.copy_gmem_to_smem(
-                    ref.at[self.row, pl.ds(pl.multiple_of(local * TILE, TILE), size)],
-                    memory.at[stage, pl.ds(0, size)],
-                    barriers.at[stage],
-                )
-
+        copy = partial(copy_tile, self.pages, own, self.row, local * TILE, stage)
         if whole:
             pl.when((local >= 0) & (local < whole))(partial(copy, TILE))
         if rest:
             pl.when(local == whole)(partial(copy, rest))
+
+    def living(self, alive: Scalar, tile: Scalar) -> Living:
+        """Where the first so many tokens of the segment live."""
+        return before_token(alive - (tile - self.first) * TILE)
+
+
+class KeptPlace(NamedTuple):
+    """The same of the kept pages: all of a row, or of a pool's a range."""
+
+    first: int
+    pages: Pages
+    row: Scalar
+    fill: Any  # [Lg * B * K, S]
+    fill_row: Scalar
+    P: int
+    count: Scalar  # pages
+    begin: Scalar | None  # the range's first token; None: all are the row's own
+
+    @property
+    def end(self) -> Scalar:
+        """The first tile after them."""
+        return self.first + lax.div(self.count * self.P + (TILE - 1), jnp.int32(TILE))
+
+    def fetch(self, own: Scratch, tile: Scalar, stage: Scalar) -> None:
+        """See `Place.fetch`."""
+        if self.begin is None:
+            Place(self.first, self.pages, self.row).fetch(own, tile, stage)
+        else:
+            begin, _ = self.start(tile, self.begin)
+            copy = partial(copy_tile, self.pages, own, self.row, begin, stage, TILE)
+            pl.when(tile >= self.first)(copy)
+
+    def start(self, tile: Scalar, begin: Scalar) -> tuple[Scalar, Scalar]:
+        """Where a tile of the range begins in its row, and how many tokens too early."""
+        wanted = begin + (tile - self.first) * TILE
+        begin = jnp.minimum(wanted, self.pages.k.shape[1] - TILE)
+        return begin, wanted - begin
+
+    def living(self, tile: Scalar) -> Living:
+        """Which tokens of a tile live: several pages are in it, or it is a part of one."""
+        local, slots = jnp.maximum(tile - self.first, 0), self.fill.shape[1]
+        if self.P >= TILE:
+            parts = jnp.int32(self.P // TILE)
+            slot = jnp.minimum(lax.div(local, parts), slots - 1)
+            return before_token(self.fill[self.fill_row, slot] - lax.rem(local, parts) * TILE)
+        low, high = jnp.int32(0), jnp.int32(0)
+        early = jnp.int32(0)
+        if self.begin is not None:
+            early = lax.div(self.start(tile, self.begin)[1], jnp.int32(self.P))
+        for page in range(TILE // self.P):
+            slot = local * (TILE // self.P) + page - early
+            mine = (page >= early) & (slot < self.count)
+            tokens = self.fill[self.fill_row, jnp.clip(slot, 0, slots - 1)]
+            start = page * self.P
+            upto = before_token(jnp.where(mine, tokens, 0) + start)
+            low |= upto.low & ~_ones(start)
+            high |= upto.high & ~_ones(start - WORD)
+        return Living(low, high)
+
+
+def copy_tile(
+    pages: Pages, own: Scratch, row: Scalar, begin: Scalar, stage: Scalar, size: int
+) -> None:
+    """Starts the copies of so many tokens of a row, from a multiple of eight on."""
+    both = (pages.k, own.k, own.k_barriers), (pages.v, own.v, own.v_barriers)
+    for ref, memory, barriers in both:
+        plgpu.copy_gmem_to_smem(
+            ref.at[row, pl.ds(pl.multiple_of(begin, ROWS), size)],
+            memory.at[stage, pl.ds(0, size)],
+            barriers.at[stage],
+        )
 
 
 def attend_block(read: Operands, write: Results, memory: Memory, *, sizes: Sizes) -> None:
@@ -112,30 +185,30 @@ def attend_block(read: Operands, write: Results, memory: Memory, *, sizes: Sizes
     own = memory.block
     block, split = lax.axis_index("block"), lax.axis_index("split")
     parts, group = read.q.shape[1:3]
-    stages, splits = own.k.shape[0], write.out.shape[1]
-    pairs = read.q.shape[0] // sizes.chunks
+    stages = own.k.shape[0]
+    pairs, K = read.q.shape[0] // sizes.chunks, sizes.K
     pair = lax.div(block, jnp.int32(sizes.chunks))
-    row, head = lax.div(pair, jnp.int32(sizes.K)), lax.rem(pair, jnp.int32(sizes.K))
+    row, head = lax.div(pair, jnp.int32(K)), lax.rem(pair, jnp.int32(K))
     prompt = lax.div(row, jnp.int32(sizes.samples))
 
-    def place(first: int, pages: Pages, layer: Any, rows: int, at: Scalar) -> Place:
-        return Place(first, -(-pages.k.shape[1] // TILE), pages, layer[0] * rows + at)
-
-    of_layers, places, tiles = list(read.layers), [], 0
+    places: list[Any] = []
     if read.prompt is not None:
-        rows = pairs // sizes.samples
-        at = prompt * sizes.K + head
-        places.append(place(0, read.prompt, of_layers[0], rows, at))
-        tiles = places[-1].tiles
-    generated = tiles
-    for pages, layer in zip((read.kept, read.current), of_layers[-2:], strict=True):
-        places.append(place(tiles, pages, layer, pairs, pair))
-        tiles += places[-1].tiles
-    living = partial(living_in, read, places, prompt, sizes.P)
+        at = (read.prompt_layer[0] * (pairs // sizes.samples // K) + prompt) * K + head
+        places.append(Place(0, read.prompt, at))
+    generated = places[0].tiles if places else 0
+    current = Place(generated, read.current, read.current_layer[0] * pairs + pair)
+    kept = kept_place(read, generated + current.tiles, row, head, pair, sizes)
+    places += [current, kept]
 
-    per_split = -(-tiles // splits)
-    first = split * per_split
-    count = jnp.minimum(per_split, tiles - first)
+    def living(tile: Scalar) -> Living:
+        found = current.living(read.written[0], tile)
+        found = choose(tile >= kept.first, kept.living(tile), found)
+        if generated:
+            found = choose(tile < generated, places[0].living(read.lengths[prompt], tile), found)
+        return found
+
+    first = split * sizes.per_split
+    count = jnp.clip(kept.end - first, 0, sizes.per_split)
 
     def fetch(tile: Scalar, stage: Scalar) -> None:
         @pl.when(living(tile).some())
@@ -145,7 +218,7 @@ def attend_block(read: Operands, write: Results, memory: Memory, *, sizes: Sizes
 
     for part in range(parts):
         plgpu.copy_gmem_to_smem(read.q.at[block, part], own.q.at[part], own.q_barrier)
-    for ahead in range(min(stages, per_split)):
+    for ahead in range(min(stages, sizes.per_split)):
         pl.when(ahead < count)(partial(fetch, first + ahead, ahead))
     write_constants(own, write.page_lse.shape[2])
     plgpu.barrier_wait(own.q_barrier)
@@ -186,33 +259,21 @@ def attend_block(read: Operands, write: Results, memory: Memory, *, sizes: Sizes
     plgpu.wait_smem_to_gmem(0)
 
 
-def living_in(read: Operands, places: list[Place], prompt: Scalar, P: int, tile: Scalar) -> Living:
-    """Which tokens of a tile count."""
-    *before, kept, current = places
-    local = tile - current.first
-    living = before_token(read.written[0] - local * TILE)
-    living = choose(local >= 0, living, of_kept(read.fill, kept, P, tile))
-    if before:
-        in_prompt = before_token(read.lengths[prompt] - tile * TILE)
-        living = choose(tile < kept.first, in_prompt, living)
-    return living
-
-
-def of_kept(fill: Any, kept: Place, P: int, tile: Scalar) -> Living:
-    """Of a tile of the kept pages, in which several pages are or which is a part of one."""
-    local, slots = jnp.maximum(tile - kept.first, 0), fill.shape[1]
-    if P >= TILE:
-        parts = jnp.int32(P // TILE)
-        slot = jnp.minimum(lax.div(local, parts), slots - 1)
-        return before_token(fill[kept.row, slot] - lax.rem(local, parts) * TILE)
-    low, high = jnp.int32(0), jnp.int32(0)
-    for page in range(TILE // P):
-        slot = local * (TILE // P) + page
-        tokens = jnp.where(slot < slots, fill[kept.row, jnp.minimum(slot, slots - 1)], 0)
-        upto, start = before_token(tokens + page * P), page * P
-        low |= upto.low & ~_ones(start)
-        high |= upto.high & ~_ones(start - WORD)
-    return Living(low, high)
+def kept_place(
+    read: Operands, first: int, row: Scalar, head: Scalar, pair: Scalar, sizes: Sizes
+) -> KeptPlace:
+    """Where the kept pages of a row and head are."""
+    pairs, tokens = read.q.shape[0] // sizes.chunks, read.kept.k.shape[1]
+    layer = read.kept_layer[0]
+    own_row = layer * pairs + pair
+    if read.starts is None:
+        count, begin = jnp.int32(tokens // sizes.P), None
+    else:
+        # Of the part of the pool that is here.
+        start = lax.rem(read.starts[layer, head], jnp.int32(tokens // sizes.P))
+        count, begin = read.counts[layer, head], start * sizes.P
+    own = own_row if begin is None else row
+    return KeptPlace(first, read.kept, own, read.fill, own_row, sizes.P, count, begin)
 
 
 def before_token(token: jax.Array) -> Living:
