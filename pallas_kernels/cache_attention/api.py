@@ -24,6 +24,7 @@ from pallas_kernels.dispatch import Implementation, Target, dispatch, load
 from pallas_kernels.ranges import Ranges
 
 _TPU = load("pallas_kernels.cache_attention.tpu", "cache_attention_tpu")
+_RAGGED_TPU = load("pallas_kernels.cache_attention.ragged_tpu", "ragged_cache_attention_tpu")
 _GPU = load("pallas_kernels.cache_attention.gpu", "cache_attention_gpu")
 _RESULTS = Attended("BNH", "BN", "BNS", "BN")  # type: ignore[arg-type]
 
@@ -87,7 +88,7 @@ def cache_attention(
     pages = ("LBKSPH" if ranges is None else "BTPH",) * 2
     kernels = {
         name: partial(_with_segments, kernel, sizes=ranges and ranges.sizes)
-        for name, kernel in (("tpu", _TPU), ("gpu", _GPU))
+        for name, kernel in (("tpu", _TPU if ranges is None else _RAGGED_TPU), ("gpu", _GPU))
     }
     found = dispatch(
         "cache_attention",

@@ -45,12 +45,13 @@ def cache_attention_tpu(
 ) -> Attended:
     """See `api.cache_attention`, which checks the arguments; `blocks` replaces the heuristic's.
 
+    Of a rectangle of kept pages, so that there are no ranges; `ragged_tpu.py` has those of a pool.
+
     Raises:
-      NotImplementedError: a dtype that the kernel does not take, no kept pages at all, a pool, or
-        less work than the chip has cores.
+      NotImplementedError: a dtype that the kernel does not take, no kept pages at all, or less work
+        than the chip has cores.
     """
-    if sizes is not None:
-        raise NotImplementedError("the kept pages are a pool")
+    assert starts is None and counts is None and sizes is None
     (B, N, H), (_, _, K, S, P, _) = q.shape, kept.k.shape
     check_served(kept.k, S)
     prompts = B if prompt is None else prompt.k.shape[1]
@@ -123,7 +124,7 @@ def cache_attention_tpu(
     operands = [
         _by_head(q, shape),
         of_kept.fills,
-        [_in_hbm(_flat(x, P)) for x in (kept.k, kept.v)],
+        [in_hbm(_flat(x, P)) for x in (kept.k, kept.v)],
         [current.k, current.v],
     ]
     if of_prompt is not None:
@@ -134,7 +135,7 @@ def cache_attention_tpu(
             ),
             [pages_spec(of_prompt, prompt_index)] * 2,
         ]
-        operands += [of_prompt.fills, [_in_hbm(_flat(x, P)) for x in (prompt.k, prompt.v)]]
+        operands += [of_prompt.fills, [in_hbm(_flat(x, P)) for x in (prompt.k, prompt.v)]]
     of_prompt_layer = current.layer if prompt is None else prompt.layer
     numbers = jnp.stack([of_prompt_layer, kept.layer, current.layer, current.tokens])
     out, stats, lse = pl.pallas_call(
@@ -225,7 +226,7 @@ def _flat(pages: jax.Array, P: int) -> jax.Array:
     return pages.reshape(*pages.shape[:4], pages.shape[5]) if P == 1 else pages
 
 
-def _in_hbm(pages: jax.Array) -> jax.Array:
+def in_hbm(pages: jax.Array) -> jax.Array:
     """Left to itself, XLA may move a whole cache of few rows into VMEM, in every layer."""
     # Outside of a program there is nobody to say it to.
     traced = isinstance(pages, jax.core.Tracer)
