@@ -36,14 +36,16 @@ def cache_attention_reference(
         of_kept = ragged_decode_attention(*over, ranges=ranges, **options)
     k, v = (x[:, :, :, None] for x in (current.k, current.v))
     written = jnp.reshape(current.tokens, (1, 1, 1))
-    parts = [of_kept, attend(q, k, v, written, current.layer)]
+    of_current = attend(q, k, v, written, current.layer)
+    parts = [of_kept, of_current]
     if prompt is not None:
         heads, samples = prompt.k.shape[2], len(q) // prompt.k.shape[1]
         filled = prompt_fill(prompt)[:, None]
         together = attend(by_prompt(q, heads, samples), prompt.k, prompt.v, filled, prompt.layer)
-        parts.append(jax.tree.map(partial(by_row, heads=heads, samples=samples), together))
+        of_prompt = jax.tree.map(partial(by_row, heads=heads, samples=samples), together)
+        parts.insert(0, of_prompt)
     out, lse = merge_segments(parts)
-    return Attended(out, lse, of_kept.page_lse, parts[1].page_lse[..., 0])
+    return Attended(out, lse, of_kept.page_lse, of_current.page_lse[..., 0])
 
 
 def prompt_fill(prompt: Segment) -> jax.Array:
