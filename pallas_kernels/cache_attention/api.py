@@ -81,7 +81,7 @@ def cache_attention(
     separate = partial(
         cache_attention_reference, ranges=ranges, implementation=implementation, target=target
     )
-    places = (None, None)
+    places: tuple[jax.Array | None, jax.Array | None] = (None, None)
     if ranges is not None:
         target = target.in_parts(ranges.parts)
         places = jnp.asarray(ranges.starts), jnp.asarray(ranges.counts, jnp.int32)

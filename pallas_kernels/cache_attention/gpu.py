@@ -123,8 +123,9 @@ def cache_attention_gpu(
     lse = jnp.moveaxis(found.page_lse, 3, 1)
     of_kept = lse[:, :, _tiles(P) :].reshape(blocks, group, -1)
     if starts is not None and counts is not None:
-        of_range = (x[kept.layer] for x in (starts % kept.k.shape[1], counts))
-        of_kept = _moved_back(of_kept, *of_range, kept.k.shape[1], P, chunks)
+        pool = kept.k.shape[1]
+        start, count = (x[kept.layer] for x in (starts % pool, counts))
+        of_kept = _moved_back(of_kept, start, count, pool, P, chunks)
     of_kept = by_head(of_kept[..., : S * parts], S * parts).reshape(B, N, S, parts)
     fill = jax.lax.dynamic_index_in_dim(kept.tokens, kept.layer, 0, keepdims=False)
     filled = jnp.repeat(fill, G, axis=1)[..., None] > begin

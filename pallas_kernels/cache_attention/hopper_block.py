@@ -96,7 +96,8 @@ class Place(NamedTuple):
 
     @property
     def tiles(self) -> int:
-        return -(-self.pages.k.shape[1] // TILE)
+        tokens: int = self.pages.k.shape[1]
+        return -(-tokens // TILE)
 
     def fetch(self, own: Scratch, tile: Scalar, stage: Scalar) -> None:
         """Starts the copies of a tile, if it is one of them; the last may be shorter."""
@@ -122,13 +123,13 @@ class KeptPlace(NamedTuple):
     fill: Any  # [Lg * B * K, S]
     fill_row: Scalar
     P: int
-    count: Scalar  # pages
+    held: Scalar  # pages
     begin: Scalar | None  # the range's first token; None: all are the row's own
 
     @property
     def end(self) -> Scalar:
         """The first tile after them."""
-        return self.first + lax.div(self.count * self.P + (TILE - 1), jnp.int32(TILE))
+        return self.first + lax.div(self.held * self.P + (TILE - 1), jnp.int32(TILE))
 
     def fetch(self, own: Scratch, tile: Scalar, stage: Scalar) -> None:
         """See `Place.fetch`."""
@@ -158,7 +159,7 @@ class KeptPlace(NamedTuple):
             early = lax.div(self.start(tile, self.begin)[1], jnp.int32(self.P))
         for page in range(TILE // self.P):
             slot = local * (TILE // self.P) + page - early
-            mine = (page >= early) & (slot < self.count)
+            mine = (page >= early) & (slot < self.held)
             tokens = self.fill[self.fill_row, jnp.clip(slot, 0, slots - 1)]
             start = page * self.P
             upto = before_token(jnp.where(mine, tokens, 0) + start)
@@ -168,7 +169,7 @@ class KeptPlace(NamedTuple):
 
 
 def copy_tile(
-    pages: Pages, own: Scratch, row: Scalar, begin: Scalar, stage: Scalar, size: int
+    pages: Pages, own: Scratch, row: Scalar, begin: Any, stage: Scalar, size: int
 ) -> None:
     """Starts the copies of so many tokens of a row, from a multiple of eight on."""
     both = (pages.k, own.k, own.k_barriers), (pages.v, own.v, own.v_barriers)
@@ -276,10 +277,10 @@ def kept_place(
     return KeptPlace(first, read.kept, own, read.fill, own_row, sizes.P, count, begin)
 
 
-def before_token(token: jax.Array) -> Living:
+def before_token(token: Scalar) -> Living:
     """The tokens before this one, be it negative or beyond the tile."""
 
-    def word(count: jax.Array) -> jax.Array:
+    def word(count: Scalar) -> jax.Array:
         bits = lax.shift_left(jnp.int32(1), jnp.clip(count, 0, WORD - 1)) - 1
         return jnp.where(count >= WORD, jnp.int32(-1), bits)
 
@@ -291,5 +292,5 @@ def _ones(count: int) -> int:
     return (1 << max(count, 0)) - 1 if count < WORD - 1 else (-1 if count >= WORD else 2**31 - 1)
 
 
-def choose(condition: jax.Array, one: Living, other: Living) -> Living:
+def choose(condition: jax.Array | bool, one: Living, other: Living) -> Living:
     return Living(*(jnp.where(condition, *pair) for pair in zip(one, other, strict=True)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial, reduce
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,11 @@ def cache_attention_reference(
     target: Target | None = None,
 ) -> Attended:
     """See `api.cache_attention`, which checks; the last two arguments are for each operation."""
-    options = {"scale": scale, "implementation": implementation, "target": target}
-    attend = partial(decode_attention, **options)
+    options: Any = {"scale": scale, "implementation": implementation, "target": target}
+
+    def attend(*segment: jax.Array) -> DecodeAttention:
+        return decode_attention(*segment, **options)
+
     fill = jax.lax.dynamic_index_in_dim(kept.tokens, kept.layer, 0, keepdims=False)
     over = q, kept.k, kept.v, fill, kept.layer
     if ranges is None:

@@ -29,6 +29,9 @@ from pallas_kernels.decode_attention.tpu import (
 from pallas_kernels.decode_attention.tuning import CORES, TpuBlocks, tpu_blocks
 from pallas_kernels.tpu import check_served, dot, padded_rows, precision_for
 
+QUERIES_AT_MOST = 256
+"""Of all rows of a prompt, for one key/value head: their scores must fit besides the pages."""
+
 
 def cache_attention_tpu(
     q: jax.Array,
@@ -56,6 +59,8 @@ def cache_attention_tpu(
     check_served(kept.k, S)
     prompts = B if prompt is None else prompt.k.shape[1]
     samples, G, rows = B // prompts, N // K, padded_rows(N // K)
+    if samples * rows > QUERIES_AT_MOST:
+        raise NotImplementedError(f"{samples} rows share a prompt, and {rows} queries a head")
     if blocks is None:
         pages = max(S, 0 if prompt is None else prompt.k.shape[3])
         blocks = tpu_blocks(device_kind, B, K, pages, P, H, kept.k.dtype.itemsize)
@@ -72,10 +77,11 @@ def cache_attention_tpu(
     # Of a block of heads, those that live in any head; of the prompt they are the same in all.
     live = of_kept.live.reshape(prompts, samples, K // heads, heads, of_kept.blocks)
     live = jnp.any(jnp.moveaxis(live, 1, 2), axis=3)
-    fetched = [fetched_blocks(live.reshape(-1))]
+    fetched = fetched_blocks(live.reshape(-1))
+    prompt_fetched = jnp.zeros((1,), jnp.int32)
     if of_prompt is not None:
         repeated = jnp.broadcast_to(of_prompt.live, (prompts, K // heads, first))
-        fetched.append(fetched_blocks(repeated.reshape(-1)))
+        prompt_fetched = fetched_blocks(repeated.reshape(-1))
 
     def sample_of(j: Any) -> Any:
         return jax.lax.div(jnp.maximum(j - first, 0), of_kept.blocks)
@@ -115,19 +121,19 @@ def cache_attention_tpu(
             (1, 1, heads, cut.pages, *tail), lambda *at: (*index(*at), *(0 for _ in tail))
         )
 
-    specs = [
+    specs: list[Any] = [
         pl.BlockSpec((1, heads, samples * rows, H), lambda p, h, j, *_: (p, h, 0, 0)),
         of_block(*of_kept.chunked),
         [pages_spec(of_kept, kept_index)] * 2,
         [of_row(P, H, layer=2)] * 2,
     ]
-    operands = [
+    operands: list[Any] = [
         _by_head(q, shape),
         of_kept.fills,
         [in_hbm(_flat(x, P)) for x in (kept.k, kept.v)],
         [current.k, current.v],
     ]
-    if of_prompt is not None:
+    if prompt is not None and of_prompt is not None:
         specs += [
             pl.BlockSpec(
                 (1, 1, 1, *of_prompt.chunked),
@@ -141,7 +147,7 @@ def cache_attention_tpu(
     out, stats, lse = pl.pallas_call(
         partial(_kernel, shape=shape, first=first, blocks=of_kept.blocks, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=1 + len(fetched),
+            num_scalar_prefetch=3,
             grid=(prompts, K // heads, first + samples * of_kept.blocks),
             in_specs=specs,
             out_specs=[
@@ -161,7 +167,7 @@ def cache_attention_tpu(
         ),
         cost_estimate=_cost(q, prompt, kept, current),
         name="cache_attention",
-    )(numbers, *fetched, *operands)
+    )(numbers, fetched, prompt_fetched, *operands)
     # Blocks, chunks and pages in a chunk are, in this order, the slots.
     lse = jnp.moveaxis(lse, 4, 2).reshape(B, K, rows, -1)[:, :, :G, :S]
     return Attended(
@@ -247,23 +253,28 @@ def _cost(q: jax.Array, prompt: Segment | None, kept: Segment, current: Segment)
 
 
 def _kernel(
-    numbers_ref: Any, *refs: Any, shape: Shape, first: int, blocks: int, scale: float
+    numbers_ref: Any,
+    fetched_ref: Any,
+    prompt_fetched_ref: Any,
+    q_ref: Any,
+    fill_ref: Any,
+    kept_refs: Any,
+    current_refs: Any,
+    *refs: Any,
+    shape: Shape,
+    first: int,
+    blocks: int,
+    scale: float,
 ) -> None:
-    kept_ref, *refs = refs
-    prompt_ref = None
-    if first:
-        prompt_ref, *refs = refs
-    q_ref, fill_ref, kept_refs, current_refs, *refs = refs
-    if first:
-        prompt_fill_ref, prompt_refs, *refs = refs
-    out_ref, stats_ref, lse_ref, softmax = refs
+    *of_prompt, out_ref, stats_ref, lse_ref, softmax = refs
     p, h, j = (pl.program_id(axis) for axis in range(3))
     pl.when(j == 0)(softmax.clear)
 
     if first:
+        prompt_fill_ref, prompt_refs = of_prompt
         block = (p * shape.head_blocks + h) * first + jnp.minimum(j, first - 1)
 
-        @pl.when((j < first) & (prompt_ref[block] == block))
+        @pl.when((j < first) & (prompt_fetched_ref[block] == block))
         def attend_prompt() -> None:
             for head in range(shape.heads):
                 kv = [ref.at[0, 0, head] for ref in prompt_refs]
@@ -278,11 +289,11 @@ def _kernel(
     def of_sample(head: int) -> tuple[Any, Softmax]:
         return q_ref.at[0, head, mine], Softmax(*(ref.at[head, mine] for ref in softmax))
 
-    @pl.when((step >= 0) & (kept_ref[number] != number))
+    @pl.when((step >= 0) & (fetched_ref[number] != number))
     def dead() -> None:
         lse_ref[...] = jnp.full_like(lse_ref, -jnp.inf)
 
-    @pl.when((step >= 0) & (kept_ref[number] == number))
+    @pl.when((step >= 0) & (fetched_ref[number] == number))
     def attend_kept() -> None:
         for head in range(shape.heads):
             q, own = of_sample(head)
