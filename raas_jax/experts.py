@@ -40,6 +40,11 @@ class Experts:
     target: Target | None = None
 
 
+def share_read(experts: int, per_token: int, rows: int) -> float:
+    """Of all experts of a layer, the share that a step reads where no two rows choose the same."""
+    return min(1.0, rows * per_token / experts) if experts else 1.0
+
+
 def route(logits: jax.Array, per_token: int, normalise: bool) -> tuple[jax.Array, jax.Array]:
     """Which experts a token goes through, and how much each counts.
 

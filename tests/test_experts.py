@@ -124,3 +124,10 @@ def test_widths_are_split_over_a_mesh():
         ("down", (None, None, None, "model")),
     ]:
         assert found[f"expert_{name}"].spec == PartitionSpec(*spec)
+
+
+def test_what_a_step_reads_of_experts():
+    """One row reads those that it chose, many read all."""
+    assert experts.share_read(128, 8, 1) == 1 / 16
+    assert experts.share_read(128, 8, 16) == experts.share_read(128, 8, 64) == 1
+    assert experts.share_read(0, 0, 4) == 1  # Nothing is left out where there are none.

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from raas_jax import experts
 from raas_jax.aot.traffic import ON_GPU, ON_TPU, Moved, account, total
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.session import Session
@@ -181,10 +182,14 @@ def pages_per_call(session: Session) -> int:
 def floor(session: Session) -> tuple[int, int]:
     """Bytes on one device that a step cannot do without: of weights, and of the cache.
 
-    Embeddings that are not the head's too are looked up, a row per token, never read whole.
+    Embeddings that are not the head's too are looked up, a row per token, never read whole; of
+    experts no more are read than rows can choose.
     """
-    weights = session.params.weights
+    weights, config = session.params.weights, session.params.config
     read = bytes_on_one_device(weights)
+    share = experts.share_read(config.num_experts, config.num_experts_per_tok, session.rows)
+    chosen = [weights[name] for name in experts.NAMES if name in weights]
+    read -= round((1 - share) * bytes_on_one_device(chosen))
     if "head" in weights:
         table = weights["embedding"]
         row = table.shape[-1] * table.dtype.itemsize

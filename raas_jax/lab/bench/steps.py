@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from raas_jax import checks
+from raas_jax import checks, experts
 from raas_jax.decode import DecodeState, cache_bytes
 from raas_jax.engine import autosize
 from raas_jax.lab.bench import baselines
@@ -247,9 +247,13 @@ def step_bytes(params: Params, state: DecodeState) -> int:
     """Bytes that a step of this state has to read: the weights that it uses and the filled cache.
 
     An embedding table that is not also the output head does not count: a step reads one row of it.
+    Of experts as many count as the rows can choose.
     """
     config, current = params.config, state.cache.current.k
     weights = _bytes(params)
+    share = experts.share_read(config.num_experts, config.num_experts_per_tok, current.shape[1])
+    stacks = [params.weights[name] for name in experts.NAMES if name in params.weights]
+    weights -= round((1 - share) * sum(stack.nbytes for stack in stacks))
     if not config.tie_word_embeddings:
         weights -= params.weights["embedding"].nbytes
     per_token = 2 * config.head_dim * current.dtype.itemsize
