@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -18,8 +19,10 @@ from pallas_kernels import Target
 
 NAMES = ("expert_gate", "expert_up", "expert_down")
 """The stacks, as the weights of a model name them."""
-BLOCK = 16
-"""Tokens of one expert that are multiplied at a time on a CPU."""
+BLOCK, LARGE_BLOCK = 16, 128
+"""Tokens of one expert that are multiplied at a time, on a CPU and on a GPU."""
+FEW_ROWS = 256
+"""Up to so many rows a GPU is as fast at multiplying them by all experts as at reading these."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +101,9 @@ def _mix(
     if chosen.size <= gate.shape[1]:
         out = _one_by_one(*operands)
     else:
-        out = jax.lax.platform_dependent(*operands, default=_grouped, cpu=_in_blocks)
+        on_gpu = _by_all if x.shape[0] <= FEW_ROWS else partial(_in_blocks, size=LARGE_BLOCK)
+        ways = {"default": _grouped, "cpu": _in_blocks, "cuda": on_gpu}
+        out = jax.lax.platform_dependent(*operands, **ways)
     return out.astype(x.dtype)
 
 
@@ -196,7 +201,7 @@ def _grouped(
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
-def _in_blocks(
+def _by_all(
     x: jax.Array,
     shares: jax.Array,
     chosen: jax.Array,
@@ -205,21 +210,46 @@ def _in_blocks(
     up: jax.Array,
     down: jax.Array,
 ) -> jax.Array:
-    """Products of up to `BLOCK` tokens of one expert, one after the other.
+    """Products with every expert, of which those that are not chosen count nothing."""
+    gate, up, down = (
+        jax.lax.dynamic_index_in_dim(stack, number, keepdims=False) for stack in (gate, up, down)
+    )
+    row = jnp.arange(x.shape[0])[:, None]
+    counts = jnp.zeros((x.shape[0], gate.shape[0]), jnp.float32).at[row, chosen].add(shares)
 
-    XLA's grouped product on a CPU multiplies every token by every expert.
+    def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
+
+    inner = jax.nn.silu(product("rd,efd->erf", x, gate)) * product("rd,efd->erf", x, up)
+    inner = (inner * counts.T[..., None]).astype(x.dtype)
+    return product("erf,edf->rd", inner, down)
+
+
+def _in_blocks(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    number: jax.Array,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    size: int = BLOCK,
+) -> jax.Array:
+    """Products of up to `size` tokens of one expert, one after the other.
+
+    XLA's grouped product multiplies every token by every expert, but on TPUs.
     """
     R, E = x.shape[0], gate.shape[1]
     order, expert, row = _sorted(chosen)
     sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
-    blocks = -(-sizes // BLOCK)
+    blocks = -(-sizes // size)
     last = jnp.cumsum(blocks)
     # Every expert's choices begin with a block of their own.
     rank = jnp.arange(order.size, dtype=jnp.int32) - (jnp.cumsum(sizes) - sizes)[expert]
-    place = (last - blocks)[expert] * BLOCK + rank
-    most = -(-order.size // BLOCK) + E
-    rows = jnp.full(most * BLOCK, R, jnp.int32).at[place].set(row).reshape(most, BLOCK)
-    share = jnp.zeros(most * BLOCK, jnp.float32).at[place].set(shares.reshape(-1)[order])
+    place = (last - blocks)[expert] * size + rank
+    most = -(-order.size // size) + E
+    rows = jnp.full(most * size, R, jnp.int32).at[place].set(row).reshape(most, size)
+    share = jnp.zeros(most * size, jnp.float32).at[place].set(shares.reshape(-1)[order])
     padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
 
     owner = jnp.searchsorted(last, jnp.arange(most, dtype=jnp.int32), side="right")
@@ -233,5 +263,5 @@ def _in_blocks(
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:
         return jax.lax.cond(block[0] < E, multiply, lambda _, out: out, block, out), None
 
-    blocks_of = owner, rows, share.reshape(most, BLOCK)
+    blocks_of = owner, rows, share.reshape(most, size)
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks_of)[0]

@@ -33,7 +33,10 @@ def oracle(x, logits, stacks, layer, k, normalise):
     return out
 
 
-@pytest.mark.parametrize("way", [experts._one_by_one, experts._grouped, experts._in_blocks])
+WAYS = [experts._one_by_one, experts._grouped, experts._in_blocks, experts._by_all]
+
+
+@pytest.mark.parametrize("way", WAYS)
 @settings(max_examples=8, deadline=None)
 @given(
     rows=st.sampled_from([1, 3, 40]),
@@ -68,8 +71,7 @@ def test_all_ways_have_the_same_derivative():
     def total(x, way):
         return jnp.sum(weights * way(x, *routed, jnp.int32(0), *stacks))
 
-    ways = experts._one_by_one, experts._grouped, experts._in_blocks
-    found = [jax.grad(total)(jnp.asarray(x, jnp.float32), way) for way in ways]
+    found = [jax.grad(total)(jnp.asarray(x, jnp.float32), way) for way in WAYS]
     for each in found[1:]:
         np.testing.assert_allclose(each, found[0], rtol=1e-4, atol=1e-5)
 
