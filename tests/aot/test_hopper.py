@@ -228,7 +228,7 @@ def copies_of_weights(session, program):
     Where rows are many, logits and the like are as large, but not as wide as what is summed over.
     """
     config, layers = session.params.config, session.params.weights["layers"]
-    matrices = [layers[name] for name in MATRICES]
+    matrices = [layers[name] for name in MATRICES if name in layers]
     written = written_in_loops(
         program.as_text(), min(map(size, matrices)) // config.num_hidden_layers
     )
