@@ -16,7 +16,7 @@ from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
 from raas_jax.policies import bucket
 from raas_jax.policies.triattention import Centres
-from raas_jax.rope import frequencies, rope_rotation
+from raas_jax.rotation import frequencies, rope_rotation
 
 
 def calibrate(

@@ -50,7 +50,7 @@ from raas_jax.policies.base import (
     PromptPages,
     Selection,
 )
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 from raas_jax.sampling import Sampler, Sampling, log_probability, row_keys
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.

@@ -28,7 +28,7 @@ from raas_jax.model import Body, Layer, ends
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies.base import Evidence, Metadata
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 
 def feeds_pages(plan: Plan) -> bool:

@@ -23,7 +23,7 @@ from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
 from raas_jax.experts import Experts, mixture, route
 from raas_jax.products import OfLayer, OfStack, Weight, look_up, project, project_all
-from raas_jax.rope import Rotation, rope_rotation, rotate
+from raas_jax.rotation import Rotation, rope_rotation, rotate
 
 Attend = Callable[..., jax.Array]
 """Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""

@@ -17,7 +17,7 @@ from raas_jax.lab.inspect.recording import record
 from raas_jax.model import ends, run_layers
 from raas_jax.policies import H2O, RKV, RaaS, RaaSQuest, Recent, SnapKV
 from raas_jax.policies.lazy_eviction import LazyEviction
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 P, PROMPT, PAGES = 2, 6, 12
 

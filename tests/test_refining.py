@@ -15,7 +15,7 @@ from raas_jax.allotting import dense, refine
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
 from raas_jax.model import ends, run_layers
 from raas_jax.policies import Allotment, RaaS
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 P, PROMPT, PAGES = 2, 6, 14
 POLICY = RaaS(10, page_size=P)

@@ -11,7 +11,8 @@ import raas_jax
 from raas_jax import Dense, RaaS
 from raas_jax.config import ModelConfig
 from raas_jax.files import FileError
-from raas_jax.rope import Rope, frequencies, rope_rotation, rotate
+from raas_jax.rope import Rope
+from raas_jax.rotation import frequencies, rope_rotation, rotate
 
 HEAD_DIM, CONTEXT = 16, 256
 SIZES = {

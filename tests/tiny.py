@@ -16,7 +16,7 @@ from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.policies import Allotment
 from raas_jax.policies.triattention import Centres
-from raas_jax.rope import frequencies
+from raas_jax.rotation import frequencies
 
 VOCAB = 19
 FOLDER = tempfile.TemporaryDirectory()

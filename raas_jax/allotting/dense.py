@@ -20,7 +20,7 @@ import numpy as np
 from raas_jax.allotting.simulate import Seen, Sums
 from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 QUERIES = 512
 """Tokens of a block, about."""

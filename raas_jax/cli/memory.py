@@ -42,7 +42,7 @@ class Memory:
     """Hardware to compile for, in place of what is at hand, such as v5e:2x4; nothing is run."""
     mesh: options.Mesh = None
     traffic: bool = False
-    """Instead: bytes that a decode step reads and writes, against the least, from its program."""
+    """Print what a decode step reads and writes, against the least, by a reading of its program."""
     json: bool = False
     """Print JSON instead of a table."""
     policy: options.PolicyOptions = dataclasses.field(default_factory=options.PolicyOptions)

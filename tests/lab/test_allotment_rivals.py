@@ -13,7 +13,7 @@ from raas_jax.lab.allotments.attention import copying, most_attended
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
 from raas_jax.model import run_layers
 from raas_jax.policies import Allotment, RaaS
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 P, T = 4, 37
 

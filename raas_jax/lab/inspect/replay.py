@@ -15,7 +15,7 @@ import numpy as np
 from raas_jax.lab.inspect.recording import Recording
 from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 
 BUCKET = 128  # Lengths are padded to a multiple, so that few of them compile anew.
 _NEVER = -1e30

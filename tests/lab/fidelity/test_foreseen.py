@@ -20,7 +20,7 @@ from raas_jax.lab.fidelity import measure, oracle, run
 from raas_jax.lab.inspect.recording import Recorded
 from raas_jax.model import ends, run_layers
 from raas_jax.policies import RandomEviction
-from raas_jax.rope import rope_rotation
+from raas_jax.rotation import rope_rotation
 from raas_jax.session import Session
 
 P, PROMPT, BUDGET = 4, 6, 16
