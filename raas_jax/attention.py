@@ -86,7 +86,7 @@ _ALL = Selection()
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """One layer's view of the cache, for the token at `offset` of the current page.
+    """One layer's view of the cache, for the last token written to the current page.
 
     Attributes:
       cache: all segments; `cache.current` holds the token's own key and value already.
@@ -95,7 +95,7 @@ class Reader:
       layer_in_group: int32 scalar, its number in the group.
       fill: int32 `[B, K, S]`, tokens in each kept slot of this layer.
       prompt_fill: int32 `[B', 1, Sp]`, tokens in each page of the prompts.
-      offset: int32 scalar, 0..P-1.
+      written: int32 scalar, tokens of the current page, 1..P; formed once for all layers.
       samples: rows that share one prompt, `B / B'`.
       ranges: of the heads in a pool of kept pages; None where all have the same number.
       target: what is compiled for; None is the default backend.
@@ -107,7 +107,7 @@ class Reader:
     layer_in_group: jax.Array
     fill: jax.Array
     prompt_fill: jax.Array
-    offset: jax.Array
+    written: jax.Array
     samples: int
     ranges: Ranges | None = None
     target: Target | None = None
@@ -126,7 +126,7 @@ class Reader:
         current = self.cache.current
         of_kept = self._over_kept(q, selection.kept)
         page = CurrentPage(current.k[:, :, :, None], current.v[:, :, :, None])
-        written = jnp.broadcast_to(self.offset + 1, (1, 1, 1))
+        written = jnp.broadcast_to(self.written, (1, 1, 1))
         of_current = self._over(page, q, written, self.layer)
         of_prompt = self._attend_prompt(q, selection.prompt)
         parts = [of_kept, of_current] if of_prompt is None else [of_prompt, of_kept, of_current]
@@ -142,7 +142,7 @@ class Reader:
             q,
             Segment(prompt.k, prompt.v, prompt.lengths, self.layer),
             Segment(kept.k, kept.v, kept.fill, self.layer_in_group),
-            Segment(current.k, current.v, self.offset + 1, self.layer),
+            Segment(current.k, current.v, self.written, self.layer),
             ranges=self.ranges,
             target=self.target,
         )
@@ -266,7 +266,7 @@ class Reader:
         of_prompt, of_kept = self.bounded(q)
         assert of_prompt is not None and of_kept is not None
         current_k = jax.lax.dynamic_index_in_dim(self.cache.current.k, self.layer, 0)[:, :, :, None]
-        written = jnp.broadcast_to(self.offset + 1, current_k.shape[:4])
+        written = jnp.broadcast_to(self.written, current_k.shape[:4])
         bounds = page_bounds(current_k, written)
         of_current = page_bound(q, bounds.key_min, bounds.key_max, 0, implementation="xla")
         pages = [of_kept, of_prompt, of_current]

@@ -550,7 +550,7 @@ def _step_body(
 ) -> Body:
     """What a layer of group `number` does with x `[B, 1, D]`, the current page and its metadata."""
     cache, policy = state.cache, plan.groups[number].policy
-    prompt_fill = cache.prompt.fill()
+    prompt_fill, written = cache.prompt.fill(), offset + 1
 
     def body(
         layer: Layer,
@@ -561,7 +561,7 @@ def _step_body(
         q, k, v = layer.qkv(x, rotation)
         current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
         now = dataclasses.replace(cache, current=current)
-        seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": offset}
+        seen = {"fill": fill, "prompt_fill": prompt_fill, "written": written}
         reader = reader_of(now, plan, number, layer, layer_in_group, **seen)
         by_head = partial(_by_head, heads=k.shape[2])
         selection = Selection()

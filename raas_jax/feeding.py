@@ -88,7 +88,7 @@ def _page_body(
     """What a layer of group `number` does with x `[B, P, D]`, the current page and its metadata."""
     cache, policy = state.cache, plan.groups[number].policy
     prompt_fill, now = cache.prompt.fill(), state.rows.generated
-    last = jnp.int32(plan.page_size - 1)
+    whole = jnp.int32(plan.page_size)
 
     def body(
         layer: Layer,
@@ -99,7 +99,7 @@ def _page_body(
         q, k, v = layer.qkv(x, rotation)
         current = write_page(current, k, v, layer.number)
         written = dataclasses.replace(cache, current=current)
-        seen = {"fill": fill, "prompt_fill": prompt_fill, "offset": last}
+        seen = {"fill": fill, "prompt_fill": prompt_fill, "written": whole}
         reader = reader_of(written, plan, number, layer, layer_in_group, **seen)
         out, mass, current_mass = reader.attend_page(q)
 

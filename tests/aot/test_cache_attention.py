@@ -84,8 +84,8 @@ def test_for_a_tpu_of_many_shapes(tpu, dtype, B, K, G, H, P, samples):
     assert program.memory_analysis().temp_size_in_bytes < layer_bytes(arrays)
 
 
-@pytest.mark.parametrize("name", TPUS)
-def test_over_ranges_for_every_tpu(tpu, name):
+@pytest.mark.parametrize("name", ["v5e:2x2", "v5p:2x2x1", "tpu7x:2x2x1"])
+def test_over_ranges_for_tpus(tpu, name):
     ranges = some_ranges(16, 8)
     arrays = operands(BF16, 8, 8, 4, 128, 16, ranges=ranges)
     program = compile_for(tpu(name)[0], "tpu", arrays, ranges)
@@ -103,8 +103,8 @@ def hopper():
 @pytest.mark.parametrize(
     ("dtype", "B", "K", "G", "H", "P", "samples"),
     [
-        (BF16, 1, 8, 4, 128, 16, 1), (BF16, 8, 4, 7, 128, 8, 8), (BF16, 2, 2, 64, 64, 32, 1),
-        (BF16, 2, 1, 16, 256, 128, 1), (BF16, 2, 1, 8, 96, 16, 1), (F32, 2, 4, 7, 128, 16, 1),
+        (BF16, 1, 8, 4, 128, 16, 1), (BF16, 8, 4, 7, 128, 8, 8), (BF16, 2, 1, 16, 256, 128, 1),
+        (BF16, 2, 1, 8, 96, 16, 1), (F32, 2, 4, 7, 128, 16, 1),
     ],
 )  # fmt: skip
 def test_on_hopper_without_spills(hopper, monkeypatch, capfd, dtype, B, K, G, H, P, samples):
@@ -167,7 +167,7 @@ FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant"}
 
 
 def test_one_row_on_hopper_attends_in_two_launches(hopper, shared):
-    """Of the 23 of a layer, where three operations and a merge made 40 of it."""
+    """Of the 22 of a layer, where three operations and a merge made 40 of it."""
     session, text = decode(shared, "h100", "Llama-3.1-8B-Instruct", 1)
     [layer] = [
         part
@@ -176,5 +176,5 @@ def test_one_row_on_hopper_attends_in_two_launches(hopper, shared):
     ]
     launched = [each for each in layer if each.op not in FREE]
     assert sum("mosaic_gpu" in each.line for each in launched) == 2
-    assert len(launched) <= 23
+    assert len(launched) <= 22
     assert written_in_loops(text, bytes_of(session.shape.cache.prompt.k)) == []

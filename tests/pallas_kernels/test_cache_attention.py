@@ -71,7 +71,7 @@ def shared(sizes):
 
 
 @given(shapes, st.booleans(), st.booleans(), st.integers(0, 99))
-@settings(max_examples=4)
+@settings(max_examples=3)
 def test_the_reference(sizes, one_prompt, with_sink, seed):
     sizes = shared(sizes) if one_prompt else sizes
     q, *segments, tokens = drawn_cache(sizes, seed)
