@@ -29,7 +29,9 @@ from jax import lax
 
 from pallas_kernels import (
     Ranges,
+    Segment,
     Target,
+    cache_attention,
     decode_attention,
     page_bound,
     page_commit,
@@ -174,6 +176,26 @@ def _decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> C
     return Case(_summed(decode_attention, how), jnp.zeros(()), (q, k, v, fill), layers, size)
 
 
+def _cache_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
+    """As many kept pages, a quarter as many of the prompt, and a page half written."""
+    layers, q, k, v = _buffers(shape, dtype, key, PAGE)
+    fill = jnp.full(k.shape[:4], PAGE, jnp.int32)
+    prompt = max(1, k.shape[3] // 4)
+    lengths = jnp.full((shape.batch,), prompt * PAGE, jnp.int32)
+    # Copies: one buffer must not be read from a cache where another has left it.
+    pages = [(jnp.flip(x[:, :, :, :prompt], 3), jnp.flip(x[:, :, :, 0], 3)) for x in (k, v)]
+    of_prompt, current = zip(*pages, strict=True)
+
+    def step(total: jax.Array, arrays: Any, layer: jax.Array) -> jax.Array:
+        q, *segments = arrays
+        given = [Segment(k, v, tokens, layer) for k, v, tokens in segments]
+        return _add(total, cache_attention(q, *given, **how))
+
+    size = _attention_bytes(q, 2 * (k.nbytes + of_prompt[0].nbytes) // layers, fill)
+    arrays = q, (*of_prompt, lengths), (k, v, fill), (*current, jnp.int32(PAGE // 2))
+    return Case(step, jnp.zeros(()), arrays, layers, size)
+
+
 def _selected_decode_attention(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
     """A quarter of the pages."""
     layers, q, k, v = _buffers(shape, dtype, key, PAGE)
@@ -270,6 +292,7 @@ def _stacked_product(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Ca
 
 
 OPERATIONS: dict[str, Callable[..., Case]] = {
+    "cache_attention": _cache_attention,
     "decode_attention": _decode_attention,
     "selected_decode_attention": _selected_decode_attention,
     "ragged_decode_attention": _ragged_decode_attention,
