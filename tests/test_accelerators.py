@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import tomllib
 import warnings
+from pathlib import Path
 
 import jax
 import pytest
@@ -107,3 +110,18 @@ def test_nothing_is_said_where_all_is_well(asked, why, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warn_if_unused()
+
+
+def test_what_is_to_be_installed_is_there_and_asked_of_no_index():
+    root = Path(__file__).parents[1]
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    assert {"tpu", "cuda12", "cuda13"} <= set(extras)
+    sources = [*(root / "raas_jax").rglob("*.py"), *root.glob("docs/*.md"), root / "README.md"]
+    named = set()
+    for file in sources:
+        text = file.read_text()
+        named |= set(re.findall(r"pip install -e '?\S*?\[(\w+)\]", text))
+        assert not re.search(r"pip install ['\"]?raas[-_]jax", text), file
+    assert {"tpu", "cuda12", "cuda13", "eval", "plots"} <= named <= set(extras)
