@@ -16,7 +16,9 @@ import numpy as np
 
 from pallas_kernels import (
     Ranges,
+    Segment,
     Target,
+    cache_attention,
     decode_attention,
     page_bound,
     page_commit,
@@ -24,6 +26,7 @@ from pallas_kernels import (
     ragged_decode_attention,
     ragged_page_commit,
     selected_decode_attention,
+    stacked_product,
 )
 from raas_jax.lab.device_check.check import Check
 
@@ -137,8 +140,10 @@ def cases(whole: tuple[Pages, ...], attention: tuple[Pages, ...]) -> Iterator[Ca
     for seed, pages in enumerate([*whole, *attention]):
         rng = np.random.default_rng(seed)
         yield from _attention(rng, pages)
+        yield from _whole_cache(rng, pages)
         if pages in whole:
             yield from _bounds_and_commits(rng, pages)
+            yield _product(rng, pages)
     for pages in whole:
         yield _prefill(np.random.default_rng(0), pages)
 
@@ -172,6 +177,50 @@ def _attention(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
         arrays=(*numbers, jnp.asarray(held), LAYER),
         options={"ranges": ranges},
     )
+
+
+def _whole_cache(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
+    """Equal numbers of pages after one prompt of all rows; different ones after each its own."""
+    dtype, B, K, G, H, P, S = pages
+    q = jnp.asarray(_normal(rng, B, K * G, H), dtype)
+    length = S * P - P // 2 - 1
+    filled = np.clip(length - P * np.arange(S), 0, P)
+    shared, own_prompts = (
+        _segment(rng, np.broadcast_to(filled, (LAYERS, n, K, S)), P, H, dtype)._replace(
+            tokens=jnp.full(n, length, jnp.int32)
+        )
+        for n in (1, B)
+    )
+    current = _segment(rng, np.full((LAYERS, B, K), P // 2 + 1), P, H, dtype)
+    fill = _fill(rng, (LAYERS, B, K, S), P)
+    fill[..., 0] = P  # Something lives in every head.
+    last = current._replace(tokens=jnp.int32(P // 2 + 1))
+    case = partial(Case, operation=cache_attention, dtype=dtype)
+    kept = _segment(rng, fill, P, H, dtype)
+    arrays = (q, shared, kept, last)
+    yield case(f"cache_attention, {pages.name}", arrays=arrays, options={})
+    ranges = _ranges(K, S)
+    own = np.arange(ranges.most) < np.asarray(ranges.counts)[:, None, :, None]
+    held = np.where(own, _fill(rng, (LAYERS, B, K, ranges.most), P), 0).astype(np.int32)
+    layer, head, slot = ranges.places
+    pool = _segment(rng, np.moveaxis(held[layer, :, head, slot], 0, 1), P, H, dtype)
+    pool = pool._replace(tokens=jnp.asarray(held))
+    arrays = (q, own_prompts, pool, last)
+    yield case(f"cache_attention by head, {pages.name}", arrays=arrays, options={"ranges": ranges})
+
+
+def _segment(rng: np.random.Generator, fill: Any, P: int, H: int, dtype: str) -> Segment:
+    k, v = (jnp.asarray(x, dtype) for x in _dead(fill, *_normal(rng, 2, *fill.shape, P, H)))
+    return Segment(k, v, jnp.asarray(fill, jnp.int32), jnp.int32(LAYER))
+
+
+def _product(rng: np.random.Generator, pages: Pages) -> Case:
+    """The rows times the queries', keys' and values' weights of one layer, in one launch."""
+    dtype, B, K, G, H, _, _ = pages
+    width = K * G * H
+    x = jnp.asarray(_normal(rng, B, width), dtype)
+    stacks = [jnp.asarray(_normal(rng, LAYERS, n * H, width), dtype) for n in (K * G, K, K)]
+    return Case(f"stacked_product, {pages.name}", stacked_product, (x, stacks, LAYER), {}, dtype)
 
 
 def _bounds_and_commits(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
