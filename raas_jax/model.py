@@ -180,8 +180,8 @@ class Transformer(Ends):
         D, F = config.hidden_size, config.moe_intermediate_size
 
         def stack(out: int, given: int, axes: tuple[str, str]) -> nnx.Param[jax.Array]:
-            value = jax.random.normal(rngs.params(), (*shape, out, given), jnp.float32)
-            value = (value / math.sqrt(given)).astype(dtype)
+            whole = (*shape, out, given)
+            value = _normal(rngs.params(), math.sqrt(given), shape=whole, dtype=dtype)
             return nnx.Param(value, logical_axes=("layers", "experts", *axes))
 
         # Beside the layers, and always in stacks: of a layer only what is chosen is read.
