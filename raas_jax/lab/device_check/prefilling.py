@@ -46,11 +46,15 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def operations(config: ModelConfig, params: Params, tokens: int) -> int:
-    """Multiplies and adds of a prompt: products with all weights, half a square of attention, and
+    """Multiplies and adds of a prompt: products with weights, half a square of attention, and
     the logits of its last token.
     """
     layers = params.stacked().weights["layers"]
-    in_layers = sum(int(layers[name].size) for name in MATRICES)
+    in_layers = sum(int(layers[name].size) for name in MATRICES if name in layers)
+    if config.num_experts:
+        # Each token goes through those that are chosen for it: gate, up and down of each.
+        of_expert = 3 * config.hidden_size * config.moe_intermediate_size
+        in_layers += config.num_hidden_layers * config.num_experts_per_tok * of_expert
     scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim
     attention = 2 * 2 * scores * tokens * (tokens + 1) // 2
     return 2 * tokens * in_layers + attention + 2 * config.vocab_size * config.hidden_size

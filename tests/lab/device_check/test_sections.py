@@ -165,6 +165,17 @@ def test_operations_of_a_prompt_by_hand():
     assert prefilling.operations(config, params.separate(), 3) == prefilling.operations(
         config, params, 3
     )
+    experts = dataclasses.replace(
+        config,
+        model_type="qwen3_moe",
+        num_experts=5,
+        num_experts_per_tok=2,
+        moe_intermediate_size=3,
+    )
+    # In the place of gate, up and down: 5 x 4 that choose, and two of the five, 3 x 4 each.
+    chosen = 2 * 3 * (16 + 16 + 8 + 8 + 20 + 2 * 3 * 12)
+    found = prefilling.operations(experts, random_params(experts), 3)
+    assert found == chosen + attention + 2 * 7 * 4
 
 
 @pytest.mark.parametrize("pages", [*kernels.SERVED, *kernels.OTHERS])
