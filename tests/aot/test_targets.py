@@ -26,7 +26,7 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[tpu\]'"):
         target_devices("v6e:8x16")
     with pytest.raises(ModuleNotFoundError, match=r"pip install -e '\.\[cuda13\]'"):
-        hopper.hopper_device()
+        hopper.hopper_devices()
 
 
 def test_names_are_of_chips_and_shapes():
