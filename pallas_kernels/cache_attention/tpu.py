@@ -51,14 +51,16 @@ def cache_attention_tpu(
     Of a rectangle of kept pages, so that there are no ranges; `ragged_tpu.py` has those of a pool.
 
     Raises:
-      NotImplementedError: a dtype that the kernel does not take, no kept pages at all, or less work
-        than the chip has cores.
+      NotImplementedError: a dtype that the kernel does not take, no kept pages at all, pages of one
+        token, or less work than the chip has cores.
     """
     assert starts is None and counts is None and sizes is None
     (B, N, H), (_, _, K, S, P, _) = q.shape, kept.k.shape
     check_served(kept.k, S)
     prompts = B if prompt is None else prompt.k.shape[1]
     samples, G, rows = B // prompts, N // K, padded_rows(N // K)
+    if P == 1:
+        raise NotImplementedError("pages are single tokens")
     if samples * rows > QUERIES_AT_MOST:
         raise NotImplementedError(f"{samples} rows share a prompt, and {rows} queries a head")
     if blocks is None:
