@@ -133,7 +133,7 @@ def cache_attention_tpu(
         _by_head(q, shape),
         of_kept.fills,
         [in_hbm(_flat(x, P)) for x in (kept.k, kept.v)],
-        [current.k, current.v],
+        [in_hbm(x) for x in (current.k, current.v)],
     ]
     if prompt is not None and of_prompt is not None:
         specs += [
@@ -235,7 +235,7 @@ def _flat(pages: jax.Array, P: int) -> jax.Array:
 
 
 def in_hbm(pages: jax.Array) -> jax.Array:
-    """Left to itself, XLA may move a whole cache of few rows into VMEM, in every layer."""
+    """Left to itself, XLA may move all layers' pages into VMEM, and back, in every layer."""
     # Outside of a program there is nobody to say it to.
     traced = isinstance(pages, jax.core.Tracer)
     return pltpu.with_memory_space_constraint(pages, pltpu.HBM) if traced else pages
