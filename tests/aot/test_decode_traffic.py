@@ -101,8 +101,9 @@ def on_target(target, rows, model=1):
 
 
 def test_a_tpu_reads_weights_and_cache_once(tpu):
-    tpu("v5e:2x2")
-    found = on_target("v5e:2x2", rows=8, model=2)
+    tpu("v6e:2x2")
+    # Of all TPUs it has the most room that XLA might move a cache into.
+    found = on_target("v6e:2x2", rows=16, model=2)
     assert found.devices == 2
     assert 1 < found.ratio < 1.05
     assert found.weights_read == pytest.approx(found.weights, rel=0.01)
