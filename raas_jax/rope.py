@@ -101,6 +101,19 @@ class Rope:
                 f"{len(self.long_factor)}; they must have as many."
             )
 
+    def __repr__(self) -> str:
+        """By the fields that all ropes had first, and of the others those that are set.
+
+        Models are known again by it, so that it must not change where another kind comes.
+        """
+        fields = dataclasses.fields(self)
+        kept = [
+            f"{field.name}={getattr(self, field.name)!r}"
+            for number, field in enumerate(fields)
+            if number < 6 or getattr(self, field.name) != field.default
+        ]
+        return f"Rope({', '.join(kept)})"
+
     def _check(self, name: str, check: Callable[[str, Any], Any]) -> None:
         try:
             object.__setattr__(self, name, check(name, getattr(self, name)))

@@ -183,3 +183,11 @@ def test_each_row_goes_by_its_own_length(kind, policy):
         np.testing.assert_allclose(alone.logprobs, out.logprobs[:limit], atol=1e-5)
         scored = raas_jax.score(params, prompt, list(out.tokens), policy=policy)
         np.testing.assert_allclose(scored.logprobs, out.logprobs, atol=1e-4)
+
+
+def test_what_a_model_is_known_by_stays():
+    """Allotments, saved states and run folders of earlier days go by it."""
+    first = "theta=10000.0, kind='default', factor=1.0, low_freq_factor=1.0, high_freq_factor=4.0"
+    first = f"Rope({first}, original_max_position_embeddings=8192"
+    assert repr(Rope()) == f"{first})"
+    assert repr(Rope(partial=0.5, beta_slow=2)) == f"{first}, beta_slow=2.0, partial=0.5)"
