@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import os
 from collections.abc import Sequence
 from functools import partial
@@ -26,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from raas_jax.accelerators import warn_if_unused
 from raas_jax.admission import Admissions, admit, empty_admissions
+from raas_jax.compiling import jit_for, on_one_device
 from raas_jax.config import ModelConfig
 from raas_jax.decode import (
     DecodeState,
@@ -271,7 +271,14 @@ class Session:
             )
 
     def _program(self, function: Any) -> Any:
-        return function if self.mesh is None else _on_mesh(function, *self._key)
+        if self.mesh is not None:
+            return _on_mesh(function, *self._key)
+        return on_one_device(function, self._device().device_kind)
+
+    def _device(self) -> jax.Device:
+        """Where it runs without a mesh: where the weights are, if they are arrays."""
+        where = getattr(self.params.weights["embedding"], "sharding", None)
+        return jax.local_devices()[0] if where is None else next(iter(where.device_set))
 
     def _call(
         self, name: tuple[Any, ...], program: Any, *given: Any, force: Any = None, **options: Any
@@ -344,11 +351,5 @@ def _shape(*key: Any) -> DecodeState:
 def _on_mesh(function: Any, *key: Any) -> Any:
     """A program whose state stays where it lies, and whose progress every process can read."""
     mesh: Mesh = key[-1]
-    arguments = set(inspect.signature(function).parameters)
     where = state_shardings(_shape(*key), mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        function.__wrapped__,
-        static_argnames=sorted(arguments & {"plan", "pages", "probe", "mesh"}),
-        donate_argnames=sorted(arguments & {"state"}),
-        out_shardings=where,
-    )
+    return jit_for(function, mesh.devices.flat[0].device_kind, out_shardings=where)

@@ -94,9 +94,10 @@ def test_the_command_says_it(tmp_path, capsys):
 QWEN3_8B = ModelConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True, model_type="qwen3")
 
 
-def on_target(target, rows, model=1):
-    mesh = target_mesh(QWEN3_8B, target, 1, model)
-    session = abstract_session(QWEN3_8B, RaaS(1024), [512] * rows, 4096, "bfloat16", mesh)
+def on_target(target, rows, model=1, layers=QWEN3_8B.num_hidden_layers):
+    config = dataclasses.replace(QWEN3_8B, num_hidden_layers=layers)
+    mesh = target_mesh(config, target, 1, model)
+    session = abstract_session(config, RaaS(1024), [512] * rows, 4096, "bfloat16", mesh)
     return decode_traffic(session)
 
 
@@ -112,6 +113,16 @@ def test_a_tpu_reads_weights_and_cache_once(tpu):
     # Nothing of a weight is copied; the current page of all rows is, once per page.
     assert {part.of for part in found.copies} <= {"cache.current.k", "cache.current.v"}
     assert found.copies == [] or max(part.times for part in found.copies) <= 1 / P
+
+
+@pytest.mark.parametrize("model", [1, 2])
+def test_a_call_begins_with_no_copy_of_weights(tpu, model):
+    """Though the compiler for TPU v7x would like 16-bit weights in larger tiles."""
+    tpu("tpu7x:2x2x1")
+    found = on_target("tpu7x:2x2x1", rows=2, model=model, layers=2)
+    assert found.weights_read == pytest.approx(found.weights, rel=0.01)
+    assert found.copies == []
+    assert found.call < 0.001 * found.weights
 
 
 def test_a_gpu_launches_kernels():
