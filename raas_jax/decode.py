@@ -511,7 +511,7 @@ def run_groups(
     """
     current, meta = state.cache.current, []
     for number, group in enumerate(plan.groups):
-        xs = jnp.arange(group.layers), state.cache.kept[number].fill, state.meta[number]
+        xs = state.cache.kept[number].fill, state.meta[number]
         layers = partial(
             run_layers,
             first=group.first,
@@ -525,15 +525,13 @@ def run_groups(
     return x, current, tuple(meta)
 
 
-def reader_of(
-    cache: Cache, plan: Plan, number: int, layer: Layer, layer_in_group: Any, **seen: Any
-) -> Reader:
+def reader_of(cache: Cache, plan: Plan, number: int, layer: Layer, **seen: Any) -> Reader:
     """A layer's view of the cache, in the group with this number; `seen` are its other fields."""
     return Reader(
         cache=cache,
         group=number,
         layer=layer.number,
-        layer_in_group=layer_in_group,
+        layer_in_group=layer.number - plan.groups[number].first,
         samples=plan.samples,
         ranges=plan.groups[number].ranges,
         target=plan.target,
@@ -555,14 +553,14 @@ def _step_body(
     def body(
         layer: Layer,
         carry: tuple[jax.Array, CurrentPage],
-        own: tuple[jax.Array, jax.Array, Metadata],
+        own: tuple[jax.Array, Metadata],
     ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
-        (x, current), (layer_in_group, fill, meta) = carry, own
+        (x, current), (fill, meta) = carry, own
         q, k, v = layer.qkv(x, rotation)
         current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
         now = dataclasses.replace(cache, current=current)
         seen = {"fill": fill, "prompt_fill": prompt_fill, "written": written}
-        reader = reader_of(now, plan, number, layer, layer_in_group, **seen)
+        reader = reader_of(now, plan, number, layer, **seen)
         by_head = partial(_by_head, heads=k.shape[2])
         selection = Selection()
         if policy.selects:

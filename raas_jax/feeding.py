@@ -93,14 +93,14 @@ def _page_body(
     def body(
         layer: Layer,
         carry: tuple[jax.Array, CurrentPage],
-        own: tuple[jax.Array, jax.Array, Metadata],
+        own: tuple[jax.Array, Metadata],
     ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
-        (x, current), (layer_in_group, fill, meta) = carry, own
+        (x, current), (fill, meta) = carry, own
         q, k, v = layer.qkv(x, rotation)
         current = write_page(current, k, v, layer.number)
         written = dataclasses.replace(cache, current=current)
         seen = {"fill": fill, "prompt_fill": prompt_fill, "written": whole}
-        reader = reader_of(written, plan, number, layer, layer_in_group, **seen)
+        reader = reader_of(written, plan, number, layer, **seen)
         out, mass, current_mass = reader.attend_page(q)
 
         def observe(meta: Metadata, of_token: tuple[Any, ...]) -> tuple[Metadata, None]:

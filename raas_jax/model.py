@@ -355,10 +355,10 @@ def run_layers(
     def fold(leaf: jax.Array) -> jax.Array:
         return leaf.reshape(-1, len(kinds), *leaf.shape[1:]) if several else leaf
 
-    def repeat(carry: Any, scanned: Any) -> tuple[Any, Any]:
-        ys = []
+    def repeat(counted: tuple[jax.Array, Any], scanned: Any) -> tuple[Any, Any]:
+        (number, carry), ys = counted, []
         for place, kind in enumerate(kinds):
-            arrays, number, x = _slice(scanned, place) if several else scanned
+            arrays, x = _slice(scanned, place) if several else scanned
             if by_number:
                 arrays = _layer_by_number(layers, number)
             if in_place:
@@ -368,12 +368,14 @@ def run_layers(
                 gate, up, down = (weights[name] for name in experts.NAMES)
                 own = Experts(gate, up, down, number, target)
             carry, y = body(Layer(nnx.merge(graph, arrays), number, kind, own), carry, x)
+            number += 1
             ys.append(y)
-        return carry, _stack(ys) if several else ys[0]
+        return (number, carry), _stack(ys) if several else ys[0]
 
-    numbers = first + jnp.arange(count, dtype=jnp.int32)
-    scanned = jax.tree.map(fold, (None if by_number else layers, numbers, xs))
-    carry, ys = jax.lax.scan(repeat, carry, scanned)
+    # Counted, since what is scanned would be sliced out in every layer.
+    start = jnp.asarray(first, jnp.int32), carry
+    scanned = jax.tree.map(fold, (None if by_number else layers, xs))
+    (_, carry), ys = jax.lax.scan(repeat, start, scanned, length=count // len(kinds))
     if several:
         ys = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
     return carry, ys
