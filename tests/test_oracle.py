@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fractions
 import itertools
+import math
 from functools import partial
 
 import jax
@@ -386,10 +388,13 @@ def test_top_fraction_is_rounded_up_exactly(slots):
         meta = policy.observe(fresh, Evidence(mass, None, fill), jnp.full(slots, 7))
         return np.asarray(meta.stamp) == 7
 
-    for hundredths in (*range(5, 101, 5), 1, 33, 67, 99):
-        wanted = [-(-int(count) * hundredths // 100) for count in counts]
-        got = stamped(RaaS(32, top_fraction=hundredths / 100))
-        assert np.sum(got, axis=(1, 2)).tolist() == wanted, f"top_fraction={hundredths / 100}"
+    hundredths = (*range(5, 101, 5), 1, 33, 67, 99)
+    # The last ones have denominators whose products with counts are no int32.
+    for fraction in (*(each / 100 for each in hundredths), 1 / 3, 2 / 3, 0.6180339887498949):
+        share = fractions.Fraction(str(fraction))
+        wanted = [math.ceil(int(count) * share) for count in counts]
+        got = stamped(RaaS(32, top_fraction=fraction))
+        assert np.sum(got, axis=(1, 2)).tolist() == wanted, f"top_fraction={fraction}"
         # And they are the best ones.
         low = np.where(got[:, 0], np.asarray(scores), np.inf).min(axis=-1)
         assert np.all(got[:, 0] | (np.asarray(scores) < low[:, None]) | (fill[:, 0] == 0))

@@ -150,13 +150,19 @@ class RaaS(Budgeted):
 def _among_top(score: jax.Array, occupied: jax.Array, fraction: float) -> jax.Array:
     """Whether a page is among the best `ceil(fraction * occupied)`, ties included: `[B, K, S]`."""
     S = score.shape[-1]
-    # A table of exact numbers: in floating point, 0.55 of 100 pages is more than 55.
+    # Exact numbers: in floating point, 0.55 of 100 pages is more than 55.
     share = Fraction(str(fraction))
-    table = jnp.asarray([math.ceil(n * share) for n in range(S + 1)], jnp.int32)
-    count = table[jnp.sum(occupied, axis=-1, keepdims=True)]
     score = jnp.where(occupied, score, -jnp.inf)
     if S <= PAIRWISE:
+        # Pages of a higher score are fewer than the share of those occupied: one sum says it, and
+        # a GPU launches one reduction. Of no S pages does the simpler share mean another number.
+        share = min(Fraction(math.ceil(n * share), n) for n in range(1, S + 1))
         higher = score[..., None, :] > score[..., :, None]
-        return jnp.sum(higher, axis=-1, dtype=jnp.int32) < count
+        over = jnp.where(higher, share.denominator, 0) - jnp.where(
+            occupied[..., None, :], share.numerator, 0
+        )
+        return jnp.sum(over, axis=-1, dtype=jnp.int32) < 0
+    table = jnp.asarray([math.ceil(n * share) for n in range(S + 1)], jnp.int32)
+    count = table[jnp.sum(occupied, axis=-1, keepdims=True)]
     ranked = jnp.sort(score, axis=-1, descending=True)
     return score >= jnp.take_along_axis(ranked, jnp.maximum(count - 1, 0), axis=-1)
