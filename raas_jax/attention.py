@@ -118,7 +118,7 @@ class Reader:
         """Attention of q `[B, N, H]` over everything, or the selected pages and the current one.
 
         Returns:
-          The attended values, float32 `[B, N, H]`, and the exact share of the softmax that each
+          The attended values `[B, N, H]` in q's dtype, and the exact share of the softmax that each
           kept page, float32 `[B, N, S]`, and the current page, `[B, N]`, received.
         """
         if selection.kept is None and selection.prompt is None:
@@ -134,7 +134,7 @@ class Reader:
         mass = jnp.exp(of_kept.page_lse - lse[..., None])
         if selection.kept is not None:
             mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
-        return out, mass, jnp.exp(of_current.page_lse[..., 0] - lse)
+        return out.astype(q.dtype), mass, jnp.exp(of_current.page_lse[..., 0] - lse)
 
     def _attend_all(self, q: jax.Array) -> CacheAttention:
         prompt, kept, current = self.cache.prompt, self.cache.kept[self.group], self.cache.current
@@ -144,6 +144,7 @@ class Reader:
             Segment(kept.k, kept.v, kept.fill, self.layer_in_group),
             Segment(current.k, current.v, self.written, self.layer),
             ranges=self.ranges,
+            dtype=q.dtype,
             target=self.target,
         )
 

@@ -38,6 +38,7 @@ def cache_attention(
     ranges: Ranges | None = None,
     sink: jax.Array | None = None,
     scale: float | None = None,
+    dtype: Any = None,
     implementation: Implementation = None,
     target: Target | None = None,
 ) -> CacheAttention:
@@ -57,6 +58,7 @@ def cache_attention(
       ranges: static; which pages of a pool each layer and head has.
       sink: float `[N]`, a logit per query head that joins the softmax and has no value.
       scale: factor on the scores, `1 / sqrt(H)` by default.
+      dtype: of the attended values, float32 by default; sums are float32 and rounded once.
       implementation: None picks by target and arguments, the separate operations where no kernel
         serves them; "tpu" or "gpu" forces a kernel, "xla" the reference.
       target: what is compiled for; the default backend where not given.
@@ -85,10 +87,13 @@ def cache_attention(
     if ranges is not None:
         target = target.in_parts(ranges.parts)
         places = jnp.asarray(ranges.starts), jnp.asarray(ranges.counts, jnp.int32)
+    dtype = jnp.dtype(jnp.float32 if dtype is None else dtype)
+    # Rounded by the kernel itself where nothing follows: what XLA does is another launch.
+    gpu = partial(_GPU, dtype=dtype if sink is None else jnp.float32)
     pages = ("LBKSPH" if ranges is None else "BTPH",) * 2
     kernels = {
         name: partial(_with_segments, kernel, sizes=ranges and ranges.sizes)
-        for name, kernel in (("tpu", _TPU if ranges is None else _RAGGED_TPU), ("gpu", _GPU))
+        for name, kernel in (("tpu", _TPU if ranges is None else _RAGGED_TPU), ("gpu", gpu))
     }
     found = dispatch(
         "cache_attention",
@@ -106,17 +111,19 @@ def cache_attention(
         prefers_xla=partial(prefers_separate, q=q, prompt=prompt, kept=kept, current=current),
         scale=scale,
     )
-    return finished(found, sink)
+    return finished(found, sink, dtype)
 
 
-def finished(found: Attended, sink: jax.Array | None) -> CacheAttention:
+def finished(found: Attended, sink: jax.Array | None, dtype: Any = jnp.float32) -> CacheAttention:
     """Joins the sink, and forms the masses: XLA makes this a part of what asks for them."""
     out, lse = found.out, found.lse
     if sink is not None:
         lse = jnp.logaddexp(lse, sink.astype(jnp.float32))
         out = out * jnp.exp(found.lse - lse)[..., None]
     return CacheAttention(
-        out, jnp.exp(found.kept_lse - lse[..., None]), jnp.exp(found.current_lse - lse)
+        out.astype(dtype),
+        jnp.exp(found.kept_lse - lse[..., None]),
+        jnp.exp(found.current_lse - lse),
     )
 
 

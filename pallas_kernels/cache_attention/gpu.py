@@ -45,10 +45,11 @@ def cache_attention_gpu(
     *,
     sizes: tuple[int, ...] | None,
     scale: float,
+    dtype: Any = jnp.float32,
     device_kind: str,
     interpret: Any = None,
 ) -> Attended:
-    """See `api.cache_attention`, which checks the arguments.
+    """See `api.cache_attention`, which checks the arguments; `dtype` is that of `Attended.out`.
 
     Raises:
       NotImplementedError: another device than Hopper, or sizes that tiles of 64 tokens do not fit.
@@ -111,7 +112,10 @@ def cache_attention_gpu(
         compiler_params=COMPILER,
         interpret=interpret,
     )(operands)
-    merged = merge_parts(Parts(*found[:3]), G, chunks, interpret) if on_top else _merged(found, G)
+    if on_top:
+        merged = merge_parts(Parts(*found[:3]), G, chunks, dtype, interpret)
+    else:
+        merged = _merged(found, G)
 
     def by_head(x: jax.Array, *tail: int) -> jax.Array:
         """`[blocks, group, ...]` without the padding."""
@@ -131,7 +135,7 @@ def cache_attention_gpu(
     filled = jnp.repeat(fill, G, axis=1)[..., None] > begin
     of_current = by_head(lse[:, :, : _tiles(P), 0], parts)
     return Attended(
-        out=merged.out.reshape(B, N, H),
+        out=merged.out.reshape(B, N, H).astype(dtype),
         lse=by_head(merged.lse),
         kept_lse=_joined(of_kept, filled),
         current_lse=_joined(of_current, current.tokens > begin),

@@ -31,18 +31,18 @@ class Parts(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """Float32, in global memory."""
+    """In global memory."""
 
-    out: Any  # [B * K, G, H], normalised
-    lse: Any  # [blocks, group]
+    out: Any  # [B * K, G, H], normalised; of any dtype
+    lse: Any  # float32 [blocks, group]
 
 
-def merge_parts(parts: Parts, G: int, chunks: int, interpret: Any) -> Merged:
+def merge_parts(parts: Parts, G: int, chunks: int, dtype: Any, interpret: Any) -> Merged:
     """Joins the shares of every block; H is a multiple of 64, `G` heads are in so many blocks."""
     blocks, _, H, group = parts.out.shape
     (merged,) = plgpu.kernel(
         partial(_merge_block, chunks=chunks),
-        out_type=[Merged(result(blocks // chunks, G, H), result(blocks, group))],
+        out_type=[Merged(result(blocks // chunks, G, H, dtype=dtype), result(blocks, group))],
         grid=(blocks, H // TILE),
         grid_names=("block", "rows"),
         kernel_name="merge_parts",
@@ -103,4 +103,4 @@ def _merge_block(read: Parts, write: Merged, *, chunks: int) -> None:
     for head in range(min(group, G)):
         column = jnp.sum(jnp.where(index(group, 1) == head, out, 0), axis=1)
         target = write.out.at[pair, first + head, rows]
-        pl.when(first + head < G)(partial(store, target, column))
+        pl.when(first + head < G)(partial(store, target, column.astype(target.dtype)))

@@ -27,7 +27,7 @@ class CacheAttention(NamedTuple):
     """Attention over a whole cache.
 
     Attributes:
-      out: float32 `[B, N, H]`, normalised.
+      out: `[B, N, H]`, normalised; float32, or of the dtype that was asked for.
       kept_mass: float32 `[B, N, S]`, the share of the softmax that each kept page received; 0 for
         an empty one.
       current_mass: float32 `[B, N]`, that of the current page.
@@ -39,10 +39,10 @@ class CacheAttention(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """What a backend finds, before a sink joins and masses are formed; all float32.
+    """What a backend finds, before a sink joins and masses are formed; float32.
 
     Attributes:
-      out: `[B, N, H]`, normalised.
+      out: `[B, N, H]`, normalised; of another dtype where one was asked for.
       lse: `[B, N]`, the log of the softmax's denominator.
       kept_lse: `[B, N, S]`, log-sum-exp of the scores of each kept page; -inf for an empty one.
       current_lse: `[B, N]`, that of the current page.

@@ -20,6 +20,7 @@ from pallas_kernels.arrays import result
 from pallas_kernels.cache_attention import api
 from pallas_kernels.cache_attention.gpu import cache_attention_gpu
 from pallas_kernels.cache_attention.ragged_tpu import ragged_cache_attention_tpu
+from pallas_kernels.cache_attention.segments import Attended
 from pallas_kernels.cache_attention.tpu import cache_attention_tpu
 from pallas_kernels.decode_attention.tuning import TpuBlocks
 from pallas_kernels.ragged_decode_attention.tuning import RaggedBlocks
@@ -88,6 +89,16 @@ def test_without_a_sink_all_shares_are_one():
     q, *segments, _ = drawn_cache(sizes)
     got = jax.jit(cache_attention)(q, *segments)
     np.testing.assert_allclose(got.kept_mass.sum(-1) + got.current_mass, 1, rtol=1e-5)
+
+
+def test_what_is_attended_is_rounded_last():
+    """After a sink has joined."""
+    q, *segments, _ = drawn_cache(Sizes(B=2, K=2, G=3, S=4, Sp=2, dtype=BF16))
+    attend = partial(cache_attention, sink=jnp.ones(6, F32))
+    got = jax.jit(partial(attend, dtype=BF16))(q, *segments)
+    wanted = jax.jit(attend)(q, *segments)
+    assert got.out.dtype == BF16 and wanted.out.dtype == F32
+    jax.tree.map(np.testing.assert_array_equal, got, wanted._replace(out=wanted.out.astype(BF16)))
 
 
 def test_of_a_pool():
@@ -187,6 +198,21 @@ def test_of_any_shape_on_a_gpu(sizes, one_prompt):
     if sizes.dtype == F32 and sizes.H > 128:
         sizes = dataclasses.replace(sizes, dtype=BF16)
     on_a_gpu(shared(sizes) if one_prompt else sizes)
+
+
+@interpreted
+@pytest.mark.parametrize("H", [64, 96])
+def test_a_gpu_rounds_what_is_attended(H):
+    """By the kernel that joins the shares, or by XLA; the rest stays float32."""
+    q, *segments, _ = drawn_cache(Sizes(K=2, G=3, H=H, P=16, S=9, Sp=2, dtype=BF16))
+    options = {"scale": SCALE, "device_kind": H100, "interpret": plgpu.InterpretGPUParams()}
+    attend = partial(cache_attention_gpu, sizes=None, **options)
+    whole, rounded = (
+        jax.jit(partial(attend, dtype=dtype))(q, *segments, None, None) for dtype in (F32, BF16)
+    )
+    wanted = whole._replace(out=whole.out.astype(BF16))
+    assert jax.tree.map(lambda x: x.dtype, rounded) == Attended(BF16, F32, F32, F32)
+    jax.tree.map(np.testing.assert_array_equal, rounded, wanted)
 
 
 # What does not fit together, what they do not serve, and who is asked
