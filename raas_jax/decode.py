@@ -484,7 +484,8 @@ def token_step(
     total = total_lengths(state, plan)[:, None]
     rotation = rope_rotation(config.rope, config.head_dim, position[:, None], total=total)
     body_of = partial(_step_body, state, plan, rotation=rotation, offset=offset)
-    x, current, meta = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
+    x, current, seen = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
+    meta = tuple(_observe(state, plan, *group) for group in enumerate(seen))
     logits = model.logits(x[:, 0], plan.target or Target.of())
     token, logprob, greedy = _choose(rows.sampler, logits, rows.generated, force)
     sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
@@ -503,13 +504,14 @@ def token_step(
 
 def run_groups(
     params: Params, state: DecodeState, plan: Plan, body_of: Callable[[int], Body], x: jax.Array
-) -> tuple[jax.Array, CurrentPage, tuple[Metadata, ...]]:
+) -> tuple[jax.Array, CurrentPage, tuple[Any, ...]]:
     """Runs x `[B, any, D]` through all layers: of each group those of the body for its number.
 
     Returns:
-      The last layer's output, the current page of every layer, and the metadata of every group.
+      The last layer's output, the current page of every layer, and of every group what the body
+      gave for its layers, stacked.
     """
-    current, meta = state.cache.current, []
+    current, given = state.cache.current, []
     for number, group in enumerate(plan.groups):
         xs = state.cache.kept[number].fill, state.meta[number]
         layers = partial(
@@ -521,8 +523,8 @@ def run_groups(
         )
         carry = x, current
         (x, current), of_group = layers(params.config, params.weights, body_of(number), carry, xs)
-        meta.append(of_group)
-    return x, current, tuple(meta)
+        given.append(of_group)
+    return x, current, tuple(given)
 
 
 def reader_of(cache: Cache, plan: Plan, number: int, layer: Layer, **seen: Any) -> Reader:
@@ -546,7 +548,10 @@ def _step_body(
     rotation: tuple[jax.Array, jax.Array],
     offset: jax.Array,
 ) -> Body:
-    """What a layer of group `number` does with x `[B, 1, D]`, the current page and its metadata."""
+    """What a layer of group `number` does with x `[B, 1, D]` and the current page.
+
+    It gives what its policy wants to see, if that keeps metadata: its mass, bound and current mass.
+    """
     cache, policy = state.cache, plan.groups[number].policy
     prompt_fill, written = cache.prompt.fill(), offset + 1
 
@@ -554,7 +559,7 @@ def _step_body(
         layer: Layer,
         carry: tuple[jax.Array, CurrentPage],
         own: tuple[jax.Array, Metadata],
-    ) -> tuple[tuple[jax.Array, CurrentPage], Metadata]:
+    ) -> tuple[tuple[jax.Array, CurrentPage], Any]:
         (x, current), (fill, meta) = carry, own
         q, k, v = layer.qkv(x, rotation)
         current = write_token(current, k[:, 0], v[:, 0], layer.number, offset)
@@ -567,14 +572,28 @@ def _step_body(
             bounded: Bounded = jax.tree.map(by_head, reader.bounded(q[:, 0]))
             selection = policy.select(meta, bounded)
         out, mass, current_mass = reader.attend(q[:, 0], selection)
+        shown = None
         if jax.tree.leaves(meta):
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
-            mass, bound, current_mass = jax.tree.map(by_head, (mass, bound, current_mass))
-            evidence = Evidence(mass, bound, fill, current_mass)
-            meta = policy.observe(meta, evidence, state.rows.generated)
-        return (layer.finish(x, out[:, None].astype(x.dtype)), current), meta
+            shown = jax.tree.map(by_head, (mass, bound, current_mass))
+        return (layer.finish(x, out[:, None].astype(x.dtype)), current), shown
 
     return body
+
+
+def _observe(state: DecodeState, plan: Plan, number: int, shown: Any) -> Metadata:
+    """The metadata of group `number` after a token, of all its layers at once.
+
+    In the loop over layers, what is so small costs a GPU launches and a TPU operations in each.
+    """
+    meta = state.meta[number]
+    if shown is None:
+        return meta
+    mass, bound, current_mass = shown
+    evidence = Evidence(mass, bound, state.cache.kept[number].fill, current_mass)
+    observe = jax.vmap(plan.groups[number].policy.observe, in_axes=(0, 0, None))
+    observed: Metadata = observe(meta, evidence, state.rows.generated)
+    return observed
 
 
 def _choose(

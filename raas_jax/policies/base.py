@@ -213,7 +213,10 @@ class Policy:
         raise NotImplementedError
 
     def observe(self, meta: Metadata, evidence: Evidence, now: jax.Array) -> Metadata:
-        """After every token, in every layer: metadata of that layer (`[B, K, S]`), now `[B]`."""
+        """After every token, of every layer: its metadata (`[B, K, S]`), now `[B]`.
+
+        Mapped over the layers by `jax.vmap`, so that all are seen at once.
+        """
         return meta
 
     def commit(self, meta: Metadata, slot: jax.Array, page: Page, now: jax.Array) -> Metadata:
