@@ -60,7 +60,8 @@ def test_what_is_in_layers_grows_with_them(found):
     assert few.operations_outside == many.operations_outside
     # Stacks grow, too, and a little of what is done with them is per layer and per stack.
     assert many.layers / few.layers == pytest.approx(5 / 2, rel=0.02)
-    assert many.outside == pytest.approx(few.outside, rel=0.02)
+    # Outside, policies see all layers at once.
+    assert 0 <= many.outside - few.outside < 0.02 * (many.layers - few.layers)
 
 
 def test_the_command_says_it(tmp_path, capsys):
@@ -92,6 +93,8 @@ def test_the_command_says_it(tmp_path, capsys):
 # Compilers of devices that are not here.
 
 QWEN3_8B = ModelConfig(151_936, 4096, 12_288, 36, 32, 8, 128, qk_norm=True, model_type="qwen3")
+LAUNCHES = 20
+"""In a layer of it, for one row on a GPU."""
 
 
 def on_target(target, rows, model=1, layers=QWEN3_8B.num_hidden_layers):
@@ -133,8 +136,8 @@ def test_a_gpu_launches_kernels():
     assert 1 < found.ratio < 1.15
     assert found.weights_read == pytest.approx(found.weights, rel=0.01)
     assert found.copies == []
-    assert found.kernels["decode_attention"] >= 1
-    assert found.operations_per_layer == int(found.operations_per_layer)
+    assert found.kernels["cache_attention"] == found.kernels["merge_parts"] == 1
+    assert found.operations_per_layer == int(found.operations_per_layer) <= LAUNCHES
 
 
 # The table.
