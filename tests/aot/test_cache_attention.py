@@ -156,11 +156,19 @@ def bytes_of(x):
 
 
 def test_one_row_leaves_its_prompt_in_the_memory_of_a_v6e(tpu, shared):
-    """Left to itself, the compiler moved the whole prompt cache into VMEM in every layer."""
+    """Left to itself, the compiler moved the whole prompt cache into VMEM in every layer.
+
+    Once per page it may move the kept pages there, which is little and may help.
+    """
     session, text = decode(shared, "v6e:2x2", "Qwen2.5-7B-Instruct", 1)
     cache = session.shape.cache
     size = min(bytes_of(cache.prompt.k), bytes_of(cache.kept[0].k)) // 8
-    assert written_in_loops(text, size) == []
+    parts = computations(text).values()
+    layers = [part for part in parts if any("cache_attention" in each.name for each in part)]
+    assert layers
+    copies = {"copy", "copy-start", "slice-start"}
+    moved = [each for part in layers for each in part if each.op in copies and each.bytes >= size]
+    assert moved == []
 
 
 # Instructions that name what exists.
