@@ -154,7 +154,7 @@ def test_a_picture_is_not_found_impossible_at_the_end(small, tmp_path, monkeypat
     monkeypatch.delitem(sys.modules, "raas_jax.lab.allotments.picture", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert main(["allot", *small, "--picture", "p.png"]) == 2
-    assert_one_line(capsys.readouterr(), "matplotlib is not installed: pip install")
+    assert_one_line(capsys.readouterr(), "matplotlib is not installed: in the checkout")
     assert list((tmp_path / "work").iterdir()) == []
 
 
