@@ -27,7 +27,7 @@ from pallas_kernels.decode_attention.tpu import (
     fetched_blocks,
 )
 from pallas_kernels.decode_attention.tuning import CORES, TpuBlocks, tpu_blocks
-from pallas_kernels.tpu import check_served, dot, padded_rows, precision_for
+from pallas_kernels.tpu import check_served, check_whole_words, dot, padded_rows, precision_for
 
 QUERIES_AT_MOST = 256
 """Of all rows of a prompt, for one key/value head: their scores must fit besides the pages."""
@@ -52,7 +52,7 @@ def cache_attention_tpu(
 
     Raises:
       NotImplementedError: a dtype that the kernel does not take, no kept pages at all, pages of one
-        token, or less work than the chip has cores.
+        token of 16 bits, or less work than the chip has cores.
     """
     assert starts is None and counts is None and sizes is None
     (B, N, H), (_, _, K, S, P, _) = q.shape, kept.k.shape
@@ -60,7 +60,7 @@ def cache_attention_tpu(
     prompts = B if prompt is None else prompt.k.shape[1]
     samples, G, rows = B // prompts, N // K, padded_rows(N // K)
     if P == 1:
-        raise NotImplementedError("pages are single tokens")
+        check_whole_words(kept.k)
     if samples * rows > QUERIES_AT_MOST:
         raise NotImplementedError(f"{samples} rows share a prompt, and {rows} queries a head")
     if blocks is None:
