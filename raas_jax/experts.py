@@ -25,6 +25,7 @@ FEW_ROWS = 256
 """Up to so many rows a GPU is as fast at multiplying them by all experts as at reading these."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Experts:
     """The experts of one layer, in the stacks of all layers.
@@ -33,14 +34,22 @@ class Experts:
       gate, up: `[L, E, F, D]`.
       down: `[L, E, D, F]`.
       number: int32 scalar, the layer's.
-      target: what is compiled for; on its mesh the width `F` of every expert is split.
+      target: what is compiled for; on its mesh the width `F` of every expert is split (static).
     """
 
     gate: jax.Array
     up: jax.Array
     down: jax.Array
     number: jax.Array
-    target: Target | None = None
+    target: Target | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def weights(self, expert: jax.Array) -> list[jax.Array]:
+        """Gate, up and down of one expert, of this layer."""
+        at = self.number, expert, 0, 0
+        return [
+            jax.lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:]))[0, 0]
+            for stack in (self.gate, self.up, self.down)
+        ]
 
 
 def share_read(experts: int, per_token: int, rows: int) -> float:
@@ -64,15 +73,15 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     Up to as many choices as there are experts, one after the other is read. Beyond, tokens are
     brought together by their experts, so that each expert is read once.
     """
-    stacks = experts.gate, experts.up, experts.down
-    args = x, shares, chosen, experts.number
     target = experts.target or Target("")
     mesh, heads, rows = target.mesh, target.heads, target.rows
     if mesh is None or target.head_ways == 1 or experts.gate.shape[2] % target.head_ways:
-        return _mix(*args, *stacks)
+        return _mix(x, shares, chosen, experts)
     split = mesh.shape.get(rows, 1)
     by_row = PartitionSpec(rows if x.shape[0] % split == 0 else None)
-    width = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
+    outward, inward = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
+    specs: Any = {"gate": outward, "up": outward, "down": inward, "number": PartitionSpec()}
+    by_width = dataclasses.replace(experts, **specs)
 
     def on_each(*operands: Any) -> jax.Array:
         part: jax.Array = jax.lax.psum(_mix(*operands), heads)
@@ -81,24 +90,16 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     summed: jax.Array = jax.shard_map(
         on_each,
         mesh=mesh,
-        in_specs=(by_row, by_row, by_row, PartitionSpec(), width[0], *width),
+        in_specs=(by_row, by_row, by_row, by_width),
         out_specs=by_row,
         check_vma=False,
-    )(*args, *stacks)
+    )(x, shares, chosen, experts)
     return summed
 
 
-def _mix(
-    x: jax.Array,
-    shares: jax.Array,
-    chosen: jax.Array,
-    number: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
-    operands = x, shares, chosen, number, gate, up, down
-    if chosen.size <= gate.shape[1]:
+def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+    operands = x, shares, chosen, experts
+    if chosen.size <= experts.gate.shape[1]:
         out = _one_by_one(*operands)
     else:
         on_gpu = _by_all if x.shape[0] <= FEW_ROWS else partial(_in_blocks, size=LARGE_BLOCK)
@@ -107,35 +108,18 @@ def _mix(
     return out.astype(x.dtype)
 
 
-def _one_by_one(
-    x: jax.Array,
-    shares: jax.Array,
-    chosen: jax.Array,
-    number: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
+def _one_by_one(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     """A product at a time: nothing is read but the experts that are chosen."""
 
     def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
         row, expert, share = choice
         one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-        own = [_of(stack, number, expert) for stack in (gate, up, down)]
-        y = _perceptron(_row_product, one, *own)
+        y = _perceptron(_row_product, one, *experts.weights(expert))
         return out.at[row].add(share * y.astype(jnp.float32)), None
 
     rows = jnp.repeat(jnp.arange(x.shape[0], dtype=jnp.int32), chosen.shape[1])
     choices = rows, chosen.reshape(-1), shares.reshape(-1)
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), choices)[0]
-
-
-def _of(stack: jax.Array, number: jax.Array, expert: jax.Array) -> jax.Array:
-    """One expert's weight, of a stack `[L, E, out, in]`."""
-    found: jax.Array = jax.lax.dynamic_slice(
-        stack, (number, expert, 0, 0), (1, 1, *stack.shape[2:])
-    )
-    return found[0, 0]
 
 
 def _perceptron(
@@ -172,20 +156,12 @@ def _sorted(chosen: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return order, chosen.reshape(-1)[order], order // chosen.shape[1]
 
 
-def _grouped(
-    x: jax.Array,
-    shares: jax.Array,
-    chosen: jax.Array,
-    number: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
+def _grouped(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     """Products of all groups in one, as XLA has them for accelerators."""
-    L, E = gate.shape[:2]
+    L, E = experts.gate.shape[:2]
     order, expert, row = _sorted(chosen)
     # The experts of the other layers have no tokens, and so are not read.
-    sizes = jnp.bincount(number * E + expert, length=L * E).astype(jnp.int32)
+    sizes = jnp.bincount(experts.number * E + expert, length=L * E).astype(jnp.int32)
     dims = jax.lax.RaggedDotDimensionNumbers((((1,), (2,)), ((), ())), (0,), (0,))
 
     def product(rows: jax.Array, stack: jax.Array) -> jax.Array:
@@ -197,22 +173,15 @@ def _grouped(
             preferred_element_type=jnp.float32,
         )
 
-    y = _perceptron(product, x[row], gate, up, down)
+    y = _perceptron(product, x[row], experts.gate, experts.up, experts.down)
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
-def _by_all(
-    x: jax.Array,
-    shares: jax.Array,
-    chosen: jax.Array,
-    number: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
-) -> jax.Array:
+def _by_all(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     """Products with every expert, of which those that are not chosen count nothing."""
     gate, up, down = (
-        jax.lax.dynamic_index_in_dim(stack, number, keepdims=False) for stack in (gate, up, down)
+        jax.lax.dynamic_index_in_dim(stack, experts.number, keepdims=False)
+        for stack in (experts.gate, experts.up, experts.down)
     )
     row = jnp.arange(x.shape[0])[:, None]
     counts = jnp.zeros((x.shape[0], gate.shape[0]), jnp.float32).at[row, chosen].add(shares)
@@ -229,17 +198,14 @@ def _in_blocks(
     x: jax.Array,
     shares: jax.Array,
     chosen: jax.Array,
-    number: jax.Array,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    experts: Experts,
     size: int = BLOCK,
 ) -> jax.Array:
     """Products of up to `size` tokens of one expert, one after the other.
 
     XLA's grouped product multiplies every token by every expert, but on TPUs.
     """
-    R, E = x.shape[0], gate.shape[1]
+    R, E = x.shape[0], experts.gate.shape[1]
     order, expert, row = _sorted(chosen)
     sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
     blocks = -(-sizes // size)
@@ -256,8 +222,7 @@ def _in_blocks(
 
     def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
         own, rows, share = block
-        weights = [_of(stack, number, own) for stack in (gate, up, down)]
-        y = _perceptron(_product, padded[rows], *weights)
+        y = _perceptron(_product, padded[rows], *experts.weights(own))
         return out.at[rows].add(share[:, None] * y, mode="drop")
 
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:

@@ -56,7 +56,7 @@ def test_every_way_is_the_sum_of_the_chosen(way, rows, count, most, normalise, s
     shares, chosen = experts.route(jnp.asarray(logits), k, normalise)
     assert chosen.shape == (rows, k)
     stacks = [jnp.asarray(stack).at[0].set(1e9) for stack in stacks]  # The other layer.
-    got = way(jnp.asarray(x), shares, chosen, jnp.int32(1), *stacks)
+    got = way(jnp.asarray(x), shares, chosen, experts.Experts(*stacks, jnp.int32(1)))
     wanted = oracle(x, np.asarray(logits, np.float64), stacks, 1, k, normalise)
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
@@ -69,7 +69,7 @@ def test_all_ways_have_the_same_derivative():
     routed = experts.route(jnp.asarray(rng.normal(size=(5, 4)), jnp.float32), 2, True)
 
     def total(x, way):
-        return jnp.sum(weights * way(x, *routed, jnp.int32(0), *stacks))
+        return jnp.sum(weights * way(x, *routed, experts.Experts(*stacks, jnp.int32(0))))
 
     found = [jax.grad(total)(jnp.asarray(x, jnp.float32), way) for way in WAYS]
     for each in found[1:]:
