@@ -6,7 +6,7 @@ import math
 import operator
 import re
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 INT32_MAX = 2**31 - 1
@@ -73,6 +73,28 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
         return value
     known = ", ".join(map(repr, choices))
     raise ValueError(f"{name} is {short(value)}; choose one of {known}.")
+
+
+def flag(name: str, value: Any) -> bool:
+    """The value, if it is True or False; raises ValueError."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} is {short(value)}; it must be True or False.")
+    return value
+
+
+def entries(name: str, values: Any, wanted: str) -> list[Any] | tuple[Any, ...]:
+    """The values, if they are a list or a tuple, which `wanted` says in words, or ValueError."""
+    if not isinstance(values, list | tuple):
+        raise ValueError(f"{name} is {short(values)}; it must be a tuple of {wanted}.")
+    return values
+
+
+def field(instance: Any, name: str, check: Callable[[str, Any], Any]) -> None:
+    """Puts a field of a frozen dataclass into its own type; raises ValueError."""
+    try:
+        object.__setattr__(instance, name, check(name, getattr(instance, name)))
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def whole_text(name: str, text: str) -> str:

@@ -55,14 +55,6 @@ _SHARED = (
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 
-def _check(config: Any, name: str, check: Callable[[str, Any], Any]) -> None:
-    """Puts a field of a frozen dataclass into its own type; raises ValueError."""
-    try:
-        object.__setattr__(config, name, check(name, getattr(config, name)))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
 def _integer(least: int, most: int = INT32_MAX) -> Callable[[str, Any], int]:
     return lambda name, value: checks.integer(name, value, least, most)
 
@@ -71,25 +63,17 @@ def _real(wanted: str, least: float, most: float) -> Callable[[str, Any], float]
     return lambda name, value: checks.real(name, value, wanted, least, most)
 
 
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} is {checks.short(value)}; it must be True or False.")
-    return value
-
-
 def _layer_numbers(layers: int) -> Callable[[str, Any], tuple[int, ...]]:
     def check(name: str, values: Any) -> tuple[int, ...]:
-        if not isinstance(values, list | tuple):
-            raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
-        return tuple(sorted({checks.integer(name, value, 0, layers - 1) for value in values}))
+        given = checks.entries(name, values, "ints")
+        return tuple(sorted({checks.integer(name, value, 0, layers - 1) for value in given}))
 
     return check
 
 
 def _token_ids(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of ints.")
-    return tuple(checks.integer(name, value, LEAST_ID) for value in values)
+    given = checks.entries(name, values, "ints")
+    return tuple(checks.integer(name, value, LEAST_ID) for value in given)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,31 +126,31 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for name, most in LARGEST.items():
-            _check(self, name, _integer(1, most))
-        _check(self, "rms_norm_eps", _real("a number from 0 to 1", 0, 1))
+            checks.field(self, name, _integer(1, most))
+        checks.field(self, "rms_norm_eps", _real("a number from 0 to 1", 0, 1))
         for field in dataclasses.fields(self):
             if field.type == "bool":
-                _check(self, field.name, _flag)
+                checks.field(self, field.name, checks.flag)
         if not isinstance(self.rope, Rope):
             raise ValueError(f"rope is {checks.short(self.rope)}; it must be a Rope.")
         checks.choice("model_type", self.model_type, FAMILIES)
         checks.choice("dtype", self.dtype, DTYPES)
         if self.bos_token_id is not None:
-            _check(self, "bos_token_id", _integer(LEAST_ID))
-        _check(self, "eos_token_ids", _token_ids)
+            checks.field(self, "bos_token_id", _integer(LEAST_ID))
+        checks.field(self, "eos_token_ids", _token_ids)
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads is {self.num_attention_heads}, which is not a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}."
             )
         self.rope.check_head(self.head_dim)
-        _check(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
+        checks.field(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
         for name in MULTIPLIERS:
             if getattr(self, name) is not None:
-                _check(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
+                checks.field(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
         least = 1 if self.num_experts else 0
         for name, most in LARGEST_OF_EXPERTS.items():
-            _check(self, name, _integer(0 if name == "num_experts" else least, most))
+            checks.field(self, name, _integer(0 if name == "num_experts" else least, most))
         if self.num_experts_per_tok > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at most "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from raas_jax import checks
@@ -77,19 +77,16 @@ class Rope:
 
     def __post_init__(self) -> None:
         checks.choice("rope_type", self.kind, ROPE_TYPES)
-        self._check("theta", lambda name, x: checks.real(name, x, *_THETA))
-        for each in ("factor", "low_freq_factor", "high_freq_factor"):
-            self._check(each, lambda name, x: checks.real(name, x, *_POSITIVE))
-        for each in ("attention_factor", "beta_fast", "beta_slow"):
-            self._check(each, lambda name, x: checks.real(name, x, *_POSITIVE))
-        self._check("partial", lambda name, x: checks.real(name, x, *_PARTIAL))
-        self._check("original_max_position_embeddings", lambda name, x: checks.integer(name, x, 1))
+        checks.field(self, "theta", lambda name, x: checks.real(name, x, *_THETA))
+        positive = ("factor", "low_freq_factor", "high_freq_factor")
+        for each in (*positive, "attention_factor", "beta_fast", "beta_slow"):
+            checks.field(self, each, lambda name, x: checks.real(name, x, *_POSITIVE))
+        checks.field(self, "partial", lambda name, x: checks.real(name, x, *_PARTIAL))
+        length = "original_max_position_embeddings"
+        checks.field(self, length, lambda name, x: checks.integer(name, x, 1))
         for each in ("short_factor", "long_factor"):
-            self._check(each, _factors)
-        if not isinstance(self.truncate, bool):
-            raise ValueError(
-                f"truncate is {checks.short(self.truncate)}; it must be True or False."
-            )
+            checks.field(self, each, _factors)
+        checks.field(self, "truncate", checks.flag)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ValueError(
                 f"low_freq_factor is {self.low_freq_factor}; it must be less than "
@@ -113,12 +110,6 @@ class Rope:
             if number < 6 or getattr(self, field.name) != field.default
         ]
         return f"Rope({', '.join(kept)})"
-
-    def _check(self, name: str, check: Callable[[str, Any], Any]) -> None:
-        try:
-            object.__setattr__(self, name, check(name, getattr(self, name)))
-        except TypeError as error:
-            raise ValueError(str(error)) from None
 
     def rotated(self, head_dim: int) -> int:
         """How many of the numbers of a head are rotated."""
@@ -199,9 +190,8 @@ class Rope:
 
 
 def _factors(name: str, values: Any) -> tuple[float, ...]:
-    if not isinstance(values, list | tuple):
-        raise ValueError(f"{name} is {checks.short(values)}; it must be a tuple of numbers.")
-    return tuple(checks.real(f"{name}[{i}]", x, *_POSITIVE) for i, x in enumerate(values))
+    given = checks.entries(name, values, "numbers")
+    return tuple(checks.real(f"{name}[{i}]", x, *_POSITIVE) for i, x in enumerate(given))
 
 
 def _own_fields(fields: Fields) -> Fields:
