@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from raas_jax import experts
 from raas_jax.params import Params
 from raas_jax.weights.hf import destinations, flatten
 
@@ -68,7 +69,8 @@ def _finite(weights: dict[str, Any]) -> dict[str, jax.Array]:
         if isinstance(leaf, tuple):
             rows = [layer[None] for layer in leaf]
         else:
-            rows = [leaf if path.startswith(("layers.", "expert_")) else leaf[None]]
+            stacked = path.startswith("layers.") or path in experts.NAMES
+            rows = [leaf if stacked else leaf[None]]
         found[path] = jnp.concatenate([_finite_rows(each) for each in rows])
     return found
 
