@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels import Ranges
 from raas_jax.cache import Kept
 from raas_jax.decode import DecodeState, Progress, RowRequest, Rows, prefill
 from raas_jax.params import Params
-from raas_jax.plan import Plan
+from raas_jax.plan import Group, Plan
 from raas_jax.sampling import Sampler, Sampling
 from raas_jax.sharding import RULES, state_shardings
 
@@ -90,7 +89,7 @@ def admit(
     whole = PartitionSpec()
     state_specs = jax.tree.map(lambda s: s.spec, state_shardings(state, mesh))
     part_specs = jax.tree.map(lambda s: s.spec, state_shardings(part, mesh, rows_divide=False))
-    empty = plan.policy.evicts_prompt
+    empty = not state.cache.prompt.k.size
 
     def without(tree: Any) -> Any:
         """XLA of jax 0.11 dies of an array without numbers that a `shard_map` is given."""
@@ -148,18 +147,17 @@ def _insert(
         )
         lengths = prompt(0, cache.prompt.lengths, new.prompt.lengths)
 
-        def joined(ranges: Ranges | None, old: Kept, of_part: Kept) -> Kept:
+        def joined(of: Group, old: Kept, of_part: Kept) -> Kept:
             fill = row(1, old.fill, of_part.fill)
-            if not plan.policy.evicts_prompt:
+            if not (of.ring or plan.policy.evicts_prompt):
                 # What lies in empty slots is never read.
                 return dataclasses.replace(old, fill=fill)
             # A pool begins with the rows, all else with the layers.
             pages = ((each.k, each.v, each.bounds) for each in (old, of_part))
-            k, v, bounds = jax.tree.map(partial(row, 1 if ranges is None else 0), *pages)
+            k, v, bounds = jax.tree.map(partial(row, 1 if of.ranges is None else 0), *pages)
             return Kept(k, v, fill, bounds)
 
-        ranges = (group.ranges for group in plan.groups)
-        kept = tuple(map(joined, ranges, cache.kept, new.kept))
+        kept = tuple(map(joined, plan.groups, cache.kept, new.kept))
         rows: Rows = jax.tree.map(partial(row, 0), state.rows, part.rows)
         return dataclasses.replace(
             state,

@@ -22,7 +22,7 @@ from pallas_kernels import (
     selected_decode_attention,
 )
 from pallas_kernels.cache_attention.reference import merge_segments
-from pallas_kernels.cache_attention.segments import by_prompt, by_row
+from pallas_kernels.cache_attention.segments import by_prompt, by_row, join_sink
 from raas_jax.cache import (
     Bounds,
     Cache,
@@ -33,6 +33,7 @@ from raas_jax.cache import (
     page_bounds,
 )
 from raas_jax.policies.base import Bounded, Selection
+from raas_jax.windows import Ring
 
 MOST_SCORES = 1 << 26
 """In memory at once while the mass of a prompt's pages is summed: 0.25 GiB in float32."""
@@ -44,19 +45,30 @@ def causal_attention(
     v: jax.Array,
     *,
     segments: jax.Array | None = None,
+    window: int | None = None,
+    sink: jax.Array | None = None,
     target: Target | None = None,
 ) -> jax.Array:
-    """Causal attention of q `[B, T, N, H]` over k, v `[B, T, K, H]` → `[B, T, N, H]`."""
-    return prefill_attention(q, k, v, segments, target=target)
+    """Causal attention of q `[B, T, N, H]` over k, v `[B, T, K, H]` → `[B, T, N, H]`.
+
+    A token sees `window` tokens, itself included; a `sink [N]` joins the softmax of each head.
+    """
+    return prefill_attention(q, k, v, segments, window=window, sink=sink, target=target)
 
 
 def prompt_mass(
-    q: jax.Array, k: jax.Array, lengths: jax.Array, page_size: int, queries: int
+    q: jax.Array,
+    k: jax.Array,
+    lengths: jax.Array,
+    page_size: int,
+    queries: int,
+    sink: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention that each page of a prompt receives from its last tokens, summed over them.
 
     Of q `[B, T, N, H]` and k `[B, T, K, H]`, T a multiple of P, with true lengths int32 `[B]`, over
-    the last `queries` tokens: float32 `[B, K, G, T / P]`.
+    the last `queries` tokens: float32 `[B, K, G, T / P]`, shares of the softmax with a `sink [N]`
+    in it.
     """
     B, T, N, H = q.shape
     K, block = k.shape[2], min(T, 256, max(16, MOST_SCORES // (B * N * T)))
@@ -70,7 +82,11 @@ def prompt_mass(
         scores = jnp.einsum("btkgh,bskh->bkgts", part, k, preferred_element_type=jnp.float32)
         token = index * block + jnp.arange(block)
         causal = jnp.arange(T) <= token[:, None]
-        share = jax.nn.softmax(jnp.where(causal, scores * H**-0.5, -jnp.inf), axis=-1)
+        scores = jnp.where(causal, scores * H**-0.5, -jnp.inf)
+        share = jax.nn.softmax(scores, axis=-1)
+        if sink is not None:
+            lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
+            share *= jax.nn.sigmoid(lse - sink.astype(jnp.float32).reshape(K, N // K, 1, 1))
         counts = (token < lengths[:, None]) & (token >= first[:, None])
         share = jnp.where(counts[:, None, None, :, None], share, 0.0)
         pages = share.reshape(B, K, N // K, block, T // page_size, page_size)
@@ -93,6 +109,8 @@ class Reader:
       group: index of the layer's group in `cache.kept`.
       layer: int32 scalar, the layer's number in the model.
       layer_in_group: int32 scalar, its number in the group.
+      layer_in_prompt: int32 scalar, its number in `cache.prompt`; None where it has no part of it.
+      sink: logit of each query head that joins its softmax, `[N]`; None without.
       fill: int32 `[B, K, S]`, tokens in each kept slot of this layer.
       prompt_fill: int32 `[B', 1, Sp]`, tokens in each page of the prompts.
       written: int32 scalar, tokens of the current page, 1..P; formed once for all layers.
@@ -105,6 +123,8 @@ class Reader:
     group: int
     layer: jax.Array
     layer_in_group: jax.Array
+    layer_in_prompt: jax.Array | None
+    sink: jax.Array | None
     fill: jax.Array
     prompt_fill: jax.Array
     written: jax.Array
@@ -130,7 +150,7 @@ class Reader:
         of_current = self._over(page, q, written, self.layer)
         of_prompt = self._attend_prompt(q, selection.prompt)
         parts = [of_kept, of_current] if of_prompt is None else [of_prompt, of_kept, of_current]
-        out, lse = merge_segments(parts)
+        out, lse = join_sink(*merge_segments(parts), self.sink)
         mass = jnp.exp(of_kept.page_lse - lse[..., None])
         if selection.kept is not None:
             mass = _at_slots(mass, selection.kept, self.fill.shape[-1])
@@ -138,12 +158,14 @@ class Reader:
 
     def _attend_all(self, q: jax.Array) -> CacheAttention:
         prompt, kept, current = self.cache.prompt, self.cache.kept[self.group], self.cache.current
+        at = self.layer_in_prompt
         return cache_attention(
             q,
-            Segment(prompt.k, prompt.v, prompt.lengths, self.layer),
+            None if at is None else Segment(prompt.k, prompt.v, prompt.lengths, at),
             Segment(kept.k, kept.v, kept.fill, self.layer_in_group),
             Segment(current.k, current.v, self.written, self.layer),
             ranges=self.ranges,
+            sink=self.sink,
             dtype=q.dtype,
             target=self.target,
         )
@@ -165,7 +187,8 @@ class Reader:
             self._over_kept(many),
             self._within_page(by_head),
         ]
-        out, lse = merge_segments([part for part in parts if part is not None])
+        merged = merge_segments([part for part in parts if part is not None])
+        out, lse = join_sink(*merged, None if self.sink is None else jnp.repeat(self.sink, P))
         of_kept, of_current = (
             jnp.exp(part.page_lse - lse[..., None]) for part in parts[1:] if part is not None
         )
@@ -175,6 +198,46 @@ class Reader:
 
         attended = jnp.moveaxis(by_token(out, H), 0, 1).reshape(B, P, N, H)
         return attended, by_token(of_kept, of_kept.shape[-1]), by_token(of_current)
+
+    def attend_page_in_ring(
+        self, q: jax.Array, ring: Ring, first: jax.Array, positions: jax.Array
+    ) -> jax.Array:
+        """The same for a ring with this metadata, of whose tokens each token sees others.
+
+        Of q `[B, P, N, H]` at `positions [B, P]`: the attended values, float32 `[B, P, N, H]`.
+        """
+        B, P, N, H = q.shape
+        kept, current = self.cache.kept[self.group], self.cache.current
+        k, v = (
+            jnp.concatenate(
+                [
+                    layer_pages(of_ring, self.layer_in_group, None).reshape(B, -1, S * P, H),
+                    jax.lax.dynamic_index_in_dim(of_page, self.layer, 0, keepdims=False),
+                ],
+                axis=2,
+            )
+            for S in (kept.k.shape[3],)
+            for of_ring, of_page in ((kept.k, current.k), (kept.v, current.v))
+        )
+        # Newest first in the ring, oldest first in the current page.
+        newest = first[..., None] + jnp.arange(P - 1, -1, -1, dtype=jnp.int32)
+        of_page = jnp.broadcast_to(positions[:, None], (*first.shape[:2], P))
+        at = jnp.concatenate([newest.reshape(*first.shape[:2], -1), of_page], axis=-1)
+        now = positions[:, None, :, None]
+        seen = (
+            (at[:, :, None] >= 0) & (at[:, :, None] <= now) & (at[:, :, None] > now - ring.window)
+        )
+        K = k.shape[1]
+        by_head = q.reshape(B, P, K, N // K, H)
+        scores = jnp.einsum("bpkgh,bksh->bkgps", by_head, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(seen[:, :, None], scores * H**-0.5, -jnp.inf)
+        lse = jax.nn.logsumexp(scores, axis=-1)
+        if self.sink is not None:
+            sink = self.sink.astype(jnp.float32).reshape(K, N // K, 1)
+            lse = jnp.logaddexp(lse, sink)
+        shares = jnp.exp(scores - lse[..., None]).astype(v.dtype)
+        out = jnp.einsum("bkgps,bksh->bpkgh", shares, v, preferred_element_type=jnp.float32)
+        return out.reshape(B, P, N, H)
 
     def _within_page(self, q: jax.Array) -> DecodeAttention:
         """Causal attention within the current page of q `[B, K, G, P, H]`, as `K * G * P` heads."""
@@ -195,14 +258,14 @@ class Reader:
         return DecodeAttention(out.reshape(B, K * G * P, H), peak, total, lse)
 
     def _attend_prompt(self, q: jax.Array, slots: jax.Array | None) -> DecodeAttention | None:
-        prompt = self.cache.prompt
+        prompt, layer = self.cache.prompt, self.layer_in_prompt
         heads = prompt.k.shape[2]
-        if not prompt.k.shape[3]:
+        if layer is None or not prompt.k.shape[3]:
             return None
         if slots is not None:
-            return self._over(prompt, q, self.prompt_fill, self.layer, slots)
+            return self._over(prompt, q, self.prompt_fill, layer, slots)
         together = by_prompt(q, heads, self.samples)
-        shared = self._over(prompt, together, self.prompt_fill, self.layer)
+        shared = self._over(prompt, together, self.prompt_fill, layer)
         of_row: DecodeAttention = jax.tree.map(
             partial(by_row, heads=heads, samples=self.samples), shared
         )
@@ -249,10 +312,10 @@ class Reader:
         prompt, kept = self.cache.prompt, self.cache.kept[self.group]
         heads, N = prompt.k.shape[2], q.shape[1]
         of_prompt = of_kept = None
-        if prompt.bounds is not None:
+        if prompt.bounds is not None and self.layer_in_prompt is not None:
             together = by_prompt(q, heads, self.samples)
             of_prompt = by_row(
-                self._bound(prompt.bounds, together, self.layer), heads, self.samples
+                self._bound(prompt.bounds, together, self.layer_in_prompt), heads, self.samples
             )
             filled = jnp.repeat(self.prompt_fill > 0, self.samples, axis=0)
             of_prompt = jnp.where(filled, of_prompt, -jnp.inf)

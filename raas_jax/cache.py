@@ -32,7 +32,7 @@ class Bounds:
 @_pytree
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """The prompt's pages.
+    """The prompt's pages, in the layers that see everything: these are its `L`.
 
     Attributes:
       k, v: `[L, B', K, Sp, P, H]`; `B' < B` where several rows share one prompt.
@@ -86,7 +86,7 @@ class CurrentPage:
 class Cache:
     """All keys and values of a decode.
 
-    `kept` has one entry per group of consecutive layers that share a policy, first layers first.
+    `kept` has one entry per group of layers that share a policy, see `raas_jax.plan.Group`.
     """
 
     prompt: Prompt

@@ -16,7 +16,7 @@ from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
 from raas_jax.policies import bucket
 from raas_jax.policies.triattention import Centres
-from raas_jax.rotation import frequencies, rope_rotation
+from raas_jax.rotation import frequencies, rotations_of
 
 
 def calibrate(
@@ -65,19 +65,19 @@ def _sum_queries(
     """Sums of the queries `[L, N, H]` and of the lengths of their pairs `[L, N, H / 2]`."""
     config = params.config
     position = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    rotation = rope_rotation(config.rope, config.head_dim, position)
-    still = rope_rotation(config.rope, config.head_dim, jnp.zeros_like(position))
+    rotations = rotations_of(config, position)
+    still = rotations_of(config, jnp.zeros_like(position))
     counts = (position < length)[0, :, None, None]
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        q, k, v = layer.qkv(x, rotation)
-        plain = layer.qkv(x, still)[0][0].astype(jnp.float32)
+        q, k, v = layer.qkv(x, rotations[layer.kind])
+        plain = layer.qkv(x, still[layer.kind])[0][0].astype(jnp.float32)
         plain = jnp.where(counts, plain, 0.0)
         real, imaginary = jnp.split(plain, 2, axis=-1)
         lengths = jnp.sqrt(real * real + imaginary * imaginary)
         sums = jnp.sum(plain, axis=0), jnp.sum(lengths, axis=0)
-        return layer.finish(x, causal_attention(q, k, v)), sums
+        return layer.finish(x, causal_attention(q, k, v, **layer.sight)), sums
 
     x = ends(config, params.weights).embed(tokens)
-    sums: tuple[jax.Array, jax.Array] = run_layers(config, params.weights, body, x)[1]
+    sums: tuple[jax.Array, jax.Array] = run_layers(config, params.weights, body, x)[1]["full"]
     return sums

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,9 @@ class ModelConfig:
 
     Attributes:
       unrotated_layers: numbers of the layers whose queries and keys are not rotated (NoPE).
+      window: tokens, itself included, that a token sees in the layers `window_layers`; 0 without.
+      window_rope: of these layers, where it is another.
+      sinks: each query head has a logit of its own that joins its softmax and has no value.
       num_experts: perceptrons of each layer, of `moe_intermediate_size`, of which a token goes
         through `num_experts_per_tok`; 0 is one, of `intermediate_size`.
       norm_topk_prob: the shares of a token's experts are made to add up to one.
@@ -111,6 +114,10 @@ class ModelConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     unrotated_layers: tuple[int, ...] = ()
+    window: int = 0
+    window_layers: tuple[int, ...] = ()
+    window_rope: Rope | None = None
+    sinks: bool = False
     num_experts: int = 0
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
@@ -131,8 +138,10 @@ class ModelConfig:
         for field in dataclasses.fields(self):
             if field.type == "bool":
                 checks.field(self, field.name, checks.flag)
-        if not isinstance(self.rope, Rope):
-            raise ValueError(f"rope is {checks.short(self.rope)}; it must be a Rope.")
+        for name in ("rope", "window_rope"):
+            value = getattr(self, name)
+            if not isinstance(value, Rope) and (name == "rope" or value is not None):
+                raise ValueError(f"{name} is {checks.short(value)}; it must be a Rope.")
         checks.choice("model_type", self.model_type, FAMILIES)
         checks.choice("dtype", self.dtype, DTYPES)
         if self.bos_token_id is not None:
@@ -143,8 +152,16 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}, which is not a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}."
             )
-        self.rope.check_head(self.head_dim)
-        checks.field(self, "unrotated_layers", _layer_numbers(self.num_hidden_layers))
+        for name in ("unrotated_layers", "window_layers"):
+            checks.field(self, name, _layer_numbers(self.num_hidden_layers))
+        checks.field(self, "window", _integer(1 if self.window_layers else 0))
+        if not self.window_layers and (self.window or self.window_rope):
+            raise ValueError(
+                f"window is {self.window} and window_rope {self.window_rope}, but window_layers is "
+                "(); name the layers that have it."
+            )
+        for rope in filter(None, (self.rope, self.window_rope)):
+            rope.check_head(self.head_dim)
         for name in MULTIPLIERS:
             if getattr(self, name) is not None:
                 checks.field(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
@@ -160,9 +177,15 @@ class ModelConfig:
             raise ValueError("mlp_bias is True, which experts do not have; it must be False.")
 
     @property
-    def layer_pattern(self) -> tuple[str, ...]:
-        """Kinds of layers, repeated `L / len(layer_pattern)` times; there is one kind today."""
-        return ("full",)
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The attention of every layer, "full" or "window"."""
+        seen = frozenset(self.window_layers)
+        return tuple("window" if n in seen else "full" for n in range(self.num_hidden_layers))
+
+    @property
+    def full_layers(self) -> int:
+        """How many layers see everything; their pages are what policies are about."""
+        return self.num_hidden_layers - len(self.window_layers)
 
     @property
     def context(self) -> int:
@@ -184,8 +207,8 @@ class ModelConfig:
         """Builds from the dictionary of a Hugging Face config.json, which errors call `path`.
 
         Raises FileError, a ValueError, for what lacks or is out of range, and for an architecture,
-        activation, rope type or attention window that this library does not implement, naming the
-        value and the supported ones.
+        activation or rope type that this library does not implement, naming the value and the
+        supported ones.
         """
         given = Fields(config, path)
         if isinstance(said := config.get("model_type"), str) and said in REFUSED:
@@ -214,8 +237,10 @@ class ModelConfig:
             sizes[name] = sizes[name] if derived else fields.integer(name, 1, most)
         context = sizes["max_position_embeddings"]
         unrotated = _unrotated_layers(fields, family, sizes["num_hidden_layers"])
-        _refuse_windows(fields, family, sizes["num_hidden_layers"], context, unrotated)
-        biases = {
+        windows: dict[str, Any] = _windows(
+            fields, family, sizes["num_hidden_layers"], context, unrotated
+        )
+        biases: dict[str, Any] = {
             name: said if isinstance(said, bool) else fields.flag(said, False)
             for name in BIASES
             for said in [getattr(family, name)]
@@ -232,6 +257,7 @@ class ModelConfig:
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 **biases,
                 **_experts(fields, family),
+                **windows,
                 **multipliers,
                 qk_norm=family.qk_norm,
                 unrotated_layers=unrotated,
@@ -276,7 +302,14 @@ class ModelConfig:
                 fields[said] = getattr(self, name)
         # Llama's class has no windows, but keeps what it does not know.
         if self.model_type != "llama":
-            fields["sliding_window"] = None
+            fields["sliding_window"] = self.window or None
+        if self.window and family.windows != "all":
+            fields["layer_types"] = [
+                "sliding_attention" if kind == "window" else "full_attention"
+                for kind in self.layer_kinds
+            ]
+            if family.windows != "listed":
+                fields["use_sliding_window"] = True
         if family.some_layers_rotate:
             plain = set(self.unrotated_layers)
             fields["no_rope_layers"] = [
@@ -374,30 +407,41 @@ def _unrotated_layers(fields: Fields, family: Family, layers: int) -> tuple[int,
     return tuple(layer for layer in range(layers) if not rotates[layer])
 
 
-def _refuse_windows(
+def _windows(
     fields: Fields, family: Family, layers: int, context: int, unrotated: tuple[int, ...]
-) -> None:
-    """A window shorter than the context changes attention; running without it would be wrong."""
+) -> dict[str, Any]:
+    """The window and the layers that have it, if it is shorter than the context."""
     window = fields.integer("sliding_window", 0, default=None)
-    if family.windows != "all" and not fields.flag("use_sliding_window", False):
-        window = None
-    # Llama's attention has no window, but the cache of transformers forgets what is beyond one.
-    slides = window is not None
+    if family.windows in ("switched", "late", "unrotated"):
+        window = window if fields.flag("use_sliding_window", False) else None
+    sliding: Sequence[int] = range(layers) if window is not None else ()
     if family.windows == "late":
-        slides = fields.integer("max_window_layers", -INT32_MAX) < layers and slides
+        first = fields.integer("max_window_layers", -INT32_MAX)
+        sliding = [layer for layer in sliding if layer >= first]
     elif family.windows == "unrotated":
-        slides = slides and bool(unrotated)
+        sliding = [layer for layer in sliding if layer in unrotated]
+    elif family.windows == "listed" and fields.items("layer_types", None) is None:
+        every = fields.integer("sliding_window_pattern", 1, default=family.full_every)
+        sliding = [layer for layer in range(layers) if (layer + 1) % every]
     if (types := fields.items("layer_types", None)) is not None:
         known = ("full_attention", "attention", "sliding_attention")
         if odd := [each for each in types if each not in known]:
             raise fields.error(f"layer_types has {checks.short(odd[0])}, which is not supported")
         if len(types) != layers:
             raise fields.error(f"layer_types has {len(types)} entries for {layers} layers")
+        listed = [layer for layer, each in enumerate(types) if each == "sliding_attention"]
         # Some classes do not ask the list: their window holds for every layer.
-        slides = "sliding_attention" in types or (slides and family.asks_no_types)
-    if slides and (window is None or window < context):
-        what = "layer_types has sliding layers" if window is None else f"sliding_window is {window}"
+        sliding = sliding if family.asks_no_types and not listed else listed
+        if family.asks_no_types and listed and len(listed) < layers:
+            raise fields.error("layer_types mixes kinds, which this model_type does not")
+    if not sliding:
+        return {}
+    if window is None:
+        raise fields.error("layer_types has sliding layers, but there is no sliding_window")
+    if window >= context:
+        return {}
+    if family.windows is None:
         raise fields.error(
-            f"{what}, and sliding-window attention is not supported. Set it "
-            "to null only if the model was trained without it"
+            f"sliding_window is {window}, and {family.architecture} has no windows. Set it to null"
         )
+    return {"window": window, "window_layers": tuple(sliding)}

@@ -50,8 +50,9 @@ from raas_jax.policies.base import (
     PromptPages,
     Selection,
 )
-from raas_jax.rotation import rope_rotation
+from raas_jax.rotation import Rotation, rotations_of
 from raas_jax.sampling import Sampler, Sampling, log_probability, row_keys
+from raas_jax.windows import first_positions, last_pages, newest_first
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
 
@@ -210,8 +211,8 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
         shape = (*shape, H)
         return Bounds(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)) if wanted else None
 
-    L = config.num_hidden_layers
-    prompt = (L, rows // plan.samples, K, 0 if plan.policy.evicts_prompt else plan.prompt_slots)
+    slots = 0 if plan.policy.evicts_prompt else plan.prompt_slots
+    prompt = (config.full_layers, rows // plan.samples, K, slots)
     bounded = any(group.policy.needs_prompt_bounds for group in plan.groups)
 
     def kept(group: Group) -> Kept:
@@ -228,7 +229,7 @@ def empty_cache(config: ModelConfig, plan: Plan, rows: int, dtype: Any) -> Cache
             bounds(bounded, *prompt),
         ),
         kept=tuple(map(kept, plan.groups)),
-        current=CurrentPage(pages(L, rows, K), pages(L, rows, K)),
+        current=CurrentPage(*(pages(config.num_hidden_layers, rows, K) for _ in "kv")),
     )
 
 
@@ -294,24 +295,32 @@ def prefill(
     positions = jnp.broadcast_to(jnp.arange(padded.shape[1], dtype=jnp.int32), padded.shape)
     total = jnp.max(request.limit.reshape(-1, plan.samples), axis=1) + lengths
     lasting = {"seen": lengths[:, None], "total": total[:, None]}
-    rotation = rope_rotation(config.rope, config.head_dim, positions, **lasting)
+    rotations = rotations_of(config, positions, **lasting)
     queries = plan.policy.prompt_queries
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, Any]:
+        rotation = rotations[layer.kind]
         q, k, v = in_chunks(lambda x, *angles: layer.qkv(x, angles), x, *rotation)
-        attended = causal_attention(q, k, v, target=plan.target)
+        attended = causal_attention(q, k, v, target=plan.target, **layer.sight)
         x = in_chunks(layer.finish, x, attended)
-        mass = prompt_mass(q, k, lengths, P, queries) if queries else None
+        if layer.kind == "window":
+            slots = plan.groups[-1].slots
+            return x, tuple(last_pages(each, lengths, slots, P) for each in (k, v))
+        mass = prompt_mass(q, k, lengths, P, queries, layer.sink) if queries else None
         return x, (_as_pages(k, P), _as_pages(v, P), mass)
 
     model = ends(config, params.weights)
     layers = partial(run_layers, target=plan.target)
-    x, (k, v, mass) = layers(config, params.weights, body, model.embed(padded))
+    x, found = layers(config, params.weights, body, model.embed(padded))
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.repeat(model.logits(last), plan.samples, axis=0)
+    lengths = lengths.astype(jnp.int32)
     cache = empty_cache(config, plan, rows, dtype)
     meta, evicted = init_metadata(config, plan, rows), jnp.zeros(rows, jnp.int32)
-    prompt = Prompt(k, v, lengths.astype(jnp.int32), None)
+    k, v, mass = found.get("full", (cache.prompt.k, cache.prompt.v, None))
+    prompt = Prompt(k, v, lengths, None)
+    if plan.groups[-1].ring:
+        cache, meta = _fill_ring(cache, meta, found["window"], lengths, plan)
     if plan.policy.evicts_prompt:
         cache, meta, evicted = _insert_prompt(cache, meta, prompt, mass, plan)
         prompt = dataclasses.replace(cache.prompt, lengths=prompt.lengths)
@@ -326,6 +335,23 @@ def prefill(
         stop_tokens=request.stop_tokens,
     )
     return state, _progress(state, jax.tree.map(lambda x: x[None], (token, logprob, greedy)))
+
+
+def _fill_ring(
+    cache: Cache,
+    meta: tuple[Metadata, ...],
+    pages: tuple[jax.Array, jax.Array],
+    lengths: jax.Array,
+    plan: Plan,
+) -> tuple[Cache, tuple[Metadata, ...]]:
+    """Puts the prompts' last pages `[L, B', K, S, P, H]` into the ring of every row."""
+    group, empty = plan.groups[-1], cache.kept[-1]
+    k, v = (jnp.repeat(each, plan.samples, axis=1) for each in pages)
+    first = first_positions(jnp.repeat(lengths, plan.samples), group.slots, plan.page_size)
+    first = jnp.broadcast_to(first[:, None], empty.fill.shape)
+    fill = jnp.clip(first + plan.page_size, 0, plan.page_size)
+    ring = dataclasses.replace(empty, k=k, v=v, fill=fill)
+    return dataclasses.replace(cache, kept=(*cache.kept[:-1], ring)), (*meta[:-1], first)
 
 
 def _insert_prompt(
@@ -354,6 +380,10 @@ def _insert_prompt(
     kept, placed = [], []
     evicted = jnp.zeros(lengths.shape, jnp.int32)
     for group, old, of_group in zip(plan.groups, cache.kept, meta, strict=True):
+        if group.ring:
+            kept.append(old)
+            placed.append(of_group)
+            continue
         of_layers = None if mass is None else by_row(mass[group.part], 1)
         room = group.policy.capacity(lengths, group.counts(old.fill.shape[2]))
         pages, of_group = group.policy.insert_prompt(
@@ -482,10 +512,11 @@ def token_step(
     model = ends(config, params.weights)
     position = prompt_lengths(state, plan) + rows.generated - 1
     total = total_lengths(state, plan)[:, None]
-    rotation = rope_rotation(config.rope, config.head_dim, position[:, None], total=total)
-    body_of = partial(_step_body, state, plan, rotation=rotation, offset=offset)
-    x, current, seen = run_groups(params, state, plan, body_of, model.embed(rows.token)[:, None])
-    meta = tuple(_observe(state, plan, *group) for group in enumerate(seen))
+    rotations = rotations_of(config, position[:, None], total=total)
+    seen = _in_sight(state, plan, position)
+    body_of = partial(_step_body, seen, plan, rotations=rotations, offset=offset)
+    x, current, shown = run_groups(params, seen, plan, body_of, model.embed(rows.token)[:, None])
+    meta = tuple(_observe(state, plan, *group) for group in enumerate(shown))
     logits = model.logits(x[:, 0], plan.target or Target.of())
     token, logprob, greedy = _choose(rows.sampler, logits, rows.generated, force)
     sampled = jnp.where(rows.done, -1, token), jnp.where(rows.done, 0.0, logprob), greedy
@@ -502,6 +533,16 @@ def token_step(
     return stepped, sampled, x[:, 0]
 
 
+def _in_sight(state: DecodeState, plan: Plan, position: jax.Array) -> DecodeState:
+    """The state as tokens at `position [B]` see it: what has left a window is out of its ring."""
+    ring = plan.groups[-1].ring
+    if ring is None:
+        return state
+    fill = ring.in_sight(state.meta[-1], position)
+    kept = *state.cache.kept[:-1], dataclasses.replace(state.cache.kept[-1], fill=fill)
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, kept=kept))
+
+
 def run_groups(
     params: Params, state: DecodeState, plan: Plan, body_of: Callable[[int], Body], x: jax.Array
 ) -> tuple[jax.Array, CurrentPage, tuple[Any, ...]]:
@@ -511,31 +552,37 @@ def run_groups(
       The last layer's output, the current page of every layer, and of every group what the body
       gave for its layers, stacked.
     """
-    current, given = state.cache.current, []
-    for number, group in enumerate(plan.groups):
-        xs = state.cache.kept[number].fill, state.meta[number]
-        layers = partial(
-            run_layers,
-            first=group.first,
-            count=group.layers,
-            by_number=True,
-            target=plan.target or Target.of(),
-        )
-        carry = x, current
-        (x, current), of_group = layers(params.config, params.weights, body_of(number), carry, xs)
-        given.append(of_group)
-    return x, current, tuple(given)
+    bodies = [body_of(number) for number in range(len(plan.groups))]
+
+    def body(layer: Layer, carry: Any, x: Any) -> tuple[Any, Any]:
+        given: tuple[Any, Any] = bodies[layer.kind](layer, carry, x)
+        return given
+
+    (x, current), given = run_layers(
+        params.config,
+        params.weights,
+        body,
+        (x, state.cache.current),
+        {number: (kept.fill, state.meta[number]) for number, kept in enumerate(state.cache.kept)},
+        kinds=plan.kinds,
+        by_number=True,
+        target=plan.target or Target.of(),
+    )
+    return x, current, tuple(given[number] for number in range(len(plan.groups)))
 
 
 def reader_of(cache: Cache, plan: Plan, number: int, layer: Layer, **seen: Any) -> Reader:
     """A layer's view of the cache, in the group with this number; `seen` are its other fields."""
+    group = plan.groups[number]
     return Reader(
         cache=cache,
         group=number,
         layer=layer.number,
-        layer_in_group=layer.number - plan.groups[number].first,
+        layer_in_group=layer.place,
+        layer_in_prompt=None if group.ring else layer.place + group.first,
+        sink=layer.sink,
         samples=plan.samples,
-        ranges=plan.groups[number].ranges,
+        ranges=group.ranges,
         target=plan.target,
         **seen,
     )
@@ -545,15 +592,16 @@ def _step_body(
     state: DecodeState,
     plan: Plan,
     number: int,
-    rotation: tuple[jax.Array, jax.Array],
+    rotations: dict[str, Rotation],
     offset: jax.Array,
 ) -> Body:
     """What a layer of group `number` does with x `[B, 1, D]` and the current page.
 
     It gives what its policy wants to see, if that keeps metadata: its mass, bound and current mass.
     """
-    cache, policy = state.cache, plan.groups[number].policy
+    cache, policy, ring = state.cache, plan.groups[number].policy, plan.groups[number].ring
     prompt_fill, written = cache.prompt.fill(), offset + 1
+    rotation = rotations["window" if ring else "full"]
 
     def body(
         layer: Layer,
@@ -573,7 +621,7 @@ def _step_body(
             selection = policy.select(meta, bounded)
         out, mass, current_mass = reader.attend(q[:, 0], selection)
         shown = None
-        if jax.tree.leaves(meta):
+        if jax.tree.leaves(meta) and not ring:
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
             shown = jax.tree.map(by_head, (mass, bound, current_mass))
         return (layer.finish(x, out[:, None].astype(x.dtype)), current), shown
@@ -628,7 +676,7 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
     written = state.rows.committed + 1
     if plan.policy.evicts_prompt:
         written += -(-lengths // plan.page_size)
-    kept, meta = [], []
+    kept, meta, current = [], [], state.cache.current
     evicted = jnp.zeros(now.shape, jnp.int32)
     for number, group in enumerate(plan.groups):
         policy, old = group.policy, state.cache.kept[number]
@@ -643,7 +691,9 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
             prompt_lengths=lengths,
         )
         slot = policy.victim(state.meta[number], boundary)
-        page = Page(state.cache.current.k[group.part], state.cache.current.v[group.part])
+        page = Page(*(group.among_all(each) for each in (current.k, current.v)))
+        if group.ring:
+            page = Page(newest_first(page.k), newest_first(page.v))
         new = commit(old, page.k, page.v, slot, group.ranges, plan.target)
         of_group = policy.commit(state.meta[number], slot, page, now)
         after = boundary._replace(
@@ -654,11 +704,13 @@ def commit_page(state: DecodeState, plan: Plan) -> DecodeState:
         emptied = policy.evict_many(of_group, after)
         if emptied is not None:
             new = dataclasses.replace(new, fill=jnp.where(emptied, 0, new.fill))
+        kept.append(new)
+        meta.append(of_group)
+        if group.ring:
+            continue  # What leaves a window is not the policy's doing.
         # Heads of different sizes lose pages at different boundaries, so that only sums compare.
         held = jnp.sum(new.fill > 0, axis=-1, dtype=jnp.int32)
         evicted = jnp.maximum(evicted, written - jnp.min(held, axis=(0, 2)))
-        kept.append(new)
-        meta.append(of_group)
     rows, running = state.rows, ~state.rows.done
     return dataclasses.replace(
         state,
@@ -718,6 +770,7 @@ def cache_bytes(state: DecodeState) -> int:
 
 
 def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
-    """Bytes of the keys and values of one sequence, nothing dropped or padded."""
-    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return tokens * per_token * int(jnp.dtype(dtype).itemsize)
+    """Bytes of the keys and values of one sequence, nothing that can be seen dropped, or padded."""
+    in_windows = len(config.window_layers) * min(tokens, config.window)
+    per_token = 2 * config.num_key_value_heads * config.head_dim * int(jnp.dtype(dtype).itemsize)
+    return (tokens * config.full_layers + in_windows) * per_token

@@ -82,7 +82,8 @@ class Family:
         tensor, one after the other. A bias is `.bias` there and `_bias` here.
       windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
         "switched", if `use_sliding_window` is true; "late", by the same switch, those from
-        `max_window_layers` on; "unrotated", by the same, those that are not rotated.
+        `max_window_layers` on; "unrotated", by the same, those that are not rotated; "listed",
+        those that `layer_types` says, or all but each `full_every`-th; None, there are none.
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
       ropes: the kinds of rope that it has, by their names in its files; None is all.
       experts: of mixtures of experts, how these are called.
@@ -101,7 +102,8 @@ class Family:
     partial_rotary: bool = False
     some_layers_rotate: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
-    windows: Literal["all", "switched", "late", "unrotated"] = "all"
+    windows: Literal["all", "switched", "late", "unrotated", "listed"] | None = None
+    full_every: int = 2
     asks_no_types: bool = False
     ropes: Mapping[str, str] | None = None
     original_context: str | None = None
@@ -143,6 +145,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 2,
         },
         asks_no_types=True,
+        windows="all",
     ),
     "mixtral": Family(
         "MixtralForCausalLM",
@@ -168,6 +171,7 @@ FAMILIES: dict[str, Family] = {
             normalised=True,
         ),
         asks_no_types=True,
+        windows="all",
     ),
     "phi3": Family(
         "Phi3ForCausalLM",
@@ -183,6 +187,7 @@ FAMILIES: dict[str, Family] = {
         asks_no_types=True,
         ropes={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
         original_context="original_max_position_embeddings",
+        windows="all",
     ),
     "qwen2": Family("Qwen2ForCausalLM", _QWEN, qkv_bias=True, windows="late"),
     "qwen3": Family(

@@ -28,7 +28,7 @@ from raas_jax.model import Body, Layer, ends
 from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies.base import Evidence, Metadata
-from raas_jax.rotation import rope_rotation
+from raas_jax.rotation import Rotation, rotations_of
 
 
 def feeds_pages(plan: Plan) -> bool:
@@ -70,8 +70,8 @@ def _feed_page(
     first = prompt_lengths(state, plan) + rows.generated - 1
     positions = first[:, None] + jnp.arange(P, dtype=jnp.int32)
     length = {"seen": positions + 1, "total": total_lengths(state, plan)[:, None]}
-    rotation = rope_rotation(config.rope, config.head_dim, positions, **length)
-    body_of = partial(_page_body, state, plan, rotation=rotation)
+    rotations = rotations_of(config, positions, **length)
+    body_of = partial(_page_body, state, plan, rotations=rotations, positions=positions)
     x, current, meta = run_groups(params, state, plan, body_of, model.embed(fed.T))
     fed_state = dataclasses.replace(
         state,
@@ -83,11 +83,16 @@ def _feed_page(
 
 
 def _page_body(
-    state: DecodeState, plan: Plan, number: int, rotation: tuple[jax.Array, jax.Array]
+    state: DecodeState,
+    plan: Plan,
+    number: int,
+    rotations: dict[str, Rotation],
+    positions: jax.Array,
 ) -> Body:
     """What a layer of group `number` does with x `[B, P, D]`, the current page and its metadata."""
-    cache, policy = state.cache, plan.groups[number].policy
+    cache, policy, ring = state.cache, plan.groups[number].policy, plan.groups[number].ring
     prompt_fill, now = cache.prompt.fill(), state.rows.generated
+    rotation = rotations["window" if ring else "full"]
     whole = jnp.int32(plan.page_size)
 
     def body(
@@ -101,6 +106,9 @@ def _page_body(
         written = dataclasses.replace(cache, current=current)
         seen = {"fill": fill, "prompt_fill": prompt_fill, "written": whole}
         reader = reader_of(written, plan, number, layer, **seen)
+        if ring:
+            out = reader.attend_page_in_ring(q, ring, meta, positions)
+            return (layer.finish(x, out.astype(x.dtype)), current), meta
         out, mass, current_mass = reader.attend_page(q)
 
         def observe(meta: Metadata, of_token: tuple[Any, ...]) -> tuple[Metadata, None]:

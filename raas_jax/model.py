@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +24,11 @@ from raas_jax.attention import causal_attention
 from raas_jax.config import ModelConfig
 from raas_jax.experts import Experts, mixture, route
 from raas_jax.products import OfLayer, OfStack, Weight, look_up, project, project_all
-from raas_jax.rotation import Rotation, rope_rotation, rotate
+from raas_jax.rotation import Rotation, rotate, rotations_of
 
 Attend = Callable[..., jax.Array]
-"""Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`."""
+"""Attention over a whole text, `(q, k, v, segments=) -> out`, as `causal_attention`; it is given
+`window` and `sink` of a layer that has them."""
 Weights = dict[str, Any]
 """Arrays of a model: `embedding`, `norm`, `head`, stacks of experts and, stacked or separate,
 `layers`."""
@@ -36,7 +38,7 @@ INWARD = ("o", "down")
 """Those of which a mesh that splits heads and mlp width cuts what is summed over."""
 
 
-@functools.partial(jax.jit, static_argnames=("shape", "dtype"))
+@partial(jax.jit, static_argnames=("shape", "dtype"))
 def _normal(key: jax.Array, divisor: Any, *, shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Normal numbers over `divisor`; one program, so that no float32 array of the shape is made."""
     drawn: jax.Array = (jax.random.normal(key, shape, jnp.float32) / divisor).astype(dtype)
@@ -75,6 +77,8 @@ class Block(nnx.Module):
             self.v_bias = full(0.0, (K, H), ("kv_heads", "head_dim"))
         if c.output_bias:
             self.o_bias = full(0.0, (D,), ("embed",))
+        if c.sinks:
+            self.sink = full(0.0, (N,), ("heads",))
         if c.qk_norm:
             self.q_norm = full(1.0, (H,), ("head_dim",))
             self.k_norm = full(1.0, (H,), ("head_dim",))
@@ -193,7 +197,7 @@ class Transformer(Ends):
 @functools.cache
 def _abstract(kind: Any, config: ModelConfig, dtype: str) -> tuple[Any, Any]:
     """Structure and `ShapeDtypeStruct`s of a module; nothing is allocated."""
-    make = functools.partial(kind, config, dtype=jnp.dtype(dtype))
+    make = partial(kind, config, dtype=jnp.dtype(dtype))
     return nnx.split(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0))))
 
 
@@ -260,7 +264,7 @@ def stacked(weights: Weights) -> Weights:
     return {**weights, "layers": _stack(layers)} if isinstance(layers, tuple) else weights
 
 
-def _slice(tree: Any, index: int) -> Any:
+def _slice(tree: Any, index: int | slice) -> Any:
     return jax.tree.map(lambda leaf: leaf[index], tree)
 
 
@@ -274,14 +278,27 @@ class Layer(NamedTuple):
     Attributes:
       block: its weights, ready to run.
       number: int32 scalar, its place in the model.
-      kind: one of `ModelConfig.layer_pattern`.
+      kind: see `run_layers`.
+      place: int32 scalar, its place among the layers of its kind.
       experts: in the place of its multilayer perceptron, or None.
     """
 
     block: Block
     number: jax.Array
-    kind: str
+    kind: Any
+    place: jax.Array
     experts: Experts | None = None
+
+    @property
+    def sink(self) -> jax.Array | None:
+        """Logit of each query head that joins its softmax, `[N]`; None without."""
+        return self.block.sink[...] if self.block.config.sinks else None
+
+    @property
+    def sight(self) -> dict[str, Any]:
+        """What attention over a whole text is told, of a layer of a kind of the config."""
+        window = {"window": self.block.config.window} if self.kind == "window" else {}
+        return window if self.sink is None else {**window, "sink": self.sink}
 
     def qkv(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`Block.qkv`, rotated or not as this layer is."""
@@ -300,85 +317,171 @@ Body = Callable[[Layer, Any, Any], tuple[Any, Any]]
 """What a layer does: (layer, carry, x) → carry, y; x and y are its own, as in `jax.lax.scan`."""
 
 
+class Stage(NamedTuple):
+    """Consecutive layers: a pattern of kinds, repeated.
+
+    Attributes:
+      first: how many layers come before.
+      pattern: the kind of each layer in turn.
+      repeats: how often.
+      earlier: how many of the layers before are of each of its kinds.
+    """
+
+    first: int
+    pattern: tuple[Any, ...]
+    repeats: int
+    earlier: Mapping[Any, int]
+
+    @property
+    def layers(self) -> int:
+        """How many it has."""
+        return len(self.pattern) * self.repeats
+
+    def part(self, kind: Any) -> slice:
+        """Its layers of a kind, among all of the kind."""
+        start = self.earlier[kind]
+        return slice(start, start + self.pattern.count(kind) * self.repeats)
+
+
+def stages(kinds: Sequence[Any]) -> list[Stage]:
+    """Cuts kinds of layers into stages: at each place, the pattern that goes on for longest."""
+    found: list[Stage] = []
+    first = 0
+    while first < len(kinds):
+        left = tuple(kinds[first:])
+        best, repeats = left[:1], 1
+        for size in range(1, len(left) // 2 + 1):
+            pattern, times = left[:size], 1
+            while left[size * times : size * (times + 1)] == pattern:
+                times += 1
+            if times > 1 and size * times > len(best) * repeats:
+                best, repeats = pattern, times
+        earlier = {kind: kinds[:first].count(kind) for kind in best}
+        found.append(Stage(first, best, repeats, earlier))
+        first += found[-1].layers
+    return found
+
+
 def run_layers(
     config: ModelConfig,
     weights: Weights,
     body: Body,
     carry: Any,
-    xs: Any = None,
+    xs: Mapping[Any, Any] | None = None,
     *,
+    kinds: Sequence[Any] | None = None,
     first: Any = 0,
-    count: int | None = None,
-    pattern: tuple[str, ...] | None = None,
     by_number: bool = False,
     target: Target | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Any, dict[Any, Any]]:
     """Runs a body through layers in their order: the only loop over them.
 
-    It is a scan, so that compile time hardly grows with depth.
+    It scans the repeats of a pattern, so that compile time hardly grows with depth.
 
     Args:
       config: shape of the model.
       weights: of the whole model.
       body: what each layer does.
       carry: what goes from layer to layer.
-      xs: arrays whose leading axis counts the layers that are run; None for nothing.
+      xs: for a kind, arrays whose leading axis counts its layers; for others, None.
+      kinds: of each layer that is run, static; `ModelConfig.layer_kinds` by default.
       first: number of the first layer to run; may be traced.
-      count: how many to run; by default all that follow.
-      pattern: kinds of layers in turn; the config's by default.
       by_number: read each layer out of the stack, as decoding does; a part, and layers that are
         separate, are always read so.
       target: what is compiled for; None is the default backend, with no mesh. Where layers are read
         by number, products have what is best there for few rows.
 
     Returns:
-      The last carry, and what the layers gave, stacked.
-
-    Raises:
-      ValueError: a part of the layers, where their pattern has several kinds; or a pattern that
-        does not divide them.
+      The last carry, and for each kind what its layers gave, stacked.
     """
-    layers, total = weights["layers"], config.num_hidden_layers
-    graph, _ = _abstract(Block, config, weights["embedding"].dtype.name)
-    kinds = config.layer_pattern if pattern is None else pattern
-    several = len(kinds) > 1
-    count = total - first if count is None else count
-    if several and count < total:
-        raise ValueError(f"count is {count} of {total} layers; a pattern is scanned whole.")
-    if total % len(kinds):
-        raise ValueError(f"pattern {kinds} does not divide the {total} layers.")
-    decodes = by_number and not isinstance(layers, tuple)
-    in_place = _in_place(config, target) if decodes else None
+    parts = stages(config.layer_kinds if kinds is None else kinds)
+    separate = isinstance(weights["layers"], tuple)
     # A slice of the stack would be a copy of it, so a part of it is read by number.
-    by_number = by_number or isinstance(layers, tuple) or count < total
+    whole = len(parts) == 1 and parts[0].layers == config.num_hidden_layers
+    in_place = _in_place(config, target) if by_number and not separate else None
+    stack = None if by_number or separate or not whole else weights["layers"]
+    layer_of = partial(_layer_of, config, weights, target, in_place)
+    given: dict[Any, list[Any]] = {}
+    for stage in parts:
+        of_stage = {kind: _slice((xs or {}).get(kind), stage.part(kind)) for kind in stage.earlier}
+        carry, ys = _run_stage(stage, layer_of, body, carry, of_stage, stack, first + stage.first)
+        for kind, own in ys.items():
+            given.setdefault(kind, []).append(own)
+    return carry, {kind: _join(own) for kind, own in given.items()}
 
-    def fold(leaf: jax.Array) -> jax.Array:
-        return leaf.reshape(-1, len(kinds), *leaf.shape[1:]) if several else leaf
 
-    def repeat(counted: tuple[jax.Array, Any], scanned: Any) -> tuple[Any, Any]:
-        (number, carry), ys = counted, []
-        for place, kind in enumerate(kinds):
-            arrays, x = _slice(scanned, place) if several else scanned
-            if by_number:
-                arrays = _layer_by_number(layers, number)
-            if in_place:
-                arrays |= _matrices_in_place(layers, number, in_place)
-            own = None
-            if config.num_experts:
-                gate, up, down = (weights[name] for name in experts.NAMES)
-                own = Experts(gate, up, down, number, target)
-            carry, y = body(Layer(nnx.merge(graph, arrays), number, kind, own), carry, x)
-            number += 1
-            ys.append(y)
-        return (number, carry), _stack(ys) if several else ys[0]
+def _run_stage(
+    stage: Stage,
+    layer_of: Callable[..., Layer],
+    body: Body,
+    carry: Any,
+    xs: dict[Any, Any],
+    stack: Any,
+    first: Any,
+) -> tuple[Any, dict[Any, Any]]:
+    """The layers from number `first` on; of `xs`, and what they give, those of the stage."""
+    size, counts = len(stage.pattern), {kind: stage.pattern.count(kind) for kind in stage.earlier}
 
+    def fold(tree: Any, count: int) -> Any:
+        """`[repeats * count, ...]` → `[repeats, count, ...]`."""
+        if count == 1:
+            return tree
+        return jax.tree.map(lambda x: x.reshape(stage.repeats, count, *x.shape[1:]), tree)
+
+    def repeat(counted: tuple[jax.Array, Any], scanned: Any) -> tuple[Any, dict[Any, Any]]:
+        (turn, carry), (arrays, xs) = counted, scanned
+        ys: dict[Any, list[Any]] = {kind: [] for kind in counts}
+        for at, kind in enumerate(stage.pattern):
+            done = len(ys[kind])
+            number, place = (
+                turn * size + first + at,
+                turn * counts[kind] + stage.earlier[kind] + done,
+            )
+            layer = layer_of(number, kind, place, arrays if size == 1 else _slice(arrays, at))
+            x = xs[kind] if counts[kind] == 1 else _slice(xs[kind], done)
+            carry, y = body(layer, carry, x)
+            ys[kind].append(y)
+        return (turn + 1, carry), {k: _stack(y) if len(y) > 1 else y[0] for k, y in ys.items()}
+
+    folded = fold(stack, size), {kind: fold(xs[kind], count) for kind, count in counts.items()}
     # Counted, since what is scanned would be sliced out in every layer.
-    start = jnp.asarray(first, jnp.int32), carry
-    scanned = jax.tree.map(fold, (None if by_number else layers, xs))
-    (_, carry), ys = jax.lax.scan(repeat, start, scanned, length=count // len(kinds))
-    if several:
-        ys = jax.tree.map(lambda leaf: leaf.reshape(total, *leaf.shape[2:]), ys)
-    return carry, ys
+    start = jnp.int32(0), carry
+    (_, carry), ys = jax.lax.scan(repeat, start, folded, length=stage.repeats)
+
+    def flat(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    return carry, {k: jax.tree.map(flat, y) if counts[k] > 1 else y for k, y in ys.items()}
+
+
+def _join(parts: list[Any]) -> Any:
+    if len(parts) == 1:
+        return parts[0]
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+def _layer_of(
+    config: ModelConfig,
+    weights: Weights,
+    target: Target | None,
+    in_place: Target | None,
+    number: jax.Array,
+    kind: Any,
+    place: jax.Array,
+    arrays: Any,
+) -> Layer:
+    """A layer of these arrays, or of those that are found by its number."""
+    graph, _ = _abstract(Block, config, weights["embedding"].dtype.name)
+    layers = weights["layers"]
+    if arrays is None:
+        arrays = _layer_by_number(layers, number)
+    if in_place:
+        arrays |= _matrices_in_place(layers, number, in_place)
+    own = None
+    if config.num_experts:
+        gate, up, down = (weights[name] for name in experts.NAMES)
+        own = Experts(gate, up, down, number, target)
+    return Layer(nnx.merge(graph, arrays), number, kind, place, own)
 
 
 def _in_place(config: ModelConfig, target: Target | None) -> Target | None:
@@ -400,11 +503,11 @@ def _matrices_in_place(layers: Any, number: jax.Array, target: Target) -> dict[s
 def _layer_by_number(layers: Any, number: jax.Array) -> dict[str, Any]:
     """The weights of one layer, of a stack or of separate ones."""
     if not isinstance(layers, tuple):
-        at = functools.partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
+        at = partial(jax.lax.dynamic_index_in_dim, index=number, keepdims=False)
         arrays: dict[str, Any] = jax.tree.map(at, layers)
         return arrays
     small = [{name: leaf for name, leaf in own.items() if name not in MATRICES} for own in layers]
-    arrays = jax.lax.switch(number, [functools.partial(dict, own) for own in small])
+    arrays = jax.lax.switch(number, [partial(dict, own) for own in small])
     return arrays | {
         name: OfLayer(tuple(own[name] for own in layers), number)
         for name in MATRICES
@@ -431,11 +534,12 @@ def hidden_states(
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     seen = None if lengths is None else lengths[:, None]
-    rotation = rope_rotation(config.rope, config.head_dim, positions, seen=seen)
+    rotations = rotations_of(config, positions, seen=seen)
 
     def body(layer: Layer, x: jax.Array, _: None) -> tuple[jax.Array, None]:
-        q, k, v = layer.qkv(x, rotation)
-        return layer.finish(x, attend(q, k, v, segments=segments)), None
+        q, k, v = layer.qkv(x, rotations[layer.kind])
+        attended = attend(q, k, v, segments=segments, **layer.sight)
+        return layer.finish(x, attended), None
 
     x, _ = run_layers(config, weights, body, ends(config, weights).embed(tokens))
     hidden: jax.Array = x

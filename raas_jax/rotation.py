@@ -7,6 +7,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from raas_jax.config import ModelConfig
 from raas_jax.rope import Rope
 
 Rotation = tuple[jax.Array, jax.Array]
@@ -104,6 +105,22 @@ def rope_rotation(
         frequency = frequencies(rope, head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
     return rope.attention_factor * jnp.cos(angle), rope.attention_factor * jnp.sin(angle)
+
+
+def rotations_of(
+    config: ModelConfig,
+    positions: jax.Array,
+    *,
+    seen: jax.Array | None = None,
+    total: jax.Array | None = None,
+) -> dict[str, Rotation]:
+    """`rope_rotation` for each kind of the model's layers."""
+
+    def of(rope: Rope) -> Rotation:
+        return rope_rotation(rope, config.head_dim, positions, seen=seen, total=total)
+
+    full = of(config.rope)
+    return {"full": full, "window": of(config.window_rope) if config.window_rope else full}
 
 
 def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:

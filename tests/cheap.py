@@ -25,7 +25,7 @@ def start(params, plan, prompts, *, seed, setting=None):
     plain = plan
     if not plan.policy.evicts_prompt:
         policy = Dense(page_size=plan.page_size)
-        group = Group(0, params.config.num_hidden_layers, policy, 1)
+        group = Group(tuple(range(params.config.num_hidden_layers)), 0, policy, 1)
         plain = Plan(policy, plan.prompt_slots, (group,))
     state, first = Session(params, plain, rows).start(prompts, request)
     if plain is plan:

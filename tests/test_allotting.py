@@ -74,9 +74,10 @@ def gradients(params, tokens, drawn):
 
     def likelihood(change):
         model = ends(config, params.weights)
-        x, seen = run_layers(config, params.weights, body, model.embed(tokens)[None], change)
+        changes = {"full": change}
+        x, seen = run_layers(config, params.weights, body, model.embed(tokens)[None], changes)
         logs = jax.nn.log_softmax(model.logits(x[0]))
-        return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1)), seen
+        return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1)), seen["full"]
 
     none = jnp.zeros(
         (config.num_hidden_layers, T, config.num_attention_heads, config.head_dim), jnp.float32

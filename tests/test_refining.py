@@ -87,7 +87,9 @@ def divergence_of(params, ids, outputs, seen, blend):
         return layer.finish(x, out[None]), None
 
     model = ends(config, params.weights)
-    x, _ = run_layers(config, params.weights, body, model.embed(ids)[None], (*seen, blend))
+    x, _ = run_layers(
+        config, params.weights, body, model.embed(ids)[None], {"full": (*seen, blend)}
+    )
     wanted = jax.nn.log_softmax(model.logits(jnp.asarray(outputs)))
     logs = jax.nn.log_softmax(model.logits(x[0]))
     return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - logs), axis=-1)[PROMPT:])

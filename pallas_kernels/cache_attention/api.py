@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.cache_attention.reference import cache_attention_reference
-from pallas_kernels.cache_attention.segments import Attended, CacheAttention, Segment
+from pallas_kernels.cache_attention.segments import Attended, CacheAttention, Segment, join_sink
 from pallas_kernels.cache_attention.tuning import prefers_separate
 from pallas_kernels.checks import (
     check_axes,
@@ -116,10 +116,7 @@ def cache_attention(
 
 def finished(found: Attended, sink: jax.Array | None, dtype: Any = jnp.float32) -> CacheAttention:
     """Joins the sink, and forms the masses: XLA makes this a part of what asks for them."""
-    out, lse = found.out, found.lse
-    if sink is not None:
-        lse = jnp.logaddexp(lse, sink.astype(jnp.float32))
-        out = out * jnp.exp(found.lse - lse)[..., None]
+    out, lse = join_sink(found.out, found.lse, sink)
     return CacheAttention(
         out.astype(dtype),
         jnp.exp(found.kept_lse - lse[..., None]),

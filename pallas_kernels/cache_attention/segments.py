@@ -70,3 +70,16 @@ def by_row(x: jax.Array, heads: int, samples: int) -> jax.Array:
     prompts, N, *rest = x.shape
     split = x.reshape(prompts, heads, samples, N // samples // heads, *rest)
     return jnp.swapaxes(split, 1, 2).reshape(prompts * samples, N // samples, *rest)
+
+
+def join_sink(
+    out: jax.Array, lse: jax.Array, sink: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+    """Attended values `[B, N, H]` and their log-sum-exp `[B, N]` with logits `sink [N]` among them.
+
+    A sink has no value: it takes its share of the softmax, and gives nothing.
+    """
+    if sink is None:
+        return out, lse
+    joined = jnp.logaddexp(lse, sink.astype(jnp.float32))
+    return out * jnp.exp(lse - joined)[..., None], joined

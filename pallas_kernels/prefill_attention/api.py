@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 
 from pallas_kernels.checks import check_floats, check_integers, check_queries
@@ -13,7 +15,7 @@ _BACKENDS = {
     "tpu": load("pallas_kernels.prefill_attention.tpu", "prefill_attention_tpu"),
     "gpu": load("pallas_kernels.prefill_attention.gpu", "prefill_attention_gpu"),
 }
-_AXES = ("BTNH", "BTKH", "BTKH", "BT"), "BTNH"
+_AXES = ("BTNH", "BTKH", "BTKH", "BT", "N"), "BTNH"
 
 
 def prefill_attention(
@@ -22,6 +24,8 @@ def prefill_attention(
     v: jax.Array,
     segments: jax.Array | None = None,
     *,
+    window: int | None = None,
+    sink: jax.Array | None = None,
     scale: float | None = None,
     implementation: Implementation = None,
     target: Target | None = None,
@@ -32,6 +36,8 @@ def prefill_attention(
       q: `[B, T, N, H]`, N a multiple of K.
       k, v: `[B, T, K, H]`.
       segments: int32 `[B, T]`; a token attends only within its own segment. None: one segment.
+      window: static; a token sees itself and the `window - 1` tokens before it. None: all before.
+      sink: float `[N]`, a logit per query head that joins the softmax and has no value.
       scale: factor on the scores, `1 / sqrt(H)` by default.
       implementation: None picks by target and arguments; "xla", "tpu" or "gpu" forces one.
       target: what is compiled for; the default backend where not given.
@@ -52,12 +58,19 @@ def prefill_attention(
         check_integers("segments", segments, "the segment of each token")
     for name, array in (("q", q), ("k", k), ("v", v)):
         check_floats(name, array)
+    if window is not None and window < 1:
+        raise ValueError(f"window is {window}; a token sees itself, so it must be at least 1.")
+    if sink is not None:
+        check_floats("sink", sink)
+        if sink.shape != q.shape[2:3]:
+            raise ValueError(f"sink has shape {sink.shape}; it must be [{q.shape[2]}], one a head.")
+    seen = window if window is not None and window < T else None
     return dispatch(
         "prefill_attention",
-        _BACKENDS,
+        {name: partial(backend, window=seen) for name, backend in _BACKENDS.items()},
         implementation,
         target,
-        (q, k, v, segments),
+        (q, k, v, segments, sink),
         _AXES,
         scale=H**-0.5 if scale is None else scale,
     )

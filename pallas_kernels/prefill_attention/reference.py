@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -11,13 +14,23 @@ MOST_SCORES = 1 << 26
 
 
 def prefill_attention_reference(
-    q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None, *, scale: float
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+    sink: jax.Array | None = None,
+    *,
+    scale: float,
+    window: int | None = None,
 ) -> jax.Array:
     """See `api.prefill_attention`. Of many tokens, `MOST_SCORES` scores are in memory at once."""
     B, T, N, H = q.shape
+    attend = partial(_attend, scale=scale, window=window)
     if T <= 2 * QUERY_BLOCK:
-        return _attend(q, k, v, segments, segments, 0, scale)
+        return attend(_Part(q, 0, segments), _Part(k, 0, segments), v, sink)
     size = min(QUERY_BLOCK, max(LEAST_BLOCK, MOST_SCORES // (B * N * T)))
+    # A block of queries with a window sees no more than as many keys.
+    seen = T if window is None else min(T, size + window - 1)
     blocks = -(-T // size)
     padding = blocks * size - T
     padded = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
@@ -27,26 +40,60 @@ def prefill_attention_reference(
 
     def block(index: jax.Array) -> jax.Array:
         start = index * size
-        part = jax.lax.dynamic_slice_in_dim(padded, start, size, 1)
-        part_segments = jax.lax.dynamic_slice_in_dim(query_segments, start, size, 1)
-        return _attend(part, k, v, part_segments, segments, start, scale)
+        first = jnp.clip(start + size - seen, 0, T - seen)
+        queries, their_segments = (
+            jax.lax.dynamic_slice_in_dim(x, start, size, 1) for x in (padded, query_segments)
+        )
+        keys, values, own_segments = (
+            jax.lax.dynamic_slice_in_dim(x, first, seen, 1) for x in (k, v, segments)
+        )
+        own = _Part(keys, first, own_segments)
+        return attend(_Part(queries, start, their_segments), own, values, sink)
 
     out = jax.lax.map(block, jnp.arange(blocks))
     return jnp.moveaxis(out, 0, 1).reshape(B, blocks * size, N, H)[:, :T]
 
 
+class _Part(NamedTuple):
+    """Queries or keys `[B, t, heads, H]`, the number of the first, and their segments."""
+
+    x: jax.Array
+    first: jax.Array | int
+    segments: jax.Array | None
+
+    @property
+    def numbers(self) -> jax.Array:
+        return self.first + jnp.arange(self.x.shape[1])
+
+
 def _attend(
-    q: jax.Array,
-    k: jax.Array,
+    queries: _Part,
+    keys: _Part,
     v: jax.Array,
-    q_segments: jax.Array | None,
-    k_segments: jax.Array | None,
-    start: jax.Array | int,
+    sink: jax.Array | None,
+    *,
     scale: float,
+    window: int | None,
 ) -> jax.Array:
-    """Queries `start, start + 1, ...` over all keys; the mask also hides other segments."""
-    rows = start + jnp.arange(q.shape[1])
-    mask = (rows[:, None] >= jnp.arange(k.shape[1]))[None, None]
-    if q_segments is not None and k_segments is not None:
-        mask = mask & (q_segments[:, None, :, None] == k_segments[:, None, None, :])
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=scale)
+    now, then = queries.numbers[:, None], keys.numbers
+    seen = now >= then
+    if window is not None:
+        seen = seen & (then > now - window)
+    mask = seen[None, None]
+    if queries.segments is not None and keys.segments is not None:
+        mask = mask & (queries.segments[:, None, :, None] == keys.segments[:, None, None, :])
+    if sink is None:
+        return jax.nn.dot_product_attention(queries.x, keys.x, v, mask=mask, scale=scale)
+    q, k = queries.x, keys.x
+    B, t, N, H = q.shape
+    K = k.shape[2]
+    grouped = q.reshape(B, t, K, N // K, H)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, :, None], scores * scale, -jnp.inf)
+    logits = sink.astype(jnp.float32).reshape(K, N // K, 1, 1)
+    # The library's own log-sum-exp would come rounded to the keys' dtype.
+    peak = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), logits)
+    shares = jnp.exp(scores - peak)
+    shares = shares / (jnp.sum(shares, axis=-1, keepdims=True) + jnp.exp(logits - peak))
+    out = jnp.einsum("bkgts,bskh->btkgh", shares.astype(v.dtype), v)
+    return out.reshape(B, t, N, H).astype(q.dtype)

@@ -15,8 +15,10 @@ def prefill_attention_tpu(
     k: jax.Array,
     v: jax.Array,
     segments: jax.Array | None,
+    sink: jax.Array | None = None,
     *,
     scale: float,
+    window: int | None = None,
     device_kind: str = "",
 ) -> jax.Array:
     """See `api.prefill_attention`, which checks the arguments.
@@ -45,12 +47,17 @@ def prefill_attention_tpu(
         block_q_dq=block,
         block_kv_dq=block,
     )
-    mask = splash.MultiHeadMask([splash.CausalMask((T + padding, T + padding))] * N)
-    attend = splash.make_splash_mha_single_device(mask, block_sizes=sizes)
+    square = T + padding, T + padding
+    mask = splash.CausalMask(square)
+    if window is not None:
+        mask = splash.LocalMask(square, (window - 1, 0), 0)
+    heads = splash.MultiHeadMask([mask] * N)
+    attend = splash.make_splash_mha_single_device(heads, block_sizes=sizes)
+    own = {} if sink is None else {"sinks": sink.astype(jnp.float32)}
 
     def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
         ids = None if segments is None else splash.SegmentIds(segments, segments)
-        out: jax.Array = attend(q, k, v, ids)
+        out: jax.Array = attend(q, k, v, ids, **own)
         return out
 
     q, k, v = (jnp.swapaxes(x, 1, 2) for x in ((q * scale).astype(q.dtype), k, v))

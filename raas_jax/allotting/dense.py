@@ -189,8 +189,9 @@ def _float32(arrays: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
 
 
 def _one_layer(params: Params, body: Any, carry: Any, number: jax.Array) -> tuple[jax.Array, Any]:
-    carry, found = run_layers(params.config, params.weights, body, carry, first=number, count=1)
-    return carry, jax.tree.map(lambda each: each[0], found)
+    layers = partial(run_layers, kinds=("full",), first=number)
+    carry, found = layers(params.config, params.weights, body, carry)
+    return carry, jax.tree.map(lambda each: each[0], found["full"])
 
 
 def _blocks(

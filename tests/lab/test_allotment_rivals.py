@@ -47,7 +47,7 @@ def shares_of(params, ids):
         return layer.finish(x, out[None]), shares.reshape(-1, group, T, T)
 
     x = dense.embed(params, jnp.asarray(ids))
-    return np.asarray(run_layers(config, params.weights, body, x)[1], np.float64)
+    return np.asarray(run_layers(config, params.weights, body, x)[1]["full"], np.float64)
 
 
 @pytest.mark.parametrize("queries", [8, 512])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from functools import partial
 
 import jax
@@ -170,18 +171,24 @@ def test_page_bound_is_quests_and_no_score_exceeds_it():
 # prefill_attention
 
 
-def naive_prefill(q, k, v, segments=None):
+def naive_prefill(q, k, v, segments=None, window=None, sink=None):
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, H = q.shape
     out = np.zeros_like(q)
     mask = np.tril(np.ones((T, T), bool))[None]
+    if window is not None:
+        mask = mask & ~np.tril(np.ones((T, T), bool), -window)
     if segments is not None:
         mask = mask & (segments[:, :, None] == segments[:, None, :])
     for b, n in np.ndindex(B, N):
         head = n // (N // k.shape[2])
         scores = np.where(mask[b % len(mask)], q[b, :, n] @ k[b, :, head].T / np.sqrt(H), -np.inf)
-        weights = np.exp(scores - scores.max(-1, keepdims=True))
-        out[b, :, n] = weights @ v[b, :, head] / weights.sum(-1, keepdims=True)
+        peak = scores.max(-1, keepdims=True)
+        weights = np.exp(scores - peak)
+        total = weights.sum(-1, keepdims=True)
+        if sink is not None:
+            total = total + np.exp(float(sink[n]) - peak)
+        out[b, :, n] = weights @ v[b, :, head] / total
     return out
 
 
@@ -195,6 +202,36 @@ def test_prefill_attention_is_naive_attention(T, segmented):
     out = jax.jit(prefill_attention)(q, k, v, given)
     wanted = naive_prefill(q, k, v, segments if segmented else None)
     np.testing.assert_allclose(out, wanted, atol=3e-6)
+
+
+@pytest.mark.parametrize(
+    ("T", "window"),
+    [(7, 1), (7, 3), (7, 7), (7, 100), (1100, 1), (1100, 300), (1500, 513), (1500, 1499)],
+)
+@pytest.mark.parametrize("more", ["window", "sink", "sink and segments"])
+def test_prefill_attention_sees_a_window_and_a_sink(T, window, more):
+    """Windows of one token, of less and more than a block, and of everything."""
+    q, k, v = normal(0, 2, T, 4, 4), normal(1, 2, T, 2, 4), normal(2, 2, T, 2, 4)
+    sink = jnp.asarray([-60.0, 0.3, 2.0, 60.0]) if "sink" in more else None
+    segments = np.sort(np.random.default_rng(0).integers(0, 3, (2, T)))
+    given = jnp.asarray(segments, jnp.int32) if "segments" in more else None
+    out = jax.jit(prefill_attention, static_argnames="window")(
+        q, k, v, given, window=window, sink=sink
+    )
+    wanted = naive_prefill(q, k, v, None if given is None else segments, window, sink)
+    np.testing.assert_allclose(out, wanted, atol=5e-6)
+
+
+def test_prefill_attention_of_a_window_reads_what_it_sees():
+    """Twice the tokens are twice the work, not four times."""
+
+    def most_keys(T):
+        q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, T, 1, 8))
+        seen = jax.jit(lambda q, k: prefill_attention(q, k, k, window=64))
+        text = seen.lower(q, k).compile().as_text()
+        return max(int(n) for n in re.findall(r"f32\[1,2,512,(\d+)\]", text))
+
+    assert 0 < most_keys(4096) == most_keys(2048) < 1024
 
 
 def test_prefill_attention_allocates_no_square():
@@ -248,6 +285,8 @@ def array(*shape, dtype=jnp.float32):
         (prefill_attention, (array(1, 7, 2, 4), array(1, 7, 4), array(1, 7, 4)), "k has shape"),
         (prefill_attention, (array(1, 7, 2, 4), array(1, 7, 2, 4), array(1, 6, 2, 4)), "v "),
         (prefill_attention, (array(1, 7, 3, 4), *(array(1, 7, 2, 4),) * 2), "q has shape"),
+        (partial(prefill_attention, window=0), (array(1, 7, 2, 4),) * 3, "window is 0"),
+        (partial(prefill_attention, sink=array(3)), (array(1, 7, 2, 4),) * 3, "sink has shape"),
         (
             prefill_attention,
             (*(array(1, 7, 2, 4),) * 3, array(1, 6, dtype=jnp.int32)),

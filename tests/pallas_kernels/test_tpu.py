@@ -183,16 +183,20 @@ def test_half_a_word_is_declined():
 # Prefill
 
 
-@pytest.mark.parametrize("segmented", [False, True])
-def test_prefill(checked, segmented):
+@pytest.mark.parametrize(
+    ("segmented", "window", "sink"),
+    [(False, None, None), (True, None, None), (False, 70, (1.0, -2.0)), (True, 5, (0.5, 9.0))],
+)
+def test_prefill(checked, segmented, window, sink):
     """Not a multiple of a block, so that the library's kernel sees padding."""
     rng = np.random.default_rng(0)
     segments = jnp.asarray(np.sort(rng.integers(0, 3, (1, 200))), jnp.int32) if segmented else None
     q, k, v = (normal(rng, f32, 1, 200, heads, 64) for heads in (2, 1, 1))
-    operands = q, k, v, segments
+    operands = q, k, v, segments, None if sink is None else jnp.asarray(sink)
     with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-        got = prefill_attention_tpu(*operands, scale=0.1)
-    assert_close(got, prefill_attention_reference(*operands, scale=0.1), f32)
+        got = prefill_attention_tpu(*operands, scale=0.1, window=window)
+    wanted = prefill_attention_reference(*operands, scale=0.1, window=window)
+    assert_close(got, wanted, f32)
 
 
 @pytest.mark.parametrize(("T", "H", "reason"), [(100, 64, "100 tokens"), (128, 96, "head dim 96")])

@@ -96,5 +96,5 @@ def _layer(
         out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32))
         return layer.finish(x, out.reshape(1, T, N, H).astype(x.dtype)), weights.max(1)
 
-    x, weights = run_layers(config, params.weights, body, x, first=number, count=1)
-    return x, weights[0]
+    x, found = run_layers(config, params.weights, body, x, kinds=("full",), first=number)
+    return x, found["full"][0]

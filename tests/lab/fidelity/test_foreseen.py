@@ -53,7 +53,8 @@ def attention(params, ids):
         return layer.finish(x, jnp.einsum("bnts,bsnh->btnh", shares, v)), shares[0]
 
     x = ends(QWEN3, params.weights).embed(jnp.asarray([ids]))
-    return np.float64(run_layers(QWEN3, params.weights, body, x)[1]).reshape(L, K, G, T, T)
+    found = run_layers(QWEN3, params.weights, body, x)[1]["full"]
+    return np.float64(found).reshape(L, K, G, T, T)
 
 
 def by_hand(shares, slots):
