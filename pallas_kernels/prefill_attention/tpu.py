@@ -48,11 +48,11 @@ def prefill_attention_tpu(
         block_kv_dq=block,
     )
     square = T + padding, T + padding
-    mask = splash.CausalMask(square)
-    if window is not None:
-        mask = splash.LocalMask(square, (window - 1, 0), 0)
-    heads = splash.MultiHeadMask([mask] * N)
-    attend = splash.make_splash_mha_single_device(heads, block_sizes=sizes)
+    if window is None:
+        masks = [splash.CausalMask(square)] * N
+    else:
+        masks = [splash.LocalMask(square, (window - 1, 0), 0)] * N
+    attend = splash.make_splash_mha_single_device(splash.MultiHeadMask(masks), block_sizes=sizes)
     own = {} if sink is None else {"sinks": sink.astype(jnp.float32)}
 
     def of_row(q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:

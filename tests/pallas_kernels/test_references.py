@@ -229,7 +229,7 @@ def test_prefill_attention_of_a_window_reads_what_it_sees():
         q, k = jnp.zeros((1, T, 2, 8)), jnp.zeros((1, T, 1, 8))
         seen = jax.jit(lambda q, k: prefill_attention(q, k, k, window=64))
         text = seen.lower(q, k).compile().as_text()
-        return max(int(n) for n in re.findall(r"f32\[1,2,512,(\d+)\]", text))
+        return max(int(n) for n in re.findall(r"f32\[[\d,]*512,(\d+)\]", text))
 
     assert 0 < most_keys(4096) == most_keys(2048) < 1024
 
