@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -48,9 +50,8 @@ def prefill_attention_tpu(
         block_kv_dq=block,
     )
     square = T + padding, T + padding
-    if window is None:
-        masks = [splash.CausalMask(square)] * N
-    else:
+    masks: list[Any] = [splash.CausalMask(square)] * N
+    if window is not None:
         masks = [splash.LocalMask(square, (window - 1, 0), 0)] * N
     attend = splash.make_splash_mha_single_device(splash.MultiHeadMask(masks), block_sizes=sizes)
     own = {} if sink is None else {"sinks": sink.astype(jnp.float32)}

@@ -143,7 +143,7 @@ class Budgeted(Policy):
             )
         if self.allotment is not None:
             found = self.allotment.layers, self.allotment.heads
-            here = config.num_hidden_layers, config.num_key_value_heads
+            here = config.full_layers, config.num_key_value_heads
             if found != here:
                 raise ValueError(
                     f"allotment is of a model with {_sizes(*found)}; this one has {_sizes(*here)}. "

@@ -125,7 +125,7 @@ class TriAttention(Batched):
     def check_model(self, config: Any) -> None:
         super().check_model(config)
         found = (*_cached_centres(self.calibration, self.digest).centre.shape,)
-        here = config.num_hidden_layers, config.num_attention_heads, config.head_dim
+        here = config.full_layers, config.num_attention_heads, config.head_dim
         if found != here:
             raise ValueError(
                 f"calibration is {self.calibration!r}, of a model with {_sizes(*found)}; this one "
