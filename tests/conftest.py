@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import jax
 import pytest
 from hypothesis import HealthCheck, settings
+from quick import quickly
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
@@ -53,10 +54,10 @@ FAST = {
 
 # Files whose tests look at compiled programs, or at their memory or time.
 OPTIMISED = {
-    *("cli/test_main", "engine/test_engine", "lab/test_limits", "policies/test_compiled"),
+    *("cli/test_main", "engine/test_copies", "lab/test_limits", "policies/test_compiled"),
     "lab/bench/test_bandwidth",
-    *("policies/test_every_policy", "test_constant_memory", "test_model", "test_products"),
-    *("test_real_models", "test_recompilation", "test_session"),
+    *("test_constant_memory", "test_model", "test_products"),
+    "test_real_models",
 }
 
 
@@ -91,7 +92,7 @@ def few_programs(request):
     """Compiled programs take memory mappings, of which a process has only so many."""
     name = name_of(request.path)
     optimised = name in OPTIMISED or name.startswith("aot/")
-    jax.config.update("jax_disable_most_optimizations", not optimised)
+    quickly(not optimised)
     yield
     jax.clear_caches()
 

@@ -2,13 +2,13 @@
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import jax
+from quick import environment
 
 import raas_jax
 from raas_jax.cli.main import main
@@ -99,12 +99,11 @@ sys.exit(main())
 
 def start(args: list[str]) -> subprocess.Popen:
     """The command line in a process of its own."""
-    environment = os.environ | {"PYTHONUNBUFFERED": "1", "JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, *args],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment,
+        env=environment(PYTHONUNBUFFERED="1", JAX_PLATFORMS="cpu"),
         cwd=Path(__file__).resolve().parents[2],
     )
 

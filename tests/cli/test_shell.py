@@ -7,6 +7,7 @@ import sys
 import time
 
 import pytest
+from quick import environment
 
 pytestmark = pytest.mark.once
 
@@ -14,11 +15,10 @@ COMMAND = f"{sys.executable} -m raas_jax.cli"
 PROBLEM = "'a=4; b=9; c=a+b; ? c'"
 
 
-def shell(line, **environment):
+def shell(line, **changed):
     """Exit code, output and errors of a line of a shell, in which `raas-jax` is the command."""
     line = "set -o pipefail\n" + line.replace("raas-jax", COMMAND)
-    before = {k: v for k, v in os.environ.items() if environment.get(k, "") is not None}
-    given = before | {k: v for k, v in environment.items() if v is not None}
+    given = {k: v for k, v in (environment() | changed).items() if v is not None}
     ran = subprocess.run(["bash", "-c", line], capture_output=True, text=True, env=given)
     assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr, ran.stderr
     return ran.returncode, ran.stdout, ran.stderr

@@ -138,5 +138,4 @@ def process(port, number):
 
 
 if __name__ == "__main__":
-    jax.config.update("jax_disable_most_optimizations", True)
     {"virtual": virtual, "process": process}[sys.argv[1]](*sys.argv[2:])

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import on_mesh
+from quick import environment
 from tiny import random_params
 
 from raas_jax import Engine
@@ -24,7 +25,7 @@ def start(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(PYTHONPATH=path),
     )
 
 

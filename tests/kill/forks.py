@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from quick import environment
 
 HERE = Path(__file__).parent
 KILLS = int(os.environ.get("KILLS", "5"))
@@ -26,7 +27,6 @@ def serve(live: Callable[[str], None], cache: Path) -> None:
             os.waitpid(child, 0)
             print("gone", flush=True)
             continue
-        jax.config.update("jax_disable_most_optimizations", True)
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -50,7 +50,7 @@ class Lives:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": path},
+            env=environment(PYTHONPATH=path),
         )
 
     def hear(self) -> str:

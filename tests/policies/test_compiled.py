@@ -40,13 +40,6 @@ CASES = [
 ALLOTTED = ["triattention:every=64:across_layers=false", "h2o:prompt=evict"]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def thorough_compilation():
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", True)
-
-
 @functools.cache
 def params():
     return random_params(CONFIG, 0, 3.0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -43,15 +42,8 @@ def test_all_is_every_policy_once():
         assert [line.partition(" ")[0] for line in left_out] == ["lazy_eviction", "random", "vase"]
 
 
-@pytest.fixture
-def quick_compilation():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.mark.once
-def test_the_command(tmp_path, capsys, monkeypatch, quick_compilation):
+def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(bench_policies, "ROUND", 32)
     model = save_tiny(tmp_path / "model")
     args = ["bench", "--config", f"{model}/config.json", "--budget", "32", "--page-size", "8"]
