@@ -182,6 +182,16 @@ class ModelConfig:
         seen = frozenset(self.window_layers)
         return tuple("window" if n in seen else "full" for n in range(self.num_hidden_layers))
 
+    def with_layers(self, count: int) -> ModelConfig:
+        """The same with its first layers alone, or with more of the plain kind."""
+        kept = {
+            name: tuple(layer for layer in getattr(self, name) if layer < count)
+            for name in ("unrotated_layers", "window_layers")
+        }
+        if not kept["window_layers"]:
+            kept |= {"window": 0, "window_rope": None}
+        return dataclasses.replace(self, num_hidden_layers=count, **kept)
+
     @property
     def full_layers(self) -> int:
         """How many layers see everything; their pages are what policies are about."""

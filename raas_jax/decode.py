@@ -772,5 +772,9 @@ def cache_bytes(state: DecodeState) -> int:
 def dense_bytes(config: ModelConfig, tokens: int, dtype: Any) -> int:
     """Bytes of the keys and values of one sequence, nothing that can be seen dropped, or padded."""
     in_windows = len(config.window_layers) * min(tokens, config.window)
-    per_token = 2 * config.num_key_value_heads * config.head_dim * int(jnp.dtype(dtype).itemsize)
-    return (tokens * config.full_layers + in_windows) * per_token
+    return (tokens * config.full_layers + in_windows) * token_bytes(config, dtype)
+
+
+def token_bytes(config: ModelConfig, dtype: Any) -> int:
+    """Bytes of the key and value of one token in one layer."""
+    return 2 * config.num_key_value_heads * config.head_dim * int(jnp.dtype(dtype).itemsize)

@@ -29,6 +29,14 @@ MOE = dataclasses.replace(
     moe_intermediate_size=4,
     norm_topk_prob=True,
 )
+WINDOWS = dataclasses.replace(
+    QWEN3,
+    num_hidden_layers=4,
+    window=10,
+    window_layers=(0, 2),
+    window_rope=dataclasses.replace(QWEN3.rope, theta=100.0),
+    sinks=True,
+)
 
 
 def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):
@@ -42,6 +50,8 @@ def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):
             value = rng.uniform(0.7, 1.3, leaf.shape)
         elif name.endswith("bias"):
             value = rng.normal(0, 0.3, leaf.shape)
+        elif name == "sink":
+            value = rng.normal(0, 1.0, leaf.shape)
         else:
             value = rng.normal(0, leaf.shape[-1] ** -0.5, leaf.shape)
         if name == ("q_norm" if config.qk_norm else "q"):

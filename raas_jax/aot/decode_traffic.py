@@ -12,6 +12,7 @@ import jax
 from raas_jax import experts
 from raas_jax.aot.traffic import ON_GPU, ON_TPU, Moved, account, total
 from raas_jax.generation import TOKENS_PER_SYNC
+from raas_jax.model import stages
 from raas_jax.session import Session
 
 # Beginnings of the names of arguments, see `Moved.sources`.
@@ -125,7 +126,7 @@ def decode_traffic(session: Session, text: str | None = None, largest: int = 12)
     on_tpu = device.platform == "tpu"
     found = account(text, ON_TPU if on_tpu else ON_GPU)
     steps, layers = pages * plan.page_size, session.params.config.num_hidden_layers
-    of_layers = _layer_loops(found.moved, steps, [group.layers for group in plan.groups])
+    of_layers = _layer_loops(found.moved, steps, [each.repeats for each in stages(plan.kinds)])
 
     def is_in_layers(each: Moved) -> bool:
         return any(each.loops[: len(loops)] == loops for loops in of_layers)

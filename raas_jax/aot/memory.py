@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from jax.sharding import Mesh
 
 from raas_jax.aot.targets import DEVICE_MEMORY, target_devices
 from raas_jax.config import ModelConfig
-from raas_jax.decode import dense_bytes
+from raas_jax.decode import dense_bytes, token_bytes
 from raas_jax.generation import TOKENS_PER_SYNC
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
@@ -57,10 +56,11 @@ class Memory:
     Attributes:
       weights: the parameters.
       prompt, kept, current: keys and values of the three segments, padding included.
+      windows: those of layers that see a window, whose prompt is among them.
       metadata: page fills, representative keys and the policy's meta.
-      padding: of `prompt` and `kept`, what no token of this run can fill.
-      kv: prompt + kept + current + metadata.
-      dense: keys and values of all tokens, nothing dropped or padded.
+      padding: of `prompt`, `kept` and `windows`, what no token of this run can fill.
+      kv: prompt + kept + windows + current + metadata.
+      dense: keys and values of all tokens that can be seen, nothing dropped or padded.
       decode, prefill: the compiler's account; None where it gives none, or refuses.
       platform: what was compiled for.
       devices: how many of them share the run.
@@ -73,6 +73,7 @@ class Memory:
     weights: int
     prompt: int
     kept: int
+    windows: int
     current: int
     metadata: int
     padding: int
@@ -131,18 +132,24 @@ def memory(
     plan, cache = session.plan, session.shape.cache
     prompt = _bytes(cache.prompt.k, cache.prompt.v)
     current = _bytes(cache.current.k, cache.current.v)
-    groups = [_bytes(group.k, group.v) for group in cache.kept]
-    # What lies in the slots when the run ends, or when they are all taken.
-    among_kept = prompt_tokens if policy.evicts_prompt else 0
-    spare = 0
-    for size, group in zip(groups, plan.groups, strict=True):
+    kept = windows = spare = 0
+    for of_group, group in zip(cache.kept, plan.groups, strict=True):
+        size = _bytes(of_group.k, of_group.v)
         rooms = group.counts(config.num_key_value_heads) * plan.page_size
-        empty = np.maximum(rooms - among_kept - max_new_tokens, 0)
+        # What lies in the slots when the run ends, or when they are all taken.
+        among_them = prompt_tokens if group.ring or policy.evicts_prompt else 0
+        empty = np.maximum(rooms - among_them - max_new_tokens, 0)
         spare += size // int(rooms.sum()) * int(empty.sum())
+        if group.ring:
+            windows += size
+        else:
+            kept += size
     kv = _bytes(cache, session.shape.meta)
     # How much of the whole cache a device holds, the same share of its every token.
     share = _bytes(cache.current.k) / (cache.current.k.size * dtype.itemsize)
-    dense = partial(dense_bytes, config, dtype=dtype)
+    of_token = token_bytes(config, dtype) * config.full_layers
+    filled = 0 if policy.evicts_prompt else prompt_tokens * of_token
+    dense = dense_bytes(config, prompt_tokens + max_new_tokens, dtype)
     decode = first = refused = refused_first = None
     on_cpu = mesh is None and jax.default_backend() == "cpu"
     if on_cpu and max(leaf.size for leaf in jax.tree.leaves(cache)) > CPU_NUMBERS:
@@ -155,12 +162,13 @@ def memory(
     return Memory(
         weights=_bytes(session.params.weights),
         prompt=prompt,
-        kept=sum(groups),
+        kept=kept,
+        windows=windows,
         current=current,
-        metadata=kv - prompt - sum(groups) - current,
-        padding=prompt - round(share * batch * dense(prompt_tokens - among_kept)) + spare,
+        metadata=kv - prompt - kept - windows - current,
+        padding=prompt - round(share * batch * filled) + spare,
         kv=kv,
-        dense=round(share * batch * dense(prompt_tokens + max_new_tokens)),
+        dense=round(share * batch * dense),
         decode=decode,
         prefill=first,
         platform=kind or jax.default_backend(),

@@ -171,6 +171,7 @@ def table(account: Account) -> str:
         ("keys and values", account.kv, ""),
         ("  prompt", account.prompt, ""),
         ("  kept", account.kept, ""),
+        *([("  windows", account.windows, "")] if account.windows else []),
         ("  current", account.current, ""),
         ("  metadata", account.metadata, ""),
         ("  of it padding", account.padding, "no token of this run can fill it"),

@@ -260,7 +260,7 @@ def read_config(file: str, layers: int | None = None) -> ModelConfig:
     else:
         fields = files.read_yaml(path)
         config = ModelConfig.from_hf(fields.get("model", fields), path)
-    return config if layers is None else dataclasses.replace(config, num_hidden_layers=layers)
+    return config if layers is None else config.with_layers(layers)
 
 
 def readable_bytes(count: float) -> str:

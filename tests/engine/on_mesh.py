@@ -14,7 +14,7 @@ import warnings
 
 import jax
 import numpy as np
-from tiny import MOE, allotment_of, prompts_of, random_params
+from tiny import MOE, WINDOWS, allotment_of, prompts_of, random_params
 
 import raas_jax
 from raas_jax import Engine, RaaS, Request, Sampling, make_mesh, policies
@@ -43,6 +43,7 @@ def virtual(folder):
     check_scores(params)
     check_allotted(params, f"{folder}-allotted")
     check_experts()
+    check_windows()
     expected = {}
     for name, policy in POLICIES.items():
         expected[name] = answers(Engine(params, policy=policy, **OPTIONS))
@@ -92,6 +93,16 @@ def check_experts():
     assert answers(split) == answers(alone)
     stack = split.session.params.weights["expert_down"]
     assert stack.sharding.shard_shape(stack.shape) == (*stack.shape[:-1], stack.shape[-1] // 2)
+
+
+def check_windows():
+    """Rings are split as all pages are, and sinks with their heads."""
+    params, policy = random_params(WINDOWS, sharpness=3.0), POLICIES["raas"]
+    mesh = make_mesh(data=4, model=2)
+    alone, split = (Engine(params, policy=policy, **OPTIONS, mesh=each) for each in (None, mesh))
+    assert answers(split) == answers(alone)
+    ring = split._state.cache.kept[-1].k
+    assert ring.sharding.shard_shape(ring.shape) == (2, 2, 1, *ring.shape[3:])
 
 
 def check_allotted(params, folder):
