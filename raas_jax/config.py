@@ -184,7 +184,7 @@ class ModelConfig:
 
     def with_layers(self, count: int) -> ModelConfig:
         """The same with its first layers alone, or with more of the plain kind."""
-        kept = {
+        kept: dict[str, Any] = {
             name: tuple(layer for layer in getattr(self, name) if layer < count)
             for name in ("unrotated_layers", "window_layers")
         }

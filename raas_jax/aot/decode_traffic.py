@@ -124,7 +124,8 @@ def decode_traffic(session: Session, text: str | None = None, largest: int = 12)
     mesh, plan = session.mesh, session.plan
     device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
     on_tpu = device.platform == "tpu"
-    found = account(text, ON_TPU if on_tpu else ON_GPU)
+    counts = {session.params.config.num_hidden_layers, *(group.layers for group in plan.groups)}
+    found = account(text, ON_TPU if on_tpu else ON_GPU, counts)
     steps, layers = pages * plan.page_size, session.params.config.num_hidden_layers
     of_layers = _layer_loops(found.moved, steps, [each.repeats for each in stages(plan.kinds)])
 

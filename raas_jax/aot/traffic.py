@@ -12,7 +12,9 @@ reading of the program. What it takes for granted:
   read. Padding of layouts in tiles is not counted.
 - A kernel that declares nothing reads its operands once; of one that a loop of L passes brings in
   from outside with L in front, one L-th in each pass, for such a stack is read by the layer's
-  number. What it writes into the memory of an operand counts only where it is declared.
+  number; so it is with one that has another number of layers in front, where these are given, in
+  the loop over tokens or within it. What it writes into the memory of an operand counts only where
+  it is declared.
 - Of the branches of a condition the one that moves most is taken, or the one that moves least
   (`Traffic.least`); of a loop whose passes are not known, one pass.
 """
@@ -131,12 +133,13 @@ class Account:
     conditions: tuple[tuple[tuple[str, int], ...], ...]
 
 
-def account(text: str, memory: Collection[int] = ON_TPU) -> Account:
+def account(text: str, memory: Collection[int] = ON_TPU, layers: Collection[int] = ()) -> Account:
     """Accounts for a program.
 
     Args:
       text: optimised HLO, scheduled, as `compiled.as_text()` gives it.
       memory: memory spaces that count; `ON_TPU` or `ON_GPU`.
+      layers: how many there are of each kind, and of all, where a loop's passes are others.
 
     Raises:
       ValueError: the text has no entry computation.
@@ -144,7 +147,7 @@ def account(text: str, memory: Collection[int] = ON_TPU) -> Account:
     module = parse(text)
     if module.entry is None:
         raise ValueError("text has no ENTRY computation; give the text of an optimised program.")
-    walk = _Walk(module, frozenset(memory))
+    walk = _Walk(module, frozenset(memory), frozenset(layers))
     top = _Frame(module, module.entry)
     least = walk.run(top, (), min)
     walk.conditions.clear()
@@ -199,8 +202,8 @@ def _index(each: Instruction) -> int:
 
 
 class _Walk:
-    def __init__(self, module: Module, memory: frozenset[int]):
-        self.module, self.memory = module, memory
+    def __init__(self, module: Module, memory: frozenset[int], layers: frozenset[int]):
+        self.module, self.memory, self.layers = module, memory, layers
         self.unknown: set[str] = set()
         self.conditions: list[tuple[tuple[str, int], ...]] = []
 
@@ -337,21 +340,25 @@ class _Walk:
         return reads, float(writes)
 
     def _passes(self, frame: _Frame, name: str) -> int:
-        """Passes of the loop, where it brings an operand in from outside as a stack of so many."""
+        """How many lie in a stack that a loop brings in from outside, one for each layer."""
         around: _Frame | None = frame
-        while around is not None and around.trips is None:
+        loops: list[int] = []
+        while around is not None:
+            if around.trips is not None:
+                loops.append(around.trips)
             around = around.caller
-        trips = 1 if around is None or around.trips is None else around.trips
-        each, stacked = frame.made(name), False
+        counts = {*loops[:1], *(self.layers if len(loops) > 1 else ())}
+        each, stacked = frame.made(name), 1
         while each is not None:
-            stacked |= any(array.dims[:1] == (trips,) for array in each.arrays[:1])
+            found = [array.dims[0] for array in each.arrays[:1] if array.dims]
+            stacked = found[0] if found and found[0] in counts else stacked
             if each.op not in ("bitcast", "dynamic-update-slice", "get-tuple-element", "fusion"):
                 break
-            if each.op == "fusion" and not stacked:
+            if each.op == "fusion" and stacked == 1:
                 break
             each = frame.made(each.operands[0])
         outside = each is not None and each.op == "parameter"
-        return trips if stacked and outside else 1
+        return stacked if outside else 1
 
     def _of_start(
         self, each: Instruction, operands: list[Instruction | None]
