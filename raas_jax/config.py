@@ -92,6 +92,10 @@ class ModelConfig:
       num_experts: perceptrons of each layer, of `moe_intermediate_size`, of which a token goes
         through `num_experts_per_tok`; 0 is one, of `intermediate_size`.
       norm_topk_prob: the shares of a token's experts are made to add up to one.
+      expert_bias: the router and every product of an expert have a bias.
+      swiglu_limit: of numbers within an expert, whose gate is then another (see
+        `raas_jax.experts.Limits`); None is none.
+      swiglu_alpha: of that gate.
       embedding_multiplier: of embeddings.
       attention_multiplier: of products of queries with keys; None is `H ** -0.5`.
       residual_multiplier: of what attention and perceptrons add.
@@ -122,6 +126,9 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    expert_bias: bool = False
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.702
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
@@ -174,7 +181,12 @@ class ModelConfig:
                 f"num_experts, {self.num_experts}."
             )
         if self.num_experts and self.mlp_bias:
-            raise ValueError("mlp_bias is True, which experts do not have; it must be False.")
+            raise ValueError("mlp_bias is True; of experts it is expert_bias that says so.")
+        if self.expert_bias and not self.num_experts:
+            raise ValueError("expert_bias is True, but num_experts is 0; it must be False.")
+        for name in ("swiglu_limit", "swiglu_alpha"):
+            if name != "swiglu_limit" or self.swiglu_limit is not None:
+                checks.field(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -228,8 +240,11 @@ class ModelConfig:
             )
         kind = given.choice("model_type", FAMILIES)
         family = FAMILIES[kind]
-        fields = Fields({**FOR_ALL, **family.left_out, **config}, path)
-        _refuse_changes(fields)
+        meant = {**FOR_ALL, **family.left_out, **config}
+        if meant.get("rope_parameters") is None:
+            meant["rope_parameters"] = family.rope
+        fields = Fields(meant, path)
+        _refuse_changes(fields, family)
         fields.choice("hidden_act", ("silu", "swish"))
         heads, hidden = (
             fields.integer(name, 1, LARGEST[name])
@@ -331,6 +346,11 @@ class ModelConfig:
             fields["num_experts_per_tok"] = self.num_experts_per_tok
             if not family.experts.normalised:
                 fields["norm_topk_prob"] = self.norm_topk_prob
+            if family.experts.limited:
+                fields["swiglu_limit"] = self.swiglu_limit
+                fields["swiglu_alpha"] = self.swiglu_alpha
+        if family.rope and self.rope.kind == "default":
+            fields["rope_parameters"] = {"rope_type": "default"}  # Else it would be the family's.
         if family.multipliers:
             fields |= {name: getattr(self, name) for name in MULTIPLIERS}
         if family.partial_rotary:
@@ -353,10 +373,11 @@ def eos_token_ids(fields: Fields) -> tuple[int, ...]:
         raise fields.error(str(error)) from None
 
 
-def _refuse_changes(fields: Fields) -> None:
+def _refuse_changes(fields: Fields, family: Family) -> None:
     if method := fields.values.get("quantization_config"):
         named = method.get("quant_method") if isinstance(method, Mapping) else None
-        raise fields.error(quantised(checks.short(named or method)))
+        if family.packed is None or named != family.packed:
+            raise fields.error(quantised(checks.short(named or method)))
     for name, only in _ONLY.items():
         value = fields.values.get(name, only)
         if value is not only:
@@ -367,8 +388,8 @@ def quantised(how: str) -> str:
     """What is said of a quantised model, and what to do."""
     return (
         f"the model is quantised ({how}), and only float32, float16 and bfloat16 weights are "
-        "taken; load the model it was made from, or save it again after `dequantize()` of "
-        "transformers"
+        "taken, and the mxfp4 of gpt_oss; load the model it was made from, or save it again after "
+        "`dequantize()` of transformers"
     )
 
 
@@ -395,11 +416,17 @@ def _experts(fields: Fields, family: Family) -> dict[str, Any]:
     # Transformers reads, and writes, either name.
     spellings = {"num_experts", "num_local_experts"} - {own.number}
     number = next((name for name in spellings if name in fields.values), own.number)
+    limits = {}
+    if own.limited:
+        wanted = "a number from 1e-6 to 1e6", 1e-6, 1e6
+        limits = {name: fields.real(name, *wanted) for name in ("swiglu_limit", "swiglu_alpha")}
     return {
         "num_experts": fields.integer(number, 1, LARGEST_OF_EXPERTS["num_experts"]),
         "num_experts_per_tok": fields.integer("num_experts_per_tok", 1),
         "moe_intermediate_size": fields.integer(own.size, 1),
         "norm_topk_prob": own.normalised or fields.flag("norm_topk_prob", False),
+        "expert_bias": own.biases,
+        **limits,
     }
 
 

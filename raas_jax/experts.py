@@ -1,13 +1,14 @@
 """Mixtures of experts: of many multilayer perceptrons each token goes through a few.
 
 The weights of all layers' experts lie in stacks, and only those that are chosen are read, where
-they lie. A router's shares are those of Mixtral (arXiv 2401.04088) and Qwen3-MoE.
+they lie. A router's shares are those of Mixtral (arXiv 2401.04088) and Qwen3-MoE; biases and limits
+are those of gpt-oss (arXiv 2508.10925).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,13 +17,28 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from pallas_kernels import Target
+from raas_jax.config import ModelConfig
 
 NAMES = ("expert_gate", "expert_up", "expert_down")
-"""The stacks, as the weights of a model name them."""
+BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
+STACKS = (*NAMES, *BIASES)
+"""The stacks, as the weights of a model name them; not all models have biases."""
 BLOCK, LARGE_BLOCK = 16, 128
 """Tokens of one expert that are multiplied at a time, on a CPU and on a GPU."""
 FEW_ROWS = 256
 """Up to so many rows a GPU is as fast at multiplying them by all experts as at reading these."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """Of the numbers within an expert, as gpt-oss has them in the place of SiLU's plain product.
+
+    They become `(up + 1) * gate * sigmoid(alpha * gate)`, after gates are cut off above `most`, and
+    the others above `most` and below `-most`.
+    """
+
+    most: float
+    alpha: float
 
 
 @jax.tree_util.register_dataclass
@@ -34,6 +50,9 @@ class Experts:
       gate, up: `[L, E, F, D]`.
       down: `[L, E, D, F]`.
       number: int32 scalar, the layer's.
+      gate_bias, up_bias: `[L, E, F]`, or None.
+      down_bias: `[L, E, D]`, or None.
+      limits: of what is within; None is SiLU's plain product (static).
       target: what is compiled for; on its mesh the width `F` of every expert is split (static).
     """
 
@@ -41,7 +60,25 @@ class Experts:
     up: jax.Array
     down: jax.Array
     number: jax.Array
+    gate_bias: jax.Array | None = None
+    up_bias: jax.Array | None = None
+    down_bias: jax.Array | None = None
+    limits: Limits | None = dataclasses.field(default=None, metadata={"static": True})
     target: Target | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of_layer(
+        cls,
+        config: ModelConfig,
+        weights: Mapping[str, Any],
+        number: jax.Array,
+        target: Target | None = None,
+    ) -> Experts:
+        """Those of a layer, in the weights of a model."""
+        own = {name.removeprefix("expert_"): weights.get(name) for name in STACKS}
+        most = config.swiglu_limit
+        limits = None if most is None else Limits(most, config.swiglu_alpha)
+        return cls(**own, number=number, limits=limits, target=target)
 
     def weights(self, expert: jax.Array) -> list[jax.Array]:
         """Gate, up and down of one expert, of this layer."""
@@ -50,6 +87,28 @@ class Experts:
             jax.lax.dynamic_slice(stack, at, (1, 1, *stack.shape[2:]))[0, 0]
             for stack in (self.gate, self.up, self.down)
         ]
+
+    def within(self, gate: jax.Array, up: jax.Array, expert: jax.Array) -> jax.Array:
+        """What goes through `down`: of float32 products `[..., F]` with gate and up, of one expert.
+
+        Or of several, whose numbers `[...]` are given.
+        """
+        if self.gate_bias is not None and self.up_bias is not None:
+            gate, up = gate + self._of(self.gate_bias, expert), up + self._of(self.up_bias, expert)
+        if self.limits is None:
+            return jax.nn.silu(gate) * up
+        gate = jnp.minimum(gate, self.limits.most)
+        up = jnp.clip(up, -self.limits.most, self.limits.most)
+        return (up + 1) * gate * jax.nn.sigmoid(self.limits.alpha * gate)
+
+    def added(self, shares: jax.Array, chosen: jax.Array) -> jax.Array | None:
+        """The biases of `down` of the chosen experts, each by its share: float32 `[R, D]`."""
+        if self.down_bias is None:
+            return None
+        return jnp.einsum("rk,rkd->rd", shares, self._of(self.down_bias, chosen))
+
+    def _of(self, biases: jax.Array, expert: jax.Array) -> jax.Array:
+        return biases[self.number, expert].astype(jnp.float32)
 
 
 def share_read(experts: int, per_token: int, rows: int) -> float:
@@ -63,8 +122,12 @@ def route(logits: jax.Array, per_token: int, normalise: bool) -> tuple[jax.Array
     Of float32 logits `[R, E]`: the `per_token` largest shares of their softmax, float32 `[R, k]`,
     of a sum of one if they are to be normalised, and the numbers of their experts, int32 `[R, k]`.
     """
+    if normalise:
+        # The same shares, since a softmax goes by differences alone.
+        largest, chosen = jax.lax.top_k(logits, per_token)
+        return jax.nn.softmax(largest, axis=-1), chosen
     shares, chosen = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), per_token)
-    return shares / jnp.sum(shares, axis=-1, keepdims=True) if normalise else shares, chosen
+    return shares, chosen
 
 
 def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
@@ -73,18 +136,29 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     Up to as many choices as there are experts, one after the other is read. Beyond, tokens are
     brought together by their experts, so that each expert is read once.
     """
+    out = _mix(x, shares, chosen, experts)
+    if (biases := experts.added(shares, chosen)) is not None:
+        out = out.astype(jnp.float32) + biases
+    return out.astype(x.dtype)
+
+
+def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+    """The same without the biases of `down`, of which devices that share an expert add none."""
     target = experts.target or Target("")
     mesh, heads, rows = target.mesh, target.heads, target.rows
     if mesh is None or target.head_ways == 1 or experts.gate.shape[2] % target.head_ways:
-        return _mix(x, shares, chosen, experts)
+        return _mix_here(x, shares, chosen, experts)
     split = mesh.shape.get(rows, 1)
     by_row = PartitionSpec(rows if x.shape[0] % split == 0 else None)
     outward, inward = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
     specs: Any = {"gate": outward, "up": outward, "down": inward, "number": PartitionSpec()}
+    if experts.gate_bias is not None:
+        specs |= {"gate_bias": outward, "up_bias": outward}
+    experts = dataclasses.replace(experts, down_bias=None)
     by_width = dataclasses.replace(experts, **specs)
 
     def on_each(*operands: Any) -> jax.Array:
-        part: jax.Array = jax.lax.psum(_mix(*operands), heads)
+        part: jax.Array = jax.lax.psum(_mix_here(*operands).astype(x.dtype), heads)
         return part
 
     summed: jax.Array = jax.shard_map(
@@ -97,15 +171,14 @@ def mixture(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     return summed
 
 
-def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+def _mix_here(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     operands = x, shares, chosen, experts
     if chosen.size <= experts.gate.shape[1]:
-        out = _one_by_one(*operands)
-    else:
-        on_gpu = _by_all if x.shape[0] <= FEW_ROWS else partial(_in_blocks, size=LARGE_BLOCK)
-        ways = {"default": _grouped, "cpu": _in_blocks, "cuda": on_gpu}
-        out = jax.lax.platform_dependent(*operands, **ways)
-    return out.astype(x.dtype)
+        return _one_by_one(*operands)
+    on_gpu = _by_all if x.shape[0] <= FEW_ROWS else partial(_in_blocks, size=LARGE_BLOCK)
+    ways = {"default": _grouped, "cpu": _in_blocks, "cuda": on_gpu}
+    out: jax.Array = jax.lax.platform_dependent(*operands, **ways)
+    return out
 
 
 def _one_by_one(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
@@ -114,7 +187,8 @@ def _one_by_one(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Exp
     def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
         row, expert, share = choice
         one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
-        y = _perceptron(_row_product, one, *experts.weights(expert))
+        within = partial(experts.within, expert=expert)
+        y = _perceptron(_row_product, one, *experts.weights(expert), within)
         return out.at[row].add(share * y.astype(jnp.float32)), None
 
     rows = jnp.repeat(jnp.arange(x.shape[0], dtype=jnp.int32), chosen.shape[1])
@@ -128,8 +202,9 @@ def _perceptron(
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
+    within: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-    inner = jax.nn.silu(product(x, gate)) * product(x, up)
+    inner = within(product(x, gate), product(x, up))
     out: jax.Array = product(inner.astype(x.dtype), down)
     return out
 
@@ -173,7 +248,8 @@ def _grouped(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Expert
             preferred_element_type=jnp.float32,
         )
 
-    y = _perceptron(product, x[row], experts.gate, experts.up, experts.down)
+    within = partial(experts.within, expert=expert)
+    y = _perceptron(product, x[row], experts.gate, experts.up, experts.down, within)
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
@@ -189,7 +265,8 @@ def _by_all(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts
     def product(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
         return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32)
 
-    inner = jax.nn.silu(product("rd,efd->erf", x, gate)) * product("rd,efd->erf", x, up)
+    each = jnp.arange(gate.shape[0])[:, None]
+    inner = experts.within(product("rd,efd->erf", x, gate), product("rd,efd->erf", x, up), each)
     inner = (inner * counts.T[..., None]).astype(x.dtype)
     return product("erf,edf->rd", inner, down)
 
@@ -222,7 +299,8 @@ def _in_blocks(
 
     def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
         own, rows, share = block
-        y = _perceptron(_product, padded[rows], *experts.weights(own))
+        within = partial(experts.within, expert=own)
+        y = _perceptron(_product, padded[rows], *experts.weights(own), within)
         return out.at[rows].add(share[:, None] * y, mode="drop")
 
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:

@@ -43,13 +43,20 @@ class ExpertNames:
     Attributes:
       number, size: the fields with how many there are, and their width.
       tensors: of each expert, whose number stands for `{}`, by their names in the files: ours.
+      together: tensors of all experts of a layer instead, `[E, in, out]`, along whose last axis
+        ours take turns. A bias, `[E, out]`, has `_bias` behind the name.
       normalised: the shares always add up to one; else `norm_topk_prob` says it.
+      biases: the router and the experts have them.
+      limited: `swiglu_limit` and `swiglu_alpha` say how numbers within an expert are limited.
     """
 
     number: str
     size: str
-    tensors: Mapping[str, str]
+    tensors: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    together: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     normalised: bool = False
+    biases: bool = False
+    limited: bool = False
 
 
 def with_experts(router: str) -> Mapping[str, tuple[str, ...]]:
@@ -80,13 +87,16 @@ class Family:
       some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
       layer: the tensors of a layer, by their names in the files: ours, of which several lie in one
         tensor, one after the other. A bias is `.bias` there and `_bias` here.
+      bare: more of them, whose names in the files are the whole.
       windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
         "switched", if `use_sliding_window` is true; "late", by the same switch, those from
         `max_window_layers` on; "unrotated", by the same, those that are not rotated; "listed",
         those that `layer_types` says, or all but each `full_every`-th; None, there are none.
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
+      rope: what no rope at all in a config.json means; None is a plain one.
       ropes: the kinds of rope that it has, by their names in its files; None is all.
       experts: of mixtures of experts, how these are called.
+      packed: the `quant_method` of files that are unpacked as they are read; None is none.
       multipliers: there are fields of the names of `MULTIPLIERS`, each 1 where it is left out.
       original_context: the field, outside the rope, that holds the context before it was stretched.
     """
@@ -102,12 +112,15 @@ class Family:
     partial_rotary: bool = False
     some_layers_rotate: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
+    bare: Mapping[str, str] = dataclasses.field(default_factory=dict)
     windows: Literal["all", "switched", "late", "unrotated", "listed"] | None = None
     full_every: int = 2
     asks_no_types: bool = False
+    rope: Mapping[str, Any] | None = None
     ropes: Mapping[str, str] | None = None
     original_context: str | None = None
     experts: ExpertNames | None = None
+    packed: str | None = None
     multipliers: bool = False
 
 

@@ -85,6 +85,8 @@ class Block(nnx.Module):
         self.mlp_norm = full(1.0, (D,), ("embed",))
         if c.num_experts:
             self.router = normal((c.num_experts, D), ("experts", "embed"), D)
+            if c.expert_bias:
+                self.router_bias = full(0.0, (c.num_experts,), ("experts",))
             return
         self.gate = normal((F, D), ("mlp", "embed"), D)
         self.up = normal((F, D), ("mlp", "embed"), D)
@@ -130,6 +132,8 @@ class Block(nnx.Module):
     def _mixture(self, h: jax.Array, experts: Experts) -> jax.Array:
         c, rows = self.config, h.reshape(-1, h.shape[-1])
         (logits,) = project_all(rows, [self.router.get_value()], jnp.float32)
+        if c.expert_bias:
+            logits = logits + self.router_bias[...].astype(jnp.float32)
         routed = route(logits, c.num_experts_per_tok, c.norm_topk_prob)
         return mixture(rows, *routed, experts).reshape(h.shape)
 
@@ -192,6 +196,14 @@ class Transformer(Ends):
         self.expert_gate = stack(F, D, ("mlp", "embed"))
         self.expert_up = stack(F, D, ("mlp", "embed"))
         self.expert_down = stack(D, F, ("embed", "mlp"))
+        if config.expert_bias:
+
+            def zeros(size: int, axis: str) -> nnx.Param[jax.Array]:
+                value = jnp.zeros((*shape, size), dtype)
+                return nnx.Param(value, logical_axes=("layers", "experts", axis))
+
+            self.expert_gate_bias, self.expert_up_bias = zeros(F, "mlp"), zeros(F, "mlp")
+            self.expert_down_bias = zeros(D, "embed")
 
 
 @functools.cache
@@ -236,7 +248,7 @@ def _pure(state: Any) -> Weights:
 def ends(config: ModelConfig, weights: Weights) -> Ends:
     """The module over plain arrays; free, also inside a jit."""
     graph, _ = _abstract(Ends, config, weights["embedding"].dtype.name)
-    others = {"layers", *experts.NAMES}
+    others = {"layers", *experts.STACKS}
     module: Ends = nnx.merge(graph, {k: v for k, v in weights.items() if k not in others})
     return module
 
@@ -479,8 +491,7 @@ def _layer_of(
         arrays |= _matrices_in_place(layers, number, in_place)
     own = None
     if config.num_experts:
-        gate, up, down = (weights[name] for name in experts.NAMES)
-        own = Experts(gate, up, down, number, target)
+        own = Experts.of_layer(config, weights, number, target)
     return Layer(nnx.merge(graph, arrays), number, kind, place, own)
 
 

@@ -1,6 +1,7 @@
 """Mixtures of experts: every way to compute them, against NumPy, and models with them."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +18,11 @@ from raas_jax.sharding import weight_shardings
 from raas_jax.weights import load, save_hf, save_orbax
 
 
-def oracle(x, logits, stacks, layer, k, normalise):
+def oracle(x, logits, stacks, layer, k, normalise, limits=None):
     """The sum over the k likeliest experts of a row, in float64."""
-    gate, up, down = (np.asarray(stack[layer], np.float64) for stack in stacks)
+    stacks = [np.asarray(stack[layer], np.float64) for stack in stacks]
+    gate, up, down, *biases = stacks
+    of_gate, of_up, of_down = biases or [0 * stack[..., 0] for stack in stacks]
     out = np.zeros(x.shape)
     for row, own in enumerate(np.asarray(x, np.float64)):
         share = np.exp(logits[row] - logits[row].max())
@@ -27,37 +30,50 @@ def oracle(x, logits, stacks, layer, k, normalise):
         best = np.argsort(-share, kind="stable")[:k]
         total = share[best].sum() if normalise else 1.0
         for expert in best:
-            inner = gate[expert] @ own
-            inner = inner / (1 + np.exp(-inner)) * (up[expert] @ own)
-            out[row] += share[expert] / total * (down[expert] @ inner)
+            g, u = gate[expert] @ own + of_gate[expert], up[expert] @ own + of_up[expert]
+            if limits is None:
+                inner = g / (1 + np.exp(-g)) * u
+            else:
+                g, u = np.where(g > limits.most, limits.most, g), np.fmin(u, limits.most)
+                u = np.where(u < -limits.most, -limits.most, u)
+                inner = (u + 1) * g / (1 + np.exp(-limits.alpha * g))
+            out[row] += share[expert] / total * (down[expert] @ inner + of_down[expert])
     return out
 
 
 WAYS = [experts._one_by_one, experts._grouped, experts._in_blocks, experts._by_all]
+LIMITS = experts.Limits(0.7, 1.702)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     rows=st.sampled_from([1, 3, 40]),
     # More than one block of an expert, and experts without a token.
     count=st.sampled_from([1, 2, 7]),
     most=st.integers(1, 3),
     normalise=st.booleans(),
+    biased=st.booleans(),
+    limits=st.sampled_from([None, LIMITS]),
     seed=st.integers(0, 99),
 )
-def test_every_way_is_the_sum_of_the_chosen(way, rows, count, most, normalise, seed):
+def test_every_way_is_the_sum_of_the_chosen(
+    way, rows, count, most, normalise, biased, limits, seed
+):
     k, (L, F, D) = min(most, count), (2, 5, 3)
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(rows, D)).astype(np.float32)
     logits = (3 * rng.normal(size=(rows, count))).astype(np.float32)
-    shapes = (L, count, F, D), (L, count, F, D), (L, count, D, F)
+    shapes = [(L, count, F, D), (L, count, F, D), (L, count, D, F)]
+    shapes += [shape[:-1] for shape in shapes if biased]
     stacks = [rng.normal(size=shape).astype(np.float32) for shape in shapes]
     shares, chosen = experts.route(jnp.asarray(logits), k, normalise)
     assert chosen.shape == (rows, k)
     stacks = [jnp.asarray(stack).at[0].set(1e9) for stack in stacks]  # The other layer.
-    got = way(jnp.asarray(x), shares, chosen, experts.Experts(*stacks, jnp.int32(1)))
-    wanted = oracle(x, np.asarray(logits, np.float64), stacks, 1, k, normalise)
+    own = experts.Experts(*stacks[:3], jnp.int32(1), *stacks[3:], limits=limits)
+    with mock.patch.object(experts, "_mix_here", way):
+        got = experts.mixture(jnp.asarray(x), shares, chosen, own)
+    wanted = oracle(x, np.asarray(logits, np.float64), stacks, 1, k, normalise, limits)
     np.testing.assert_allclose(got, wanted, rtol=2e-5, atol=2e-5)
 
 
@@ -111,6 +127,9 @@ def test_what_experts_are_not():
         ({"num_experts_per_tok": 0}, "num_experts_per_tok is 0"),
         ({"moe_intermediate_size": 0}, "moe_intermediate_size is 0"),
         ({"mlp_bias": True}, "mlp_bias is True"),
+        ({"swiglu_limit": 0.0}, "swiglu_limit is 0"),
+        ({"swiglu_alpha": None}, "swiglu_alpha is None"),
+        ({"num_experts": 0, "num_experts_per_tok": 0, "expert_bias": True}, "expert_bias is True"),
     ]:
         with pytest.raises(ValueError, match=named):
             dataclasses.replace(MOE, **changes)

@@ -190,7 +190,7 @@ def floor(session: Session) -> tuple[int, int]:
     weights, config = session.params.weights, session.params.config
     read = bytes_on_one_device(weights)
     share = experts.share_read(config.num_experts, config.num_experts_per_tok, session.rows)
-    chosen = [weights[name] for name in experts.NAMES if name in weights]
+    chosen = [weights[name] for name in experts.STACKS if name in weights]
     read -= round((1 - share) * bytes_on_one_device(chosen))
     if "head" in weights:
         table = weights["embedding"]

@@ -86,8 +86,9 @@ def check_scores(params):
 
 
 def check_experts():
-    """Experts are split in their width, and rows over the other axis."""
-    params, policy = random_params(MOE, sharpness=3.0), POLICIES["raas"]
+    """Experts are split in their width, and rows over the other axis; each bias is added once."""
+    biased = dataclasses.replace(MOE, expert_bias=True, swiglu_limit=0.5)
+    params, policy = random_params(biased, sharpness=3.0), POLICIES["raas"]
     mesh = make_mesh(data=4, model=2)
     alone, split = (Engine(params, policy=policy, **OPTIONS, mesh=each) for each in (None, mesh))
     assert answers(split) == answers(alone)

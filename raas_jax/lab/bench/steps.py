@@ -252,7 +252,7 @@ def step_bytes(params: Params, state: DecodeState) -> int:
     config, current = params.config, state.cache.current.k
     weights = _bytes(params)
     share = experts.share_read(config.num_experts, config.num_experts_per_tok, current.shape[1])
-    stacks = [params.weights[name] for name in experts.NAMES if name in params.weights]
+    stacks = [params.weights[name] for name in experts.STACKS if name in params.weights]
     weights -= round((1 - share) * sum(int(stack.nbytes) for stack in stacks))
     if not config.tie_word_embeddings:
         weights -= params.weights["embedding"].nbytes
