@@ -12,7 +12,7 @@ import functools
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -24,13 +24,15 @@ from jax.typing import DTypeLike
 
 from raas_jax.checks import short
 from raas_jax.config import ModelConfig, quantised
-from raas_jax.families import FAMILIES
+from raas_jax.families import FAMILIES, ExpertNames
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
 from raas_jax.sharding import weight_shardings
-from raas_jax.weights import safetensors
+from raas_jax.weights import mxfp4, safetensors
 from raas_jax.weights.files import Shape, listed, misfits, new_folder, write_companions
+from raas_jax.weights.mxfp4 import Packed
+from raas_jax.weights.safetensors import Entry
 
 # None: the default device. A mesh, on which the weights lie by their logical axes; one sharding for
 # all arrays; a tree of them like `weights`; or a function from the config to any of these.
@@ -61,34 +63,74 @@ class Destination(NamedTuple):
       at: where in the stack: its layer, and its expert; () for an array that is no stack.
       shape: of the tensor.
       rows: how long its first axis is for each path.
+      takes_turns: the tensor is of all experts of a layer, of each `[in, out]`, or the bias
+        `[out]`, and along its last axis the paths take turns.
     """
 
     paths: tuple[str, ...]
     at: tuple[int, ...]
     shape: Shape
     rows: tuple[int, ...]
+    takes_turns: bool = False
+
+    def pieces(self, entry: Entry | Packed) -> list[tuple[tuple[int, ...], Entry | Packed]]:
+        """What of a tensor is read at a time, and where in the stack it goes."""
+        if not self.takes_turns:
+            return [(self.at, entry)]
+        return [((*self.at, expert), part) for expert, part in enumerate(entry.parts())]
+
+    def apart(self, values: np.ndarray) -> list[np.ndarray]:
+        """What of such a piece each path has; nothing is copied."""
+        if not self.takes_turns:
+            return np.split(values, np.cumsum(self.rows)[:-1])
+        return [values.T[first :: len(self.paths)] for first in range(len(self.paths))]
+
+    def together(self, arrays: Sequence[np.ndarray]) -> np.ndarray:
+        """The tensor, of what each path has at `at`."""
+        if self.takes_turns:
+            several = np.stack(arrays, axis=2)
+            joined = several.reshape(several.shape[0], -1, *several.shape[3:])
+            return np.swapaxes(joined, 1, -1)
+        parts = [
+            array.reshape(count, *self.shape[1:])
+            for array, count in zip(arrays, self.rows, strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def destinations(config: ModelConfig) -> dict[str, Destination]:
     """Every Hugging Face tensor name of a model → where it goes, in Hugging Face's order."""
     names: list[tuple[str, tuple[str, ...], tuple[int, ...]]] = []
     names.append(("model.embed_tokens.weight", ("embedding",), ()))
+    turning = set()
     family = FAMILIES[config.model_type]
+    bare, own = family.bare.items(), family.experts or ExpertNames("", "")
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         for theirs, ours in family.layer.items():
             paths = tuple(f"layers.{each}" for each in ours)
             names.append((f"{layer}.{theirs}.weight", paths, (i,)))
             names.append((f"{layer}.{theirs}.bias", tuple(f"{path}_bias" for path in paths), (i,)))
+        names += [(f"{layer}.{theirs}", (f"layers.{ours}",), (i,)) for theirs, ours in bare]
         for expert in range(config.num_experts):
-            assert family.experts is not None
-            for theirs, path in family.experts.tensors.items():
+            for theirs, path in own.tensors.items():
                 names.append((f"{layer}.{theirs.format(expert)}.weight", (path,), (i, expert)))
+        for theirs, paths in own.together.items():
+            names.append((f"{layer}.{theirs}", paths, (i,)))
+            names.append((f"{layer}.{theirs}_bias", tuple(f"{path}_bias" for path in paths), (i,)))
+            turning |= {name for name, _, _ in names[-2:]}
     names += [("model.norm.weight", ("norm",), ()), ("lm_head.weight", ("head",), ())]
     leaves = flat_shapes(config, "float32")
     found: dict[str, Destination] = {}
     for name, paths, index in names:
-        if paths[0] in leaves:
+        if paths[0] not in leaves:
+            continue
+        if name in turning:
+            shapes = [leaves[path].shape[1:] for path in paths]
+            rows = tuple(shape[1] for shape in shapes)
+            whole = shapes[0][0], *shapes[0][2:], sum(rows)
+            found[name] = Destination(paths, index, whole, rows, takes_turns=True)
+        else:
             shapes = [_their_shape(path, leaves[path].shape[len(index) :]) for path in paths]
             rows = tuple(shape[0] for shape in shapes)
             found[name] = Destination(paths, index, (sum(rows), *shapes[0][1:]), rows)
@@ -186,7 +228,8 @@ def load_hf(
         )
     config = ModelConfig.from_file(folder)
     entries = checked_entries(folder, config)
-    stored = {safetensors.DTYPES[entry.code].name for entry in entries.values()}
+    codes = {entry.code for entry in entries.values() if isinstance(entry, Entry)}
+    stored = {safetensors.DTYPES[code].name for code in codes}
     to = wanted_dtype(dtype, stored.pop() if len(stored) == 1 else "float32")
     places = destinations(config)
     shardings = flat_shardings(config, sharding)
@@ -202,21 +245,24 @@ def load_hf(
     arrays: dict[str, Any]
     whole = {path for path in stacks if not (apart and path.startswith("layers."))}
     arrays = {path: jnp.zeros(shapes[path], to, device=shardings[path]) for path in whole}
-    for name, entry in entries.items():
-        paths, index, _, rows = places[name]
-        values = safetensors.read_tensor(entry, to)
-        for path, part in zip(paths, np.split(values, np.cumsum(rows)[:-1]), strict=True):
+    pieces = (
+        (places[name], at, piece)
+        for name, entry in entries.items()
+        for at, piece in places[name].pieces(entry)
+    )
+    for place, at, piece in pieces:
+        for path, part in zip(place.paths, place.apart(piece.read(to)), strict=True):
             shape = shapes[path]
             if path in whole:
-                one = (1,) * len(index)
-                tensor = _to_device(part, (*one, *shape[len(index) :]), shardings[path])
-                array = arrays[path] = _set(arrays[path], tensor, jnp.asarray(index, jnp.int32))
-            elif index:
+                one = (1,) * len(at)
+                tensor = _to_device(part, (*one, *shape[len(at) :]), shardings[path])
+                array = arrays[path] = _set(arrays[path], tensor, jnp.asarray(at, jnp.int32))
+            elif at:
                 array = _to_device(part, shape[1:], _of_one_layer(shardings[path]))
-                apart[index[0]][path.removeprefix("layers.")] = array
+                apart[at[0]][path.removeprefix("layers.")] = array
             else:
                 array = arrays[path] = _to_device(part, shape, shardings[path])
-            # Waiting here keeps the host at one tensor; JAX would queue the next ones.
+            # Waiting here keeps the host at one piece; JAX would queue the next ones.
             array.block_until_ready()
     if apart:
         arrays["layers"] = tuple(apart)
@@ -246,7 +292,7 @@ def _set(array: jax.Array, tensor: jax.Array, index: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(array, tensor, start)
 
 
-def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.Entry]:
+def checked_entries(folder: Path, config: ModelConfig) -> dict[str, Entry | Packed]:
     """The tensors of a folder, once all of them are known to fit the model.
 
     Raises:
@@ -254,7 +300,7 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
       FileError: a quantised model, a config of a far larger model, or a damaged file.
     """
     known = safetensors.DTYPES
-    entries: dict[str, safetensors.Entry] = {}
+    entries: dict[str, Entry] = {}
     problems: list[str] = []
     for file in weight_files(folder):
         tensors, twice = safetensors.read_header(file)
@@ -270,7 +316,7 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
             raise FileError(entry.file, f"cannot be used: {quantised(short(name))}.")
     stored = sum(entry.size for entry in entries.values())
     wanted = sum(math.prod(leaf.shape) for leaf in flat_shapes(config, "float32").values())
-    if wanted > stored:
+    if wanted > 2 * stored:  # Of four bits, the smallest, there are two in a byte.
         what = f"describes a model of {wanted} numbers, but its weights are {stored} bytes in all"
         raise FileError(folder / "config.json", f"{what}; it belongs to another model.")
     places = destinations(config)
@@ -283,21 +329,24 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, safetensors.
                 "ties them; set tie_word_embeddings to false if the model has its own head"
             )
         del entries["lm_head.weight"]
-    problems += misfits(
-        {name: entry.shape for name, entry in entries.items()},
+    packing = [name for name, place in places.items() if place.takes_turns]
+    found, unfit = mxfp4.paired(entries, packing)
+    problems += unfit + misfits(
+        {name: entry.shape for name, entry in found.items()},
         {name: place.shape for name, place in places.items()},
     )
+    codes = {name: entry.code for name, entry in found.items() if isinstance(entry, Entry)}
     problems += [
-        f"unsupported dtype: {name} is {entries[name].code}, expected {', '.join(known)}"
+        f"unsupported dtype: {name} is {codes[name]}, expected {', '.join(known)}"
         for name in places
-        if name in entries and entries[name].code not in known
+        if codes.get(name, "F32") not in known
     ]
     if problems:
         raise ValueError(
             f"The weights in {folder} do not fit its config.json (model_type "
             f"{config.model_type}, {config.num_hidden_layers} layers):{listed(problems)}"
         )
-    return entries
+    return found
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -361,13 +410,8 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
     places = destinations(params.config)
 
     def tensor(name: str) -> np.ndarray:
-        paths, index, shape, rows = places[name]
-        arrays = (leaves[path][index] for path in paths)
-        parts = [
-            np.asarray(array).reshape(count, *shape[1:])
-            for array, count in zip(arrays, rows, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        place = places[name]
+        return place.together([np.asarray(leaves[path][place.at]) for path in place.paths])
 
     shards = _split({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
     with new_folder(folder) as partial:

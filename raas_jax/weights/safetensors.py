@@ -47,6 +47,17 @@ class Entry(NamedTuple):
         """Bytes of the tensor."""
         return self.end - self.begin
 
+    def parts(self) -> list[Entry]:
+        """The tensors that it consists of along its first axis."""
+        count, *rest = self.shape
+        size = self.size // max(1, count)
+        begins = range(self.begin, self.begin + count * size, max(1, size))
+        return [Entry(self.file, self.code, tuple(rest), at, at + size) for at in begins]
+
+    def read(self, dtype: np.dtype) -> np.ndarray:
+        """The tensor as a new array of `dtype`; nothing else of the file is kept."""
+        return read_tensor(self, dtype)
+
 
 def read_header(file: Path) -> tuple[dict[str, Entry], list[str]]:
     """The tensors of a file, and the names which it holds more than once.
@@ -89,17 +100,27 @@ def _open(file: Path) -> Iterator[io.BufferedReader]:
 
 def read_tensor(entry: Entry, dtype: np.dtype) -> np.ndarray:
     """One tensor as a new array of `dtype`; nothing else of the file is kept."""
-    values = _buffer(entry.shape, DTYPES[entry.code])
-    with _open(entry.file) as stream:
-        stream.seek(entry.begin)
-        if stream.readinto(values.reshape(-1).view(np.uint8).data) != entry.size:
-            raise FileError(entry.file, "ended inside a tensor; it is being written, or cut.")
+    values = _read(entry, DTYPES[entry.code])
     if values.dtype == dtype:
         return values
     cast = _buffer(entry.shape, dtype)
     with np.errstate(over="ignore"):  # `check_finite` says it better.
         np.copyto(cast, values, casting="unsafe")
     return cast
+
+
+def read_bytes(entry: Entry) -> np.ndarray:
+    """The same of a tensor of type "U8"."""
+    return _read(entry, np.dtype(np.uint8))
+
+
+def _read(entry: Entry, dtype: np.dtype) -> np.ndarray:
+    values = _buffer(entry.shape, dtype)
+    with _open(entry.file) as stream:
+        stream.seek(entry.begin)
+        if stream.readinto(values.reshape(-1).view(np.uint8).data) != entry.size:
+            raise FileError(entry.file, "ended inside a tensor; it is being written, or cut.")
+    return values
 
 
 def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
