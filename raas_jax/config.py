@@ -285,6 +285,7 @@ class ModelConfig:
                 **windows,
                 **multipliers,
                 qk_norm=family.qk_norm,
+                sinks=family.sinks is not None,
                 unrotated_layers=unrotated,
                 model_type=kind,
                 bos_token_id=fields.integer("bos_token_id", LEAST_ID, default=None),
@@ -328,7 +329,10 @@ class ModelConfig:
         # Llama's class has no windows, but keeps what it does not know.
         if self.model_type != "llama":
             fields["sliding_window"] = self.window or None
-        if self.window and family.windows != "all":
+        if family.windows == "listed":
+            # Their classes make the mask of a window also where no layer has it.
+            fields["sliding_window"] = self.window or self.max_position_embeddings
+        if family.windows == "listed" or (self.window and family.windows != "all"):
             fields["layer_types"] = [
                 "sliding_attention" if kind == "window" else "full_attention"
                 for kind in self.layer_kinds

@@ -87,11 +87,11 @@ class Family:
       some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
       layer: the tensors of a layer, by their names in the files: ours, of which several lie in one
         tensor, one after the other. A bias is `.bias` there and `_bias` here.
-      bare: more of them, whose names in the files are the whole.
       windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
         "switched", if `use_sliding_window` is true; "late", by the same switch, those from
         `max_window_layers` on; "unrotated", by the same, those that are not rotated; "listed",
         those that `layer_types` says, or all but each `full_every`-th; None, there are none.
+      sinks: the tensor of a layer with a logit for each head that joins its softmax; None is none.
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
       rope: what no rope at all in a config.json means; None is a plain one.
       ropes: the kinds of rope that it has, by their names in its files; None is all.
@@ -112,9 +112,9 @@ class Family:
     partial_rotary: bool = False
     some_layers_rotate: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
-    bare: Mapping[str, str] = dataclasses.field(default_factory=dict)
     windows: Literal["all", "switched", "late", "unrotated", "listed"] | None = None
     full_every: int = 2
+    sinks: str | None = None
     asks_no_types: bool = False
     rope: Mapping[str, Any] | None = None
     ropes: Mapping[str, str] | None = None
@@ -132,6 +132,46 @@ _QWEN = {
 }
 
 FAMILIES: dict[str, Family] = {
+    "gpt_oss": Family(
+        "GptOssForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "max_position_embeddings": 2**17,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "sliding_window": 128,
+            "attention_bias": True,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_limit": 7.0,
+            "swiglu_alpha": 1.702,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        never_null=("num_key_value_heads", "head_dim"),
+        layer=with_experts("mlp.router"),
+        windows="listed",
+        sinks="self_attn.sinks",
+        rope={
+            "rope_type": "yarn",
+            "factor": 32.0,
+            "truncate": False,
+            "original_max_position_embeddings": 4096,
+        },
+        experts=ExpertNames(
+            "num_local_experts",
+            "intermediate_size",
+            together={
+                "mlp.experts.gate_up_proj": ("expert_gate", "expert_up"),
+                "mlp.experts.down_proj": ("expert_down",),
+            },
+            normalised=True,
+            biases=True,
+            limited=True,
+        ),
+        packed="mxfp4",
+    ),
     "granite": Family(
         "GraniteForCausalLM",
         {"max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2},
@@ -287,7 +327,6 @@ REFUSED: dict[str, str] = {
         ),
         _WINDOWS,
     ),
-    "gpt_oss": f"{_WINDOWS}, and its softmax has a sink for each head",
     "llama4": "some of its layers see chunks of the text only",
     "llama4_text": "some of its layers see chunks of the text only",
     **dict.fromkeys(

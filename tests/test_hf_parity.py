@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import raas_jax.weights as weights
 from raas_jax import Dense, RaaS, generate
@@ -85,6 +86,23 @@ CASES = {
         "qwen3_moe",
         {"num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 12}
         | {"norm_topk_prob": True, "attention_bias": True, "head_dim": 12},
+    ),
+    "gpt-oss": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 20}
+        | {"num_hidden_layers": 4, "swiglu_limit": 1.5, "swiglu_alpha": 1.1}
+        | {"rope_parameters": {**YARN, "truncate": False}},
+    ),
+    "gpt-oss-all-full": (
+        "gpt_oss",
+        {"head_dim": 10, "num_local_experts": 4, "num_experts_per_tok": 1}
+        | {"attention_bias": False, "tie_word_embeddings": True}
+        | {"layer_types": ["full_attention"] * 3, "rope_parameters": {"rope_type": "default"}},
+    ),
+    "gpt-oss-all-window": (
+        "gpt_oss",
+        {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 4, "sliding_window": 17}
+        | {"layer_types": ["sliding_attention"] * 3, "num_hidden_layers": 3},
     ),
     "phi3": ("phi3", {}),
     "phi3-part-of-a-head": (
@@ -213,6 +231,7 @@ def test_half_precision_files_in_float32(dtype, tmp_path):
 WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-yarn"]
 WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
 WRITTEN += ["seed-oss-biases", "smollm3-biases", "granite-scaled"]
+WRITTEN += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -220,6 +239,10 @@ def test_transformers_reads_what_we_write(case, tmp_path):
     model = make_model(case)
     model.save_pretrained(tmp_path / "theirs")
     weights.convert(tmp_path / "theirs", tmp_path / "ours", to="hf")
+    theirs, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].tobytes() == tensor.tobytes(), name
     from transformers import AutoModelForCausalLM
 
     again, report = AutoModelForCausalLM.from_pretrained(
@@ -236,6 +259,8 @@ GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-pe
 # Beyond the original context, a dynamic rope's growing with each token.
 GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
 GREEDY += ["mixtral", "qwen3-moe", "granite-scaled"]
+# A prompt of more tokens than a window has, in alternating layers and in all.
+GREEDY += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
 # The budget covers the new tokens, so nothing may be lost.
 POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 

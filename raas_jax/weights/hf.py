@@ -104,14 +104,14 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
     names.append(("model.embed_tokens.weight", ("embedding",), ()))
     turning = set()
     family = FAMILIES[config.model_type]
-    bare, own = family.bare.items(), family.experts or ExpertNames("", "")
+    own = family.experts or ExpertNames("", "")
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
         for theirs, ours in family.layer.items():
             paths = tuple(f"layers.{each}" for each in ours)
             names.append((f"{layer}.{theirs}.weight", paths, (i,)))
             names.append((f"{layer}.{theirs}.bias", tuple(f"{path}_bias" for path in paths), (i,)))
-        names += [(f"{layer}.{theirs}", (f"layers.{ours}",), (i,)) for theirs, ours in bare]
+        names.append((f"{layer}.{family.sinks}", ("layers.sink",), (i,)))
         for expert in range(config.num_experts):
             for theirs, path in own.tensors.items():
                 names.append((f"{layer}.{theirs.format(expert)}.weight", (path,), (i, expert)))
