@@ -103,7 +103,7 @@ def read_tensor(entry: Entry, dtype: np.dtype) -> np.ndarray:
     values = _read(entry, DTYPES[entry.code])
     if values.dtype == dtype:
         return values
-    cast = _buffer(entry.shape, dtype)
+    cast = buffer(entry.shape, dtype)
     with np.errstate(over="ignore"):  # `check_finite` says it better.
         np.copyto(cast, values, casting="unsafe")
     return cast
@@ -115,7 +115,7 @@ def read_bytes(entry: Entry) -> np.ndarray:
 
 
 def _read(entry: Entry, dtype: np.dtype) -> np.ndarray:
-    values = _buffer(entry.shape, dtype)
+    values = buffer(entry.shape, dtype)
     with _open(entry.file) as stream:
         stream.seek(entry.begin)
         if stream.readinto(values.reshape(-1).view(np.uint8).data) != entry.size:
@@ -123,8 +123,8 @@ def _read(entry: Entry, dtype: np.dtype) -> np.ndarray:
     return values
 
 
-def _buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    # Memory of its own, which goes back to the system at once; the heap would keep some of it.
+def buffer(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array whose memory goes back to the system at once; the heap would keep some."""
     size = math.prod(shape)
     memory = mmap.mmap(-1, max(1, size * dtype.itemsize))
     return np.frombuffer(memory, dtype, size).reshape(shape)
