@@ -230,9 +230,10 @@ def test_a_kernel_that_declares_nothing_reads_one_layer_of_a_stack():
     assert only.reads == F32 * (8 + 64 + 1)
     # A loop over repeats of a pattern has fewer passes, within one over tokens.
     tokens = "%token (t: (s32[], f32[8], f32[5,8,8])) -> (s32[], f32[8], f32[5,8,8])"
-    some = CONDITION[0].replace("%condition", "%more"), [
-        line.replace("constant(5)", "constant(3)") for line in CONDITION[1]
-    ]
+    some = (
+        CONDITION[0].replace("%condition", "%more"),
+        [line.replace("constant(5)", "constant(3)") for line in CONDITION[1]],
+    )
     inner = [
         *STATE[:1],
         "ROOT %layers = (s32[], f32[8]{0}, f32[5,8,8]{2,1,0}) while(%t), condition=%more, "
