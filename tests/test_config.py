@@ -55,24 +55,46 @@ def full(kind: str, **changes) -> dict:
     return fields
 
 
-BIASED = ("granite", "llama", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
+BIASED = ("gpt_oss", "granite", "llama", "qwen3", "qwen3_moe", "seed_oss", "smollm3")
 
 
 def experts_of(config) -> dict:
     """What differs of a mixture of experts, of which transformers calls the number in two ways."""
-    if config.model_type not in ("mixtral", "qwen3_moe"):
+    if config.model_type not in ("gpt_oss", "mixtral", "qwen3_moe"):
         return {}
     if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", []):
         raise ValueError("a layer has no experts")
-    mixtral = config.model_type == "mixtral"
-    return {
-        "num_experts": config.num_experts,
-        "num_experts_per_tok": config.num_experts_per_tok,
-        "moe_intermediate_size": (
-            config.intermediate_size if mixtral else config.moe_intermediate_size
-        ),
-        "norm_topk_prob": mixtral or config.norm_topk_prob,
-    }
+    own = {"num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
+    if config.model_type == "qwen3_moe":
+        own["moe_intermediate_size"] = config.moe_intermediate_size
+        return {**own, "norm_topk_prob": config.norm_topk_prob}
+    own |= {"moe_intermediate_size": config.intermediate_size, "norm_topk_prob": True}
+    if config.model_type == "gpt_oss":
+        own |= {"swiglu_limit": config.swiglu_limit, "swiglu_alpha": config.swiglu_alpha}
+        own |= {"expert_bias": True, "sinks": True}
+    return own
+
+
+def windows_of(config) -> dict:
+    """The layers that see a window, if it is shorter than the context; raises where none should."""
+    from transformers.cache_utils import get_layer_types_and_kwargs
+
+    types, _ = get_layer_types_and_kwargs(config)
+    if {*types} - {"full_attention", "sliding_attention"}:
+        raise ValueError("a layer is of another kind")
+    slide = tuple(i for i, each in enumerate(types) if each == "sliding_attention")
+    if config.model_type in ("mistral", "mixtral", "phi3", "qwen3_moe"):
+        # Their masks go by the window alone.
+        if 0 < len(slide) < len(types):
+            raise ValueError("the cache forgets in some layers")
+        slide = tuple(range(len(types))) if config.sliding_window is not None else slide
+    if slide and config.model_type == "smollm3" and not config.use_sliding_window:
+        raise ValueError("the mask has a window that is switched off")
+    if not slide or config.sliding_window >= config.max_position_embeddings:
+        return {}
+    if config.model_type in ("granite", "llama", "seed_oss"):
+        raise ValueError("the cache forgets, but attention has no window")
+    return {"window": config.sliding_window, "window_layers": slide}
 
 
 def multipliers_of(config) -> dict:
@@ -91,15 +113,14 @@ def own_of_rope(config) -> dict:
         if getattr(config, "head_dim", 0) is None:
             config.head_dim = config.hidden_size // config.num_attention_heads
         rope["attention_factor"] = ROPE_INIT_FUNCTIONS[kind](config, "cpu")[1]
-        rope |= {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+        rope = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True, **rope}
     return {name: rope[name] for name in ROPE_TYPES[kind]}
 
 
 def theirs(fields: dict) -> ModelConfig | None:
-    """What transformers makes of it; None where it refuses, or where a layer slides."""
+    """What transformers makes of it; None where it refuses, or where a layer is not as it seems."""
     pytest.importorskip("torch", reason="transformers needs it to say what slides")
     from transformers import logging
-    from transformers.cache_utils import get_layer_types_and_kwargs
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     logging.set_verbosity_error()
@@ -112,14 +133,7 @@ def theirs(fields: dict) -> ModelConfig | None:
         fields["rms_norm_eps"] = float(fields["rms_norm_eps"])
     try:
         c = CONFIG_MAPPING[kind].from_dict(fields)
-        layers, windows = get_layer_types_and_kwargs(c)
-        spans = [window.get("sliding_window", math.inf) for window in windows]
-        if kind in ("mistral", "mixtral", "phi3", "qwen3_moe") and c.sliding_window is not None:
-            spans.append(c.sliding_window)
-        if {*layers} - {"full_attention", "sliding_attention"}:
-            return None
-        if min(spans) < c.max_position_embeddings:
-            return None
+        windows = windows_of(c)
         rope = c.rope_parameters
         own = own_of_rope(c)
         partial = rope.get("partial_rotary_factor", 1.0) if kind == "phi3" or own else 1.0
@@ -142,6 +156,7 @@ def theirs(fields: dict) -> ModelConfig | None:
             mlp_bias=kind in ("granite", "llama", "seed_oss", "smollm3") and c.mlp_bias,
             qk_norm=kind in ("qwen3", "qwen3_moe"),
             **experts_of(c),
+            **windows,
             **multipliers_of(c),
             unrotated_layers=tuple(i for i, turns in enumerate(rotates) if not turns),
             model_type=kind,
@@ -179,9 +194,6 @@ def test_what_is_left_out_or_null_means_the_same(kind, key):
 def test_all_defaults_at_once(kind):
     """Heads by which the key/value heads that are meant divide."""
     fields = {**SIZES, "hidden_size": 128, "num_attention_heads": 32, "model_type": kind}
-    if kind == "mistral":
-        assert ours(fields) is None is theirs(fields)  # It would slide.
-        fields["sliding_window"] = None
     assert ours(fields) == theirs(fields) is not None
 
 
@@ -254,10 +266,14 @@ VALID = {
     "rope_parameters": [None, {}, DEFAULT, {"rope_type": "linear", "factor": 3}],
     "dtype": [None, "float32", "bfloat16"],
     "torch_dtype": [None, "float16"],
-    "sliding_window": [None, 4096],
+    "sliding_window": [None, 16, 4096],
     "use_sliding_window": [True, False],
     "max_window_layers": [0, 2, 3],
-    "layer_types": [None, ["full_attention"] * 3],
+    "layer_types": [
+        None,
+        ["full_attention"] * 3,
+        ["full_attention", "sliding_attention", "full_attention"],
+    ],
     "unknown_to_all": [1],
 }
 ODD = [None, -1, 0, 7, 3.5, math.nan, math.inf, 10**9, 10**30, True, "", "7", [], [0], {}, {"a": 1}]
@@ -271,6 +287,41 @@ CONFIGS = st.fixed_dictionaries(
 CHANGES = st.dictionaries(
     st.sampled_from(sorted({*SIZES, *VALID} - {"unknown_to_all"})), st.sampled_from(ODD), max_size=2
 )
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"sliding_window": 16, "max_position_embeddings": 64},
+        {"sliding_window": None},
+        {"layer_types": ["full_attention", "sliding_attention", "sliding_attention"]},
+        {"layer_types": ["full_attention"] * 3, "sliding_window": None},
+        {"rope_parameters": None},
+        {"rope_parameters": {}},
+        {"rope_parameters": {"rope_type": "default"}},
+        {"rope_scaling": {}},
+        {"rope_theta": 500.0},
+        {"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "truncate": False}},
+        {"swiglu_limit": 3.0, "swiglu_alpha": 1.0},
+        {"swiglu_limit": None},
+        {"swiglu_alpha": None},
+        {"num_local_experts": 7, "num_experts_per_tok": 7},
+        {"num_experts": 9},
+        {"num_local_experts": None},
+        {"num_experts_per_tok": None},
+        {"attention_bias": None},
+        {"tie_word_embeddings": None},
+    ],
+    ids=str,
+)
+def test_what_gpt_oss_means(fields):
+    """Its windows, rope and experts, where they are said and where they are not."""
+    found = ours({**SIZES, "model_type": "gpt_oss", "num_key_value_heads": 2, **fields})
+    wanted = theirs({**SIZES, "model_type": "gpt_oss", "num_key_value_heads": 2, **fields})
+    assert found == wanted
+    if found is not None:
+        assert ModelConfig.from_hf(found.to_hf()) == found == theirs(found.to_hf())
 
 
 @settings(max_examples=300)
@@ -302,7 +353,6 @@ def test_odd_configs_are_refused_or_mean_the_same(fields, changes):
         ({"vocab_size": 10**5000}, "vocab_size is a number of too many digits"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'.*'silu'"),
         ({"model_type": "gpt9"}, "model_type is 'gpt9'.*llama.*qwen3"),
-        ({"model_type": "gpt_oss"}, "model_type is 'gpt_oss'.*sliding window.*sink.*llama.*qwen3"),
         ({"model_type": "deepseek_v3"}, "'deepseek_v3'.*latent vector.*Supported are .*llama"),
         ({"is_causal": False}, "is_causal is False, which is not supported"),
         ({"per_layer_config": {"0": {"head_dim": 4}}}, "per_layer_config is .* not supported"),
