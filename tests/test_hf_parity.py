@@ -348,5 +348,40 @@ def test_published_configs_read_alike(shared, name):
         assert getattr(written, field) == getattr(published, field), field
 
 
+# What the publisher says of gpt-oss that is not what its class means anyway.
+GPT_OSS = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "eos_token_id": 200002,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("layers", "experts", "size"), [(24, 32, 20_914_757_184), (36, 128, 116_829_156_672)]
+)
+def test_published_gpt_oss_builds(layers, experts, size):
+    alternating = ["sliding_attention", "full_attention"] * (layers // 2)
+    sizes = {"num_hidden_layers": layers, "num_local_experts": experts, "layer_types": alternating}
+    config = ModelConfig.from_hf({**GPT_OSS, **sizes})
+    shapes = jax.tree.leaves(abstract_weights(config, "bfloat16"))
+    places = weights.hf.destinations(config).values()
+    assert sum(leaf.size for leaf in shapes) == size == sum(np.prod(p.shape) for p in places)
+    assert config.window == 128 and config.window_layers == tuple(range(0, layers, 2))
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
 def test_every_published_config_is_tested(shared):
     assert {path.parent.name for path in (shared / "configs").glob("*/config.json")} == set(SIZES)
