@@ -174,22 +174,43 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
 def _mix_here(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     operands = x, shares, chosen, experts
     if chosen.size <= experts.gate.shape[1]:
-        return _one_by_one(*operands)
+        # In a branch, since XLA on CPUs takes 16-bit floats from a float32 copy of the stack, which
+        # it would make for all layers before it enters their loop.
+        found: jax.Array = jax.lax.platform_dependent(
+            *operands, default=_one_by_one, cpu=partial(_one_by_one, in_a_branch=True)
+        )
+        return found
     on_gpu = _by_all if x.shape[0] <= FEW_ROWS else partial(_in_blocks, size=LARGE_BLOCK)
     ways = {"default": _grouped, "cpu": _in_blocks, "cuda": on_gpu}
     out: jax.Array = jax.lax.platform_dependent(*operands, **ways)
     return out
 
 
-def _one_by_one(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+def _one_by_one(
+    x: jax.Array,
+    shares: jax.Array,
+    chosen: jax.Array,
+    experts: Experts,
+    in_a_branch: bool = False,
+) -> jax.Array:
     """A product at a time: nothing is read but the experts that are chosen."""
 
-    def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
-        row, expert, share = choice
+    def of_choice(row: jax.Array, expert: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
         within = partial(experts.within, expert=expert)
         y = _perceptron(_row_product, one, *experts.weights(expert), within)
-        return out.at[row].add(share * y.astype(jnp.float32)), None
+        return y.astype(jnp.float32)
+
+    def nothing(row: jax.Array, expert: jax.Array) -> jax.Array:
+        return jnp.zeros(x.shape[1:], jnp.float32)
+
+    def add(out: jax.Array, choice: Any) -> tuple[jax.Array, None]:
+        row, expert, share = choice
+        if in_a_branch:
+            y = jax.lax.cond(share != 0, of_choice, nothing, row, expert)
+        else:
+            y = of_choice(row, expert)
+        return out.at[row].add(share * y), None
 
     rows = jnp.repeat(jnp.arange(x.shape[0], dtype=jnp.int32), chosen.shape[1])
     choices = rows, chosen.reshape(-1), shares.reshape(-1)

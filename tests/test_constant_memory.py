@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -12,7 +13,8 @@ from hlo import written_in_loops
 from tiny import allotment_of, random_params
 
 import raas_jax
-from raas_jax import ModelConfig, RaaS
+from raas_jax import ModelConfig, RaaS, experts
+from raas_jax.aot.memory import abstract_session
 from raas_jax.decode import RowRequest, cache_bytes, decode_pages, decode_until_done, prefill
 from raas_jax.plan import Plan
 from raas_jax.sampling import Sampling
@@ -195,3 +197,14 @@ def test_the_state_is_donated(params):
     now = [x.unsafe_buffer_pointer() for x in (cache.prompt.k, cache.kept[0].k, cache.kept[0].v)]
     assert now == places
     assert np.all(np.asarray(after.rows.committed) == 1024 // P)
+
+
+def test_experts_are_not_copied_whole():
+    """XLA on CPUs would make a float32 copy of a stack of 16-bit floats before it is read."""
+    config = dataclasses.replace(
+        CONFIG, model_type="qwen3_moe", num_experts=64, num_experts_per_tok=2,
+        moe_intermediate_size=256, hidden_size=64,
+    )  # fmt: skip
+    ahead = abstract_session(config, RaaS(64), [16], 64, "bfloat16", None)
+    stack = min(size(ahead.params.weights[name]) for name in experts.NAMES)
+    assert ahead.lower_advance(1).compile().memory_analysis().temp_size_in_bytes < stack / 2
