@@ -8,6 +8,7 @@ A config.json means here what the classes of transformers mean by it, or is refu
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from raas_jax import checks
 from raas_jax.checks import INT32_MAX
-from raas_jax.families import FAMILIES, FOR_ALL, MULTIPLIERS, REFUSED, Family
+from raas_jax.families import FAMILIES, FOR_ALL, MULTIPLIERS, REFUSED, TEXT_HALVES, Family
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.rope import Rope
 
@@ -36,14 +37,19 @@ LARGEST_OF_EXPERTS = {
     "num_experts_per_tok": 2**14,
     "moe_intermediate_size": 2**22,
 }
+NORMS = ("before", "after", "both")
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_pytorch_tanh"}
+"""By their names in a config.json: ours."""
 LEAST_ID = -1
 """Which some publishers write for a token that there is not."""
-# Settings that change a model in transformers, with the only value that is implemented here.
-_ONLY = {
-    "is_causal": True,
-    "per_layer_config": None,
-    "kv_sharing_modes": None,
-    "transformers_weights": None,
+# Settings that change a model in transformers, with the values that are implemented here.
+_ONLY: Mapping[str, tuple[Any, ...]] = {
+    "is_causal": (True,),
+    "per_layer_config": (None,),
+    "kv_sharing_modes": (None,),
+    "transformers_weights": (None,),
+    "use_bidirectional_attention": (None, False),
+    "attn_logit_softcapping": (None,),
 }
 # With the same name and meaning in a config.json.
 _SHARED = (
@@ -100,6 +106,13 @@ class ModelConfig:
       attention_multiplier: of products of queries with keys; None is `H ** -0.5`.
       residual_multiplier: of what attention and perceptrons add.
       logits_scaling: what logits are divided by.
+      norms: whether what goes into attention and perceptrons is normalised, or what comes out.
+      centred_norms: norms multiply by one more than their weights.
+      qk_norm: the queries and keys of each head are normalised.
+      joined_qk_norm: those of all heads together.
+      hidden_act: "silu", or "gelu_pytorch_tanh".
+      scaled_embeddings: embeddings are multiplied by `D ** 0.5`, in the dtype of the weights.
+      final_logit_softcapping: logits go through `c * tanh(logits / c)`; None is as they are.
     """
 
     vocab_size: int
@@ -133,6 +146,12 @@ class ModelConfig:
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    norms: str = "before"
+    centred_norms: bool = False
+    joined_qk_norm: bool = False
+    hidden_act: str = "silu"
+    scaled_embeddings: bool = False
+    final_logit_softcapping: float | None = None
     model_type: str = "llama"
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
@@ -151,6 +170,8 @@ class ModelConfig:
                 raise ValueError(f"{name} is {checks.short(value)}; it must be a Rope.")
         checks.choice("model_type", self.model_type, FAMILIES)
         checks.choice("dtype", self.dtype, DTYPES)
+        checks.choice("norms", self.norms, NORMS)
+        checks.choice("hidden_act", self.hidden_act, tuple(dict.fromkeys(ACTIVATIONS.values())))
         if self.bos_token_id is not None:
             checks.field(self, "bos_token_id", _integer(LEAST_ID))
         checks.field(self, "eos_token_ids", _token_ids)
@@ -169,7 +190,7 @@ class ModelConfig:
             )
         for rope in filter(None, (self.rope, self.window_rope)):
             rope.check_head(self.head_dim)
-        for name in MULTIPLIERS:
+        for name in (*MULTIPLIERS, "final_logit_softcapping"):
             if getattr(self, name) is not None:
                 checks.field(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
         least = 1 if self.num_experts else 0
@@ -180,6 +201,8 @@ class ModelConfig:
                 f"num_experts_per_tok is {self.num_experts_per_tok}; it must be at most "
                 f"num_experts, {self.num_experts}."
             )
+        if self.qk_norm and self.joined_qk_norm:
+            raise ValueError("qk_norm and joined_qk_norm are True; one of them must be False.")
         if self.num_experts and self.mlp_bias:
             raise ValueError("mlp_bias is True; of experts it is expert_bias that says so.")
         if self.expert_bias and not self.num_experts:
@@ -187,6 +210,8 @@ class ModelConfig:
         for name in ("swiglu_limit", "swiglu_alpha"):
             if name != "swiglu_limit" or self.swiglu_limit is not None:
                 checks.field(self, name, _real("a number from 1e-6 to 1e6", 1e-6, 1e6))
+        if self.num_experts and self.hidden_act != "silu":
+            raise ValueError(f"hidden_act is {self.hidden_act!r}; that of experts must be silu.")
 
     @property
     def layer_kinds(self) -> tuple[str, ...]:
@@ -238,14 +263,18 @@ class ModelConfig:
                 f"model_type is {said!r}, which is not supported: {REFUSED[said]}. Supported are "
                 f"{', '.join(FAMILIES)}"
             )
+        if said in TEXT_HALVES:
+            given = _text_half(given, TEXT_HALVES[said])
+            config = given.values
         kind = given.choice("model_type", FAMILIES)
         family = FAMILIES[kind]
-        meant = {**FOR_ALL, **family.left_out, **config}
+        said = {k: v for k, v in config.items() if v is not None or k not in family.left_if_null}
+        meant = {**FOR_ALL, **family.left_out, **said}
         if meant.get("rope_parameters") is None:
             meant["rope_parameters"] = family.rope
         fields = Fields(meant, path)
         _refuse_changes(fields, family)
-        fields.choice("hidden_act", ("silu", "swish"))
+        activation = ACTIVATIONS[fields.choice(family.activation, ACTIVATIONS)]
         heads, hidden = (
             fields.integer(name, 1, LARGEST[name])
             for name in ("num_attention_heads", "hidden_size")
@@ -273,11 +302,17 @@ class ModelConfig:
         multipliers = {}
         if family.multipliers:
             multipliers = {name: fields.real(name, default=1.0) for name in MULTIPLIERS}
+        if family.query_scalar:
+            # Integers, so that writing it back gives the same.
+            scalar = fields.integer(family.query_scalar, 1)
+            same = scalar == sizes["head_dim"]
+            multipliers["attention_multiplier"] = None if same else scalar**-0.5
+        cap = fields.real("final_logit_softcapping", default=None) if family.caps_logits else None
         stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
         try:
             return cls(
                 **sizes,
-                rope=_rope(fields, family, context),
+                **_ropes(fields, family, context, bool(windows)),
                 rms_norm_eps=fields.values["rms_norm_eps"],
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 **biases,
@@ -286,6 +321,12 @@ class ModelConfig:
                 **multipliers,
                 qk_norm=family.qk_norm,
                 sinks=family.sinks is not None,
+                joined_qk_norm=family.joined_qk_norm,
+                norms=family.norms,
+                centred_norms=family.centred_norms,
+                hidden_act=activation,
+                scaled_embeddings=family.scaled_embeddings,
+                final_logit_softcapping=cap,
                 unrotated_layers=unrotated,
                 model_type=kind,
                 bos_token_id=fields.integer("bos_token_id", LEAST_ID, default=None),
@@ -316,13 +357,20 @@ class ModelConfig:
         family = FAMILIES[self.model_type]
         fields: dict[str, Any] = {
             "architectures": [family.architecture],
-            "hidden_act": "silu",
+            family.activation: self.hidden_act,
             **{name: getattr(self, name) for name in _SHARED},
             "pad_token_id": None,  # Which some classes would take for one beyond the vocabulary.
             "rope_theta": self.rope.theta,
             "rope_scaling": self.rope.to_hf(),
-            "eos_token_id": list(self.eos_token_ids) or None,
+            "eos_token_id": list(self.eos_token_ids)
+            or ([] if "eos_token_id" in family.left_if_null else None),
         }
+        if family.window_theta:
+            del fields["rope_theta"], fields["rope_scaling"]
+            fields["rope_parameters"] = {
+                "full_attention": _of_rope(self.rope),
+                "sliding_attention": _of_rope(self.window_rope or self.rope),
+            }
         for name in BIASES:
             if isinstance(said := getattr(family, name), str):
                 fields[said] = getattr(self, name)
@@ -332,12 +380,14 @@ class ModelConfig:
         if family.windows == "listed":
             # Their classes make the mask of a window also where no layer has it.
             fields["sliding_window"] = self.window or self.max_position_embeddings
-        if family.windows == "listed" or (self.window and family.windows != "all"):
+        if family.windows == "listed" or (
+            self.window and not (family.windows == "all" and family.asks_no_types)
+        ):
             fields["layer_types"] = [
                 "sliding_attention" if kind == "window" else "full_attention"
                 for kind in self.layer_kinds
             ]
-            if family.windows != "listed":
+            if family.windows not in ("all", "listed"):
                 fields["use_sliding_window"] = True
         if family.some_layers_rotate:
             plain = set(self.unrotated_layers)
@@ -357,11 +407,33 @@ class ModelConfig:
             fields["rope_parameters"] = {"rope_type": "default"}  # Else it would be the family's.
         if family.multipliers:
             fields |= {name: getattr(self, name) for name in MULTIPLIERS}
+        if family.query_scalar:
+            by = self.attention_multiplier or self.head_dim**-0.5
+            fields[family.query_scalar] = round(by**-2)
+        if family.caps_logits:
+            fields["final_logit_softcapping"] = self.final_logit_softcapping
         if family.partial_rotary:
             fields["partial_rotary_factor"] = self.rope.partial
+        if family.grows_queries:
+            fields["rope_scaling"] |= {"llama_4_scaling_beta": self.rope.query_growth}
         if family.original_context:
             fields[family.original_context] = self.rope.original_max_position_embeddings
         return fields
+
+
+def _of_rope(rope: Rope) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": rope.theta, **(rope.to_hf() or {})}
+
+
+def _text_half(given: Fields, kinds: Sequence[str]) -> Fields:
+    """The fields of the text model, and what is said of it beside them."""
+    own = given.inner("text_config")
+    own.choice("model_type", kinds)
+    over = ("bos_token_id", "eos_token_id", "dtype", "torch_dtype", "quantization_config")
+    outer = {name: given.values[name] for name in over if given.values.get(name) is not None}
+    tied = "tie_word_embeddings"
+    under = {tied: given.values[tied]} if tied in given.values else {}
+    return Fields({**under, **own.values, **outer}, given.path)
 
 
 def eos_token_ids(fields: Fields) -> tuple[int, ...]:
@@ -383,8 +455,8 @@ def _refuse_changes(fields: Fields, family: Family) -> None:
         if family.packed is None or named != family.packed:
             raise fields.error(quantised(checks.short(named or method)))
     for name, only in _ONLY.items():
-        value = fields.values.get(name, only)
-        if value is not only:
+        value = fields.values.get(name, only[0])
+        if not any(value is each for each in only):
             raise fields.error(f"{name} is {checks.short(value)}, which is not supported")
 
 
@@ -397,13 +469,24 @@ def quantised(how: str) -> str:
     )
 
 
-def _rope(fields: Fields, family: Family, context: int) -> Rope:
+def _ropes(fields: Fields, family: Family, context: int, windows: bool) -> dict[str, Rope]:
     original = None
     if family.original_context:
         original = fields.integer(family.original_context, 1)
-    return Rope.from_hf(
-        fields, context, partial=family.partial_rotary, original=original, names=family.ropes
+    read = functools.partial(
+        Rope.from_hf,
+        fields,
+        context,
+        partial=family.partial_rotary,
+        original=original,
+        names=family.ropes,
+        window_theta=family.window_theta,
+        grows_queries=family.grows_queries,
     )
+    found = {"rope": read()}
+    if family.window_theta and windows and (own := read(window=True)) != found["rope"]:
+        found["window_rope"] = own
+    return found
 
 
 def _experts(fields: Fields, family: Family) -> dict[str, Any]:
@@ -462,7 +545,7 @@ def _windows(
     elif family.windows == "unrotated":
         sliding = [layer for layer in sliding if layer in unrotated]
     elif family.windows == "listed" and fields.items("layer_types", None) is None:
-        every = fields.integer("sliding_window_pattern", 1, default=family.full_every)
+        every = family.full_every or fields.integer("sliding_window_pattern", 1)
         sliding = [layer for layer in range(layers) if (layer + 1) % every]
     if (types := fields.items("layer_types", None)) is not None:
         known = ("full_attention", "attention", "sliding_attention")
@@ -479,7 +562,8 @@ def _windows(
         return {}
     if window is None:
         raise fields.error("layer_types has sliding layers, but there is no sliding_window")
-    if window >= context:
+    # The rope of such layers is another, even if their window is never left.
+    if window >= context and not family.window_theta:
         return {}
     if family.windows is None:
         raise fields.error(

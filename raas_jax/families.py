@@ -65,10 +65,18 @@ def with_experts(router: str) -> Mapping[str, tuple[str, ...]]:
     return {**plain, router: ("router",)}
 
 
-def joined(*names: tuple[str, tuple[str, ...]]) -> Mapping[str, tuple[str, ...]]:
-    """`LAYER` with some of its arrays together in one tensor, each (their name, our names)."""
+def joined(
+    *names: tuple[str, tuple[str, ...]], layer: Mapping[str, tuple[str, ...]] = LAYER
+) -> Mapping[str, tuple[str, ...]]:
+    """A layer with some of its arrays together in one tensor, each (their name, our names)."""
     together = {ours: (theirs, several) for theirs, several in names for ours in several}
-    return dict(together.get(ours[0], (theirs, ours)) for theirs, ours in LAYER.items())
+    return dict(together.get(ours[0], (theirs, ours)) for theirs, ours in layer.items())
+
+
+def with_norms(**names: str) -> Mapping[str, tuple[str, ...]]:
+    """`LAYER` with other norms around its attention and perceptron: their names, and ours."""
+    kept = {theirs: ours for theirs, ours in LAYER.items() if not theirs.endswith("_layernorm")}
+    return {**kept, **{theirs: (ours,) for theirs, ours in names.items()}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,17 +88,26 @@ class Family:
       left_out: see `FOR_ALL`.
       qkv_bias, output_bias, mlp_bias: whether these products have a bias; or the field of the
         config.json that says so.
-      qk_norm: queries and keys are normalised.
+      qk_norm, joined_qk_norm, norms, centred_norms, scaled_embeddings: see `ModelConfig`.
+      activation: the field of the config.json with the activation.
+      query_scalar: the field of which products of queries and keys are divided by the root.
+      caps_logits: there is a field `final_logit_softcapping`.
+      left_if_null: fields of which null means the same as if they were left out.
       never_null: sizes that null does not leave to the others.
       whole_heads: hidden_size must be a multiple of the heads.
       partial_rotary: a part of each head may be rotated.
       some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
+      pairs_side_by_side: in the files, the two numbers of a head that are rotated together are
+        neighbours; here they are in two halves.
       layer: the tensors of a layer, by their names in the files: ours, of which several lie in one
         tensor, one after the other. A bias is `.bias` there and `_bias` here.
       windows: which layers see the last `sliding_window` tokens only. "all", where it is given;
         "switched", if `use_sliding_window` is true; "late", by the same switch, those from
         `max_window_layers` on; "unrotated", by the same, those that are not rotated; "listed",
-        those that `layer_types` says, or all but each `full_every`-th; None, there are none.
+        those that `layer_types` says, or all but each `full_every`-th, which may be left to the
+        field `sliding_window_pattern`; None, there are none.
+      window_theta: layers with a window have a rope of their own, in `rope_parameters`: the field
+        outside of it with its base, or "", and what that is where it is left out.
       sinks: the tensor of a layer with a logit for each head that joins its softmax; None is none.
       asks_no_types: `layer_types`, which says it elsewhere, does not count.
       rope: what no rope at all in a config.json means; None is a plain one.
@@ -98,6 +115,7 @@ class Family:
       experts: of mixtures of experts, how these are called.
       packed: the `quant_method` of files that are unpacked as they are read; None is none.
       multipliers: there are fields of the names of `MULTIPLIERS`, each 1 where it is left out.
+      grows_queries: see `Rope.query_growth`.
       original_context: the field, outside the rope, that holds the context before it was stretched.
     """
 
@@ -107,17 +125,28 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     qk_norm: bool = False
+    joined_qk_norm: bool = False
+    norms: Literal["before", "after", "both"] = "before"
+    centred_norms: bool = False
+    scaled_embeddings: bool = False
+    activation: str = "hidden_act"
+    query_scalar: str | None = None
+    caps_logits: bool = False
+    left_if_null: tuple[str, ...] = ()
     never_null: tuple[str, ...] = ()
     whole_heads: bool = False
     partial_rotary: bool = False
     some_layers_rotate: bool = False
+    pairs_side_by_side: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
     windows: Literal["all", "switched", "late", "unrotated", "listed"] | None = None
-    full_every: int = 2
+    full_every: int | None = None
+    window_theta: tuple[str, float] | None = None
     sinks: str | None = None
     asks_no_types: bool = False
     rope: Mapping[str, Any] | None = None
     ropes: Mapping[str, str] | None = None
+    grows_queries: bool = False
     original_context: str | None = None
     experts: ExpertNames | None = None
     packed: str | None = None
@@ -131,7 +160,96 @@ _QWEN = {
     "max_window_layers": 28,
 }
 
+_GLM = {
+    "num_key_value_heads": 2,
+    "head_dim": 128,
+    "max_position_embeddings": 2**17,
+    "rms_norm_eps": 1.5625e-7,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": True,
+    "eos_token_id": [151329, 151336, 151338],
+}
+_GATE_AND_UP = ("mlp.gate_up_proj", ("gate", "up"))
+
+_OLMO = Family(
+    "Olmo2ForCausalLM",
+    {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5, "eos_token_id": 50279},
+    qkv_bias="attention_bias",
+    output_bias="attention_bias",
+    joined_qk_norm=True,
+    norms="after",
+    layer=with_norms(
+        post_attention_layernorm="attended_norm", post_feedforward_layernorm="mlp_out_norm"
+    ),
+)
+
 FAMILIES: dict[str, Family] = {
+    "gemma3_text": Family(
+        "Gemma3ForCausalLM",
+        {
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "hidden_activation": "gelu_pytorch_tanh",
+            "max_position_embeddings": 2**17,
+            "rope_theta": 1e6,
+            "query_pre_attn_scalar": 256,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 6,
+            "tie_word_embeddings": True,
+            "bos_token_id": 2,
+            "eos_token_id": 1,
+        },
+        qkv_bias="attention_bias",
+        output_bias="attention_bias",
+        qk_norm=True,
+        norms="both",
+        centred_norms=True,
+        scaled_embeddings=True,
+        activation="hidden_activation",
+        query_scalar="query_pre_attn_scalar",
+        caps_logits=True,
+        never_null=("num_key_value_heads", "head_dim"),
+        whole_heads=True,
+        layer=with_norms(
+            input_layernorm="attention_norm",
+            post_attention_layernorm="attended_norm",
+            pre_feedforward_layernorm="mlp_norm",
+            post_feedforward_layernorm="mlp_out_norm",
+        ),
+        windows="listed",
+        window_theta=("rope_local_base_freq", 10_000.0),
+    ),
+    "glm": Family(
+        "GlmForCausalLM",
+        _GLM,
+        qkv_bias="attention_bias",
+        never_null=("num_key_value_heads",),
+        left_if_null=("eos_token_id",),
+        partial_rotary=True,
+        pairs_side_by_side=True,
+        layer=joined(_GATE_AND_UP),
+    ),
+    "glm4": Family(
+        "Glm4ForCausalLM",
+        _GLM,
+        qkv_bias="attention_bias",
+        norms="both",
+        left_if_null=("eos_token_id",),
+        never_null=("num_key_value_heads", "head_dim"),
+        partial_rotary=True,
+        pairs_side_by_side=True,
+        layer=joined(
+            _GATE_AND_UP,
+            layer=with_norms(
+                input_layernorm="attention_norm",
+                post_self_attn_layernorm="attended_norm",
+                post_attention_layernorm="mlp_norm",
+                post_mlp_layernorm="mlp_out_norm",
+            ),
+        ),
+    ),
     "gpt_oss": Family(
         "GptOssForCausalLM",
         {
@@ -152,6 +270,7 @@ FAMILIES: dict[str, Family] = {
         never_null=("num_key_value_heads", "head_dim"),
         layer=with_experts("mlp.router"),
         windows="listed",
+        full_every=2,
         sinks="self_attn.sinks",
         rope={
             "rope_type": "yarn",
@@ -187,6 +306,42 @@ FAMILIES: dict[str, Family] = {
         output_bias="attention_bias",
         mlp_bias="mlp_bias",
         whole_heads=True,
+    ),
+    "ministral": Family(
+        "MinistralForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 2**17,
+            "sliding_window": 4096,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        windows="all",
+    ),
+    "ministral3": Family(
+        "Ministral3ForCausalLM",
+        {
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 2**18,
+            "rms_norm_eps": 1e-5,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        },
+        rope={
+            "rope_type": "yarn",
+            "rope_theta": 1e6,
+            "factor": 16.0,
+            "original_max_position_embeddings": 2**14,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "llama_4_scaling_beta": 0.1,
+        },
+        never_null=("head_dim",),
+        ropes={"yarn": "yarn"},
+        grows_queries=True,
+        windows="all",
+        asks_no_types=True,
     ),
     "mistral": Family(
         "MistralForCausalLM",
@@ -226,6 +381,15 @@ FAMILIES: dict[str, Family] = {
         asks_no_types=True,
         windows="all",
     ),
+    "olmo2": _OLMO,
+    "olmo3": dataclasses.replace(
+        _OLMO,
+        architecture="Olmo3ForCausalLM",
+        left_out={**_OLMO.left_out, "rope_theta": 500_000.0, "sliding_window": 4096},
+        windows="listed",
+        full_every=4,
+        window_theta=("", 500_000.0),
+    ),
     "phi3": Family(
         "Phi3ForCausalLM",
         {
@@ -236,7 +400,7 @@ FAMILIES: dict[str, Family] = {
             "eos_token_id": 32000,
         },
         partial_rotary=True,
-        layer=joined(("self_attn.qkv_proj", ("q", "k", "v")), ("mlp.gate_up_proj", ("gate", "up"))),
+        layer=joined(("self_attn.qkv_proj", ("q", "k", "v")), _GATE_AND_UP),
         asks_no_types=True,
         ropes={"default": "default", **dict.fromkeys(("longrope", "su", "yarn"), "longrope")},
         original_context="original_max_position_embeddings",
@@ -312,6 +476,12 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
+TEXT_HALVES: Mapping[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("ministral3", "mistral"),
+}
+"""Families that take more than text, of which the text model is run: what `text_config` may say."""
+
 _WINDOWS = "some of its layers see a sliding window only"
 _LATENT = "its keys and values are kept as a latent vector (MLA)"
 _RECURRENT = "some of its layers keep a recurrent state and no keys and values"
@@ -322,11 +492,12 @@ _ENCODES = "it has an encoder beside its decoder"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("gemma2", "gemma3", "gemma3_text", "gemma3n", "cohere2", "exaone4", "ministral"),
-            *("gemma4", "olmo3", "mimo_v2_flash"),
+            *("gemma3n", "cohere2", "exaone4"),
+            *("gemma4", "mimo_v2_flash"),
         ),
         _WINDOWS,
     ),
+    "gemma2": "the scores of its attention are capped",
     "llama4": "some of its layers see chunks of the text only",
     "llama4_text": "some of its layers see chunks of the text only",
     **dict.fromkeys(
@@ -348,13 +519,13 @@ REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
             *("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe", "llava"),
-            *("mllama", "idefics3", "smolvlm", "mistral3", "phi4_multimodal", "internvl"),
+            *("mllama", "idefics3", "smolvlm", "phi4_multimodal", "internvl"),
         ),
         _SEVERAL,
     ),
     **dict.fromkeys(("t5", "bart", "t5gemma", "mt5", "pegasus", "whisper", "marian"), _ENCODES),
     **dict.fromkeys(
-        ("olmo2", "glm4", "nemotron", "exaone", "starcoder2", "gpt_neox", "gpt2", "falcon", "phi"),
+        ("nemotron", "exaone", "starcoder2", "gpt_neox", "gpt2", "falcon", "phi"),
         "its layers are put together otherwise",
     ),
     **dict.fromkeys(

@@ -275,6 +275,10 @@ class Fields:
         left = {name: value for name, value in self.values.items() if name not in names}
         return Fields(left, self.path, self._place, self._remedy)
 
+    def over(self, others: Mapping[str, Any]) -> Fields:
+        """The same, and what others say where these say nothing."""
+        return Fields({**others, **self.values}, self.path, self._place, self._remedy)
+
     def inner(self, name: str) -> Fields:
         """Named fields within these."""
         value = self._take(name, _REQUIRED, lambda _, x: x)

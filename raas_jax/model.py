@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from pallas_kernels import Target
@@ -34,6 +35,11 @@ Weights = dict[str, Any]
 `layers`."""
 MATRICES = ("q", "k", "v", "o", "gate", "up", "down", "router")
 """A layer's weights that are multiplied by; the others are small."""
+ACTIVATE: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
+"""Of multilayer perceptrons, by their names in a config.json."""
 INWARD = ("o", "down")
 """Those of which a mesh that splits heads and mlp width cuts what is summed over."""
 
@@ -65,7 +71,9 @@ class Block(nnx.Module):
         ) -> nnx.Param[jax.Array]:
             return nnx.Param(jnp.full((L, *shape), fill, dtype), logical_axes=("layers", *axes))
 
-        self.attention_norm = full(1.0, (D,), ("embed",))
+        one = 0.0 if c.centred_norms else 1.0
+        if c.norms != "after":
+            self.attention_norm = full(one, (D,), ("embed",))
         self.q = normal((N, H, D), ("heads", "head_dim", "embed"), D)
         self.k = normal((K, H, D), ("kv_heads", "head_dim", "embed"), D)
         self.v = normal((K, H, D), ("kv_heads", "head_dim", "embed"), D)
@@ -79,10 +87,17 @@ class Block(nnx.Module):
             self.o_bias = full(0.0, (D,), ("embed",))
         if c.sinks:
             self.sink = full(0.0, (N,), ("heads",))
-        if c.qk_norm:
-            self.q_norm = full(1.0, (H,), ("head_dim",))
-            self.k_norm = full(1.0, (H,), ("head_dim",))
-        self.mlp_norm = full(1.0, (D,), ("embed",))
+        if c.joined_qk_norm:
+            self.q_norm = full(one, (N, H), ("heads", "head_dim"))
+            self.k_norm = full(one, (K, H), ("kv_heads", "head_dim"))
+        elif c.qk_norm:
+            self.q_norm = full(one, (H,), ("head_dim",))
+            self.k_norm = full(one, (H,), ("head_dim",))
+        if c.norms != "after":
+            self.mlp_norm = full(one, (D,), ("embed",))
+        if c.norms != "before":
+            self.attended_norm = full(one, (D,), ("embed",))
+            self.mlp_out_norm = full(one, (D,), ("embed",))
         if c.num_experts:
             self.router = normal((c.num_experts, D), ("experts", "embed"), D)
             if c.expert_bias:
@@ -99,14 +114,15 @@ class Block(nnx.Module):
     def qkv(self, x: jax.Array, rotation: Rotation) -> tuple[jax.Array, jax.Array, jax.Array]:
         """`[B, T, D]` → rotated q `[B, T, N, H]`, rotated k and plain v `[B, T, K, H]`."""
         c = self.config
-        h = rms_norm(x, self.attention_norm[...], c.rms_norm_eps)
+        h = x if c.norms == "after" else _norm(c, x, self.attention_norm)
         q, k, v = self._products(h, self.q, self.k, self.v)
         if c.qkv_bias:
             q, k, v = q + self.q_bias[...], k + self.k_bias[...], v + self.v_bias[...]
-        if c.qk_norm:
-            q = rms_norm(q, self.q_norm[...], c.rms_norm_eps)
-            k = rms_norm(k, self.k_norm[...], c.rms_norm_eps)
+        if c.qk_norm or c.joined_qk_norm:
+            q, k = _norm(c, q, self.q_norm), _norm(c, k, self.k_norm)
         q, k = rotate(q, rotation), rotate(k, rotation)
+        for growth in rotation[2:]:
+            q = q * growth.astype(q.dtype)
         if c.attention_multiplier is not None:
             # Attention divides by the root of the head dim.
             q = _times(q, c.attention_multiplier * c.head_dim**0.5)
@@ -119,15 +135,24 @@ class Block(nnx.Module):
         c = self.config
         flat = attended.reshape(*x.shape[:-1], -1)
         (out,) = self._products(flat, self.o)
-        x = x + _times(out + self.o_bias[...] if c.output_bias else out, c.residual_multiplier)
-        h = rms_norm(x, self.mlp_norm[...], c.rms_norm_eps)
-        if experts is not None:
-            return x + _times(self._mixture(h, experts), c.residual_multiplier)
+        if c.output_bias:
+            out = out + self.o_bias[...]
+        if c.norms != "before":
+            out = _norm(c, out, self.attended_norm)
+        x = x + _times(out, c.residual_multiplier)
+        h = x if c.norms == "after" else _norm(c, x, self.mlp_norm)
+        out = self._perceptron(h) if experts is None else self._mixture(h, experts)
+        if c.norms != "before":
+            out = _norm(c, out, self.mlp_out_norm)
+        return x + _times(out, c.residual_multiplier)
+
+    def _perceptron(self, h: jax.Array) -> jax.Array:
+        c = self.config
         gate, up = self._products(h, self.gate, self.up)
         if c.mlp_bias:
             gate, up = gate + self.gate_bias[...], up + self.up_bias[...]
-        (out,) = self._products(jax.nn.silu(gate) * up, self.down)
-        return x + _times(out + self.down_bias[...] if c.mlp_bias else out, c.residual_multiplier)
+        (out,) = self._products(ACTIVATE[c.hidden_act](gate) * up, self.down)
+        return out + self.down_bias[...] if c.mlp_bias else out
 
     def _mixture(self, h: jax.Array, experts: Experts) -> jax.Array:
         c, rows = self.config, h.reshape(-1, h.shape[-1])
@@ -153,23 +178,32 @@ class Ends(nnx.Module):
             return nnx.Param(value, logical_axes=("vocab", "embed"))
 
         self.embedding = table()
-        self.norm = nnx.Param(jnp.ones((D,), dtype), logical_axes=("embed",))
+        one = 0.0 if config.centred_norms else 1.0
+        self.norm = nnx.Param(jnp.full((D,), one, dtype), logical_axes=("embed",))
         if not config.tie_word_embeddings:
             self.head = table()
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32 `[...]` → `[..., D]` in the weights' dtype."""
-        return _times(look_up(self.embedding[...], tokens), self.config.embedding_multiplier)
+        c, factor = self.config, self.config.embedding_multiplier
+        if c.scaled_embeddings:
+            # Rounded before it multiplies: the root of 640 is 25.25 in bfloat16.
+            factor = float(np.asarray(c.hidden_size**0.5, self.embedding[...].dtype))
+        return _times(look_up(self.embedding[...], tokens), factor)
 
     def logits(self, x: jax.Array, target: Target | None = None) -> jax.Array:
         """Hidden states `[..., D]` → float32 logits `[..., V]`; target as of `run_layers`."""
         head = self.embedding if self.config.tie_word_embeddings else self.head
-        h = rms_norm(x, self.norm[...], self.config.rms_norm_eps)
+        h = _norm(self.config, x, self.norm)
         weight: Weight = head[...]
         if in_place := _in_place(self.config, target):
             weight = OfStack(head[...][None], jnp.int32(0), in_place)
         logits = project(h, weight, dtype=jnp.float32)
-        return logits if self.config.logits_scaling == 1 else logits / self.config.logits_scaling
+        if self.config.logits_scaling != 1:
+            logits = logits / self.config.logits_scaling
+        if cap := self.config.final_logit_softcapping:
+            logits = cap * jnp.tanh(logits / cap)
+        return logits
 
 
 class Transformer(Ends):
@@ -316,7 +350,7 @@ class Layer(NamedTuple):
         """`Block.qkv`, rotated or not as this layer is."""
         if plain := self.block.config.unrotated_layers:
             turns = jnp.all(self.number != jnp.asarray(plain))
-            cos, sin = rotation
+            cos, sin = rotation[:2]
             rotation = jnp.where(turns, cos, 1.0), jnp.where(turns, sin, 0.0)
         return self.block.qkv(x, rotation)
 
@@ -575,8 +609,17 @@ def _times(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, computed in float32, returned in x's dtype."""
-    h = x.astype(jnp.float32)
-    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=-1, keepdims=True) + eps)
-    return (weight.astype(jnp.float32) * h).astype(x.dtype)
+def _norm(config: ModelConfig, x: jax.Array, weight: nnx.Param[Any]) -> jax.Array:
+    return rms_norm(x, weight[...], config.rms_norm_eps, centred=config.centred_norms)
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float, *, centred: bool = False) -> jax.Array:
+    """Root-mean-square norm over the axes of `weight`, the last ones of `x`.
+
+    It multiplies by the weight, or by one more where weights are centred at zero. Computed in
+    float32, returned in x's dtype.
+    """
+    h, scale = x.astype(jnp.float32), weight.astype(jnp.float32)
+    axes = tuple(range(-weight.ndim, 0))
+    h = h * jax.lax.rsqrt(jnp.mean(h * h, axis=axes, keepdims=True) + eps)
+    return ((1 + scale if centred else scale) * h).astype(x.dtype)

@@ -33,6 +33,7 @@ ROPE_TYPES: dict[str, tuple[str, ...]] = {
 }
 _THETA = ("a number from 1 to 1e30", 1, 1e30)
 _POSITIVE = ("a number from 1e-6 to 1e9", 1e-6, 1e9)
+_GROWTH = ("a number from 0 to 1000", 0, 1000)
 _PARTIAL = ("a number above 0, at most 1", 1e-3, 1)
 
 
@@ -59,6 +60,8 @@ class Rope:
       truncate: yarn blends between whole pairs.
       short_factor, long_factor: of longrope, for each pair.
       partial: the share of the head dim, from its beginning, that is rotated at all.
+      query_growth: queries are multiplied by `1 + query_growth * log(1 + n)` where the original
+        context has gone by n times (Llama 4's temperature).
     """
 
     theta: float = 10_000.0
@@ -74,6 +77,7 @@ class Rope:
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     partial: float = 1.0
+    query_growth: float = 0.0
 
     def __post_init__(self) -> None:
         checks.choice("rope_type", self.kind, ROPE_TYPES)
@@ -82,6 +86,7 @@ class Rope:
         for each in (*positive, "attention_factor", "beta_fast", "beta_slow"):
             checks.field(self, each, lambda name, x: checks.real(name, x, *_POSITIVE))
         checks.field(self, "partial", lambda name, x: checks.real(name, x, *_PARTIAL))
+        checks.field(self, "query_growth", lambda name, x: checks.real(name, x, *_GROWTH))
         length = "original_max_position_embeddings"
         checks.field(self, length, lambda name, x: checks.integer(name, x, 1))
         for each in ("short_factor", "long_factor"):
@@ -138,10 +143,14 @@ class Rope:
         partial: bool = False,
         original: int | None = None,
         names: Mapping[str, str] | None = None,
+        window_theta: tuple[str, float] | None = None,
+        window: bool = False,
+        grows_queries: bool = False,
     ) -> Rope:
         """Reads `rope_theta` + `rope_scaling` (transformers 4) or `rope_parameters` (5).
 
-        Where there are both, `rope_scaling` is taken alone: it is what people add by hand.
+        Where there are both, `rope_scaling` is taken alone: it is what people add by hand. But
+        where layers with a window have a rope of their own, it is added to that of the others.
 
         Args:
           fields: of a config.json.
@@ -149,8 +158,15 @@ class Rope:
           partial: whether models of this family may rotate a part of a head.
           original: of families that say so outside the rope, the context before it was stretched.
           names: the kinds that a family has, by their names in its files; None is all.
+          window_theta: of families whose layers with a window have a rope of their own, the field
+            with its base, and what that is where it is left out.
+          window: this one is wanted.
+          grows_queries: there is a field for `query_growth`.
         """
-        rope = _own_fields(fields)
+        if window_theta:
+            rope = _fields_of_layers(fields, window_theta, window)
+        else:
+            rope = _own_fields(fields)
         names = names or {name: name for name in ROPE_TYPES}
         kind = names[rope.choice("rope_type", names)]
         share = 1.0
@@ -164,6 +180,7 @@ class Rope:
         before = original or (
             rope.integer(length, 1) if length in rope.values and kind != "dynamic" else context
         )
+        growth = rope.real("llama_4_scaling_beta", *_GROWTH) if grows_queries else 0.0
         own: dict[str, Any]
         if kind == "yarn":
             own = _yarn(rope, context / before)
@@ -174,7 +191,7 @@ class Rope:
         if length in ROPE_TYPES[kind] or kind == "dynamic":
             own[length] = before
         try:
-            return cls(theta, kind, partial=share, **own)
+            return cls(theta, kind, partial=share, query_growth=growth, **own)
         except (TypeError, ValueError) as error:
             raise fields.error(str(error)) from None
 
@@ -207,6 +224,31 @@ def _own_fields(fields: Fields) -> Fields:
     return Fields(
         {**values, "rope_type": given.get("type", "default"), **given}, fields.path, place
     )
+
+
+def _fields_of_layers(fields: Fields, window_theta: tuple[str, float], window: bool) -> Fields:
+    """What it says of the rope of layers with a window, or of those without."""
+    # `rope_scaling` is added to this: transformers goes by its `rope_type` then, not by `type`.
+    both: Mapping[str, Any] = {"full_attention": {"rope_type": "default"}}
+    if (given := fields.values.get("rope_parameters")) is not None:
+        both = fields.inner("rope_parameters").values
+
+    def own(kind: str) -> Fields:
+        values = both.get(kind)
+        return Fields({} if values is None else values, fields.path, f"rope_parameters.{kind}")
+
+    full, theta = own("full_attention"), fields.values["rope_theta"]
+    if fields.values.get("rope_scaling") is not None:
+        if both.get("full_attention") is None:
+            raise fields.error(f"rope_scaling is beside rope_parameters, {checks.short(given)}")
+        added = {**full.values, **fields.inner("rope_scaling").values}
+        full = Fields(added, fields.path, "rope_scaling")
+    found = full
+    if window:
+        name, theta = window_theta
+        theta, found = fields.values.get(name, theta), own("sliding_attention")
+    kind = found.values.get("type", "default")
+    return found.over({"rope_theta": theta, "rope_type": kind})
 
 
 def _yarn(rope: Fields, stretched: float) -> dict[str, Any]:

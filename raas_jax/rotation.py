@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from raas_jax.config import ModelConfig
 from raas_jax.rope import Rope
 
-Rotation = tuple[jax.Array, jax.Array]
-"""cos and sin of angles, see `rope_rotation`."""
+Rotation = tuple[jax.Array, ...]
+"""cos and sin of angles, and what queries grow by if they do; see `rope_rotation`."""
 
 
 def frequencies(
@@ -83,6 +83,7 @@ def rope_rotation(
 ) -> Rotation:
     """cos and sin of every angle, float32 `[B, T, 1, R / 2]`, times the attention factor.
 
+    Of a rope whose queries grow, also by how much: float32 `[B, T, 1, 1]`.
     Positions are absolute, also where pages are evicted: what is kept turns as in the dense model.
     Two kinds depend on how long the text is. A dynamic rope grows with it, token by token, as in
     transformers; keys that are in the cache stay as they were turned. Longrope is chosen once for
@@ -104,7 +105,12 @@ def rope_rotation(
     else:
         frequency = frequencies(rope, head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency
-    return rope.attention_factor * jnp.cos(angle), rope.attention_factor * jnp.sin(angle)
+    turn = rope.attention_factor * jnp.cos(angle), rope.attention_factor * jnp.sin(angle)
+    if not rope.query_growth:
+        return turn
+    times = positions // rope.original_max_position_embeddings
+    growth = 1 + rope.query_growth * jnp.log1p(times.astype(jnp.float32))
+    return *turn, growth[..., None, None]
 
 
 def rotations_of(
@@ -128,7 +134,7 @@ def rotate(x: jax.Array, rotation: Rotation) -> jax.Array:
 
     The layout is that of Hugging Face: the first `R` numbers in two halves; the rest stays.
     """
-    cos, sin = rotation
+    cos, sin = rotation[:2]
     size = 2 * cos.shape[-1]
     a, b = jnp.split(x[..., :size].astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)

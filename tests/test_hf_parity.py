@@ -29,6 +29,7 @@ YARN = {
     "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
+GROWTH = {"llama_4_scaling_beta": 0.3, "original_max_position_embeddings": 8}
 # The context is 256: only the 40 positions of the long one are beyond the original.
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 4.0}
 
@@ -43,6 +44,11 @@ def longrope(pairs, original=16):
     }
 
 
+def by_layer(full, window):
+    return {"full_attention": full, "sliding_attention": window}
+
+
+WINDOWS = ["sliding_attention", "sliding_attention", "full_attention"]
 # name → (architecture, what differs from BASE)
 CASES = {
     "llama": ("llama", {}),
@@ -55,6 +61,26 @@ CASES = {
         "llama",
         {"hidden_size": 56, "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 10},
     ),
+    # From position 8 on queries grow, four times within the 40 that are tested.
+    "ministral3": (
+        "ministral3",
+        {"head_dim": 16, "rope_parameters": {**YARN, **GROWTH}, "tie_word_embeddings": True},
+    ),
+    "ministral3-windows": (
+        "ministral3",
+        {"head_dim": 10, "sliding_window": 6, "rope_parameters": {**YARN, **GROWTH}},
+    ),
+    "mistral-windows": ("mistral", {"sliding_window": 9}),
+    "mixtral-windows": ("mixtral", {"num_local_experts": 4, "sliding_window": 6}),
+    "qwen2-windows": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
+    "qwen3-windows": (
+        "qwen3",
+        {"use_sliding_window": True, "sliding_window": 8, "layer_types": WINDOWS, "head_dim": 12},
+    ),
+    "phi3-windows": ("phi3", {"sliding_window": 8}),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral-head-dim-10": ("mistral", {"sliding_window": None, "head_dim": 10}),
     "mistral-tied": ("mistral", {"sliding_window": None, "tie_word_embeddings": True}),
@@ -77,6 +103,41 @@ CASES = {
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6}
         | {"logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True},
     ),
+    "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 7, "layer_types": WINDOWS}),
+    "gemma3-scaled": (
+        "gemma3_text",
+        {"head_dim": 20, "query_pre_attn_scalar": 9, "attention_bias": True}
+        | {"num_hidden_layers": 7, "sliding_window": 16, "final_logit_softcapping": 3.0}
+        | {"rope_parameters": by_layer(LINEAR, {"rope_type": "default", "rope_theta": 20.0})}
+        | {"tie_word_embeddings": False},
+    ),
+    "gemma3-all-windows": ("gemma3_text", {"sliding_window": 5, "layer_types": WINDOWS[:1] * 3}),
+    "gemma3-no-windows": ("gemma3_text", {"sliding_window": 5, "layer_types": WINDOWS[-1:] * 3}),
+    "gemma3-long-windows": ("gemma3_text", {"sliding_window": 512, "layer_types": WINDOWS}),
+    "olmo3": (
+        "olmo3",
+        {"num_hidden_layers": 5, "sliding_window": 8}
+        | {"rope_parameters": by_layer(YARN, {"rope_type": "default", "rope_theta": 500.0})},
+    ),
+    "olmo3-biases": (
+        "olmo3",
+        {"attention_bias": True, "tie_word_embeddings": True, "num_key_value_heads": 1}
+        | {"sliding_window": 1, "layer_types": WINDOWS[::-1]},
+    ),
+    "ministral": ("ministral", {"sliding_window": 11, "head_dim": 16}),
+    "ministral-some": (
+        "ministral",
+        {"sliding_window": 9, "layer_types": WINDOWS, "tie_word_embeddings": True, "head_dim": 10},
+    ),
+    "glm": ("glm", {"head_dim": 16, "tie_word_embeddings": True}),
+    "glm4": ("glm4", {"head_dim": 20, "attention_bias": False}),
+    "glm4-biases": (
+        "glm4",
+        {"head_dim": 16, "tie_word_embeddings": True, "rope_parameters": YARN},
+    ),
+    "olmo2": ("olmo2", {}),
+    "olmo2-biases": ("olmo2", {"attention_bias": True, "num_key_value_heads": 1}),
+    "olmo2-tied": ("olmo2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3-moe": (
         "qwen3_moe",
@@ -156,6 +217,8 @@ def make_model(case: str):
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+                if "gemma" in kind:
+                    parameter -= 1  # They multiply by one more than their weights.
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             elif "embed" in name or "lm_head" in name:
@@ -232,6 +295,8 @@ WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-
 WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
 WRITTEN += ["seed-oss-biases", "smollm3-biases", "granite-scaled"]
 WRITTEN += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
+WRITTEN += ["glm", "glm4-biases", "olmo2-biases", "gemma3-scaled", "olmo3-biases"]
+WRITTEN += ["ministral-some", "ministral3-windows", "qwen2-windows"]
 
 
 @pytest.mark.parametrize("case", WRITTEN)
@@ -261,6 +326,10 @@ GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"
 GREEDY += ["mixtral", "qwen3-moe", "granite-scaled"]
 # A prompt of more tokens than a window has, in alternating layers and in all.
 GREEDY += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
+# Through a prompt that is longer than the window.
+GREEDY += ["gemma3", "gemma3-scaled", "gemma3-all-windows", "gemma3-no-windows"]
+GREEDY += ["gemma3-long-windows", "olmo3", "ministral-some", "ministral3-windows"]
+GREEDY += ["mistral-windows", "mixtral-windows", "qwen2-windows", "qwen3-windows", "phi3-windows"]
 # The budget covers the new tokens, so nothing may be lost.
 POLICIES = [Dense(), RaaS(budget=NEW_TOKENS)]
 
@@ -277,7 +346,11 @@ def test_greedy_tokens_equal_transformers(case, tmp_path):
     expected = answer[0, len(prompt) :].tolist()
     assert len(expected) == NEW_TOKENS
     # A prefill and a decode are compiled for each; a budget that covers all is as good as dense.
-    for policy in POLICIES if case == "qwen3" else POLICIES[1:]:
+    policies = POLICIES if case == "qwen3" else POLICIES[1:]
+    if window := params.config.window:
+        # Pages are not longer than a window; some of these are no multiple of them.
+        policies = [RaaS(budget=NEW_TOKENS, page_size=min(4, window))]
+    for policy in policies:
         out = generate(params, prompt, policy=policy, max_new_tokens=NEW_TOKENS)
         assert list(out.tokens) == expected, policy
         assert out.stats.evicted_pages == 0

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from raas_jax.checks import short
 from raas_jax.config import ModelConfig, quantised
-from raas_jax.families import FAMILIES, ExpertNames
+from raas_jax.families import FAMILIES, TEXT_HALVES, ExpertNames
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
@@ -39,8 +39,8 @@ from raas_jax.weights.safetensors import Entry
 Shardings = Mesh | Sharding | Mapping[str, Any] | Callable[[ModelConfig], Any] | None
 
 # Ours are [heads, head_dim, ...], theirs [heads * head_dim, ...]. The numbers lie in memory in the
-# same order, so reading and writing are reshapes.
-JOINED = ("layers.q", "layers.k", "layers.v")
+# same order, so reading and writing are reshapes; but see `_in_halves`.
+JOINED = ("layers.q", "layers.k", "layers.v", "layers.q_norm", "layers.k_norm")
 
 # What quantisation puts beside a weight, or in its place: GPTQ and AWQ, fp8, bitsandbytes.
 QUANTISED_ENDINGS = (
@@ -49,6 +49,18 @@ QUANTISED_ENDINGS = (
 )
 # Constants that old checkpoints saved; they follow from the config.
 IGNORED_ENDINGS = ("rotary_emb.inv_freq",)
+
+# What names of the text model begin with in a model that takes more than text: what they do here;
+# and of what else it has, which is left out.
+TEXT_PREFIXES = {
+    "language_model.model.": "model.",
+    "language_model.lm_head.": "lm_head.",
+    "model.language_model.": "model.",
+}
+OTHER_PREFIXES = (
+    *("vision_tower.", "multi_modal_projector."),
+    *("model.vision_tower.", "model.multi_modal_projector."),
+)
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -141,7 +153,7 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
 
 
 def _their_shape(path: str, own: Shape) -> Shape:
-    if path.removesuffix("_bias") in JOINED:
+    if path.removesuffix("_bias") in JOINED and len(own) > 1:
         return own[0] * own[1], *own[2:]
     return own
 
@@ -252,6 +264,7 @@ def load_hf(
     )
     for place, at, piece in pieces:
         for path, part in zip(place.paths, place.apart(piece.read(to)), strict=True):
+            part = _in_halves(part, path, config)
             shape = shapes[path]
             if path in whole:
                 one = (1,) * len(at)
@@ -268,6 +281,25 @@ def load_hf(
         arrays["layers"] = tuple(apart)
     config = dataclasses.replace(config, dtype=to.name)
     return Params(unflatten(arrays), config, str(folder.absolute()))
+
+
+def _in_halves(
+    values: np.ndarray, path: str, config: ModelConfig, *, back: bool = False
+) -> np.ndarray:
+    """Queries and keys `[heads * H, ...]`, the pairs that are rotated in two halves of each head.
+
+    Products of queries with keys do not depend on the order of a head's numbers, so that it is
+    changed once, here, for the families whose pairs are neighbours; and `back` when it is written.
+    """
+    name = path.removesuffix("_bias")
+    if not FAMILIES[config.model_type].pairs_side_by_side or name not in ("layers.q", "layers.k"):
+        return values
+    size = config.rope.rotated(config.head_dim)
+    heads = values.reshape(-1, config.head_dim, *values.shape[1:])
+    grid = (2, size // 2) if back else (size // 2, 2)
+    turned = heads[:, :size].reshape(-1, *grid, *values.shape[1:]).swapaxes(1, 2)
+    turned = turned.reshape(-1, size, *values.shape[1:])
+    return np.concatenate([turned, heads[:, size:]], axis=1).reshape(values.shape)
 
 
 def _of_one_layer(sharding: Sharding | None) -> Sharding | None:
@@ -302,9 +334,12 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, Entry | Pack
     known = safetensors.DTYPES
     entries: dict[str, Entry] = {}
     problems: list[str] = []
+    half = read_fields(folder / "config.json").get("model_type") in TEXT_HALVES
     for file in weight_files(folder):
         tensors, twice = safetensors.read_header(file)
         problems += [f"duplicate: {name} is twice in {file.name}" for name in twice]
+        if half:
+            tensors = _of_text(tensors)
         for name, entry in tensors.items():
             if name in entries:
                 other = entries[name].file.name
@@ -346,6 +381,15 @@ def checked_entries(folder: Path, config: ModelConfig) -> dict[str, Entry | Pack
             f"The weights in {folder} do not fit its config.json (model_type "
             f"{config.model_type}, {config.num_hidden_layers} layers):{listed(problems)}"
         )
+    return found
+
+
+def _of_text(tensors: Mapping[str, safetensors.Entry]) -> dict[str, safetensors.Entry]:
+    found = {}
+    for name, entry in tensors.items():
+        prefix = next((each for each in TEXT_PREFIXES if name.startswith(each)), "")
+        if not name.startswith(OTHER_PREFIXES):
+            found[TEXT_PREFIXES.get(prefix, "") + name.removeprefix(prefix)] = entry
     return found
 
 
@@ -411,7 +455,10 @@ def save_hf(params: Params, folder: str | Path, *, shard_bytes: int = SHARD_BYTE
 
     def tensor(name: str) -> np.ndarray:
         place = places[name]
-        return place.together([np.asarray(leaves[path][place.at]) for path in place.paths])
+        arrays = {path: np.asarray(leaves[path][place.at]) for path in place.paths}
+        return place.together(
+            [_in_halves(x, path, params.config, back=True) for path, x in arrays.items()]
+        )
 
     shards = _split({name: place.shape for name, place in places.items()}, dtype, shard_bytes)
     with new_folder(folder) as partial:
