@@ -318,6 +318,40 @@ def test_transformers_reads_what_we_write(case, tmp_path):
     np.testing.assert_array_equal(reference_logits(again, tokens), reference_logits(model, tokens))
 
 
+VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 14}
+VISION |= {"num_attention_heads": 2, "image_size": 28}
+
+
+@pytest.mark.parametrize("kind", ["gemma3", "mistral3"])
+def test_the_text_half_of_a_model_that_takes_images(kind, tmp_path):
+    torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    own = {"model_type": "gemma3_text", "sliding_window": 7, "sliding_window_pattern": 3}
+    if kind == "mistral3":
+        own = {"model_type": "ministral3", "rope_parameters": {**YARN, **GROWTH}}
+    config = AutoConfig.for_model(
+        kind,
+        text_config={**BASE, **own, "head_dim": 16, "tie_word_embeddings": kind == "gemma3"},
+        vision_config={**VISION, "head_dim": 8} if kind == "mistral3" else VISION,
+        tie_word_embeddings=kind == "gemma3",
+        eos_token_id=[5, 6],
+        **({"mm_tokens_per_image": 4} if kind == "gemma3" else {}),
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    model.save_pretrained(tmp_path)
+    params = weights.load(tmp_path, dtype="float32")
+    assert params.config.eos_token_ids == (5, 6)
+    tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, 40))
+    expected = reference_logits(model, tokens)
+    assert 0.5 < expected.std() < 20
+    np.testing.assert_allclose(our_logits(params, tokens), expected, atol=2e-4, rtol=0)
+
+
 NEW_TOKENS = 64
 # One of each family.
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
