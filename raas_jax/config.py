@@ -294,6 +294,9 @@ class ModelConfig:
         windows: dict[str, Any] = _windows(
             fields, family, sizes["num_hidden_layers"], context, unrotated
         )
+        if family.full_unrotated and fields.values.get("sliding_window") is not None:
+            rotated = windows.get("window_layers", ())
+            unrotated = tuple(i for i in range(sizes["num_hidden_layers"]) if i not in rotated)
         biases: dict[str, Any] = {
             name: said if isinstance(said, bool) else fields.flag(said, False)
             for name in BIASES
@@ -380,6 +383,8 @@ class ModelConfig:
         if family.windows == "listed":
             # Their classes make the mask of a window also where no layer has it.
             fields["sliding_window"] = self.window or self.max_position_embeddings
+            if family.full_unrotated and not self.unrotated_layers:
+                fields["sliding_window"] = self.window or None
         if family.windows == "listed" or (
             self.window and not (family.windows == "all" and family.asks_no_types)
         ):
@@ -562,8 +567,9 @@ def _windows(
         return {}
     if window is None:
         raise fields.error("layer_types has sliding layers, but there is no sliding_window")
-    # The rope of such layers is another, even if their window is never left.
-    if window >= context and not family.window_theta:
+    # The rope of such layers may be another, even if their window is never left.
+    alike = family.window_theta is None and not family.full_unrotated
+    if window >= context and alike:
         return {}
     if family.windows is None:
         raise fields.error(

@@ -96,6 +96,7 @@ class Family:
       never_null: sizes that null does not leave to the others.
       whole_heads: hidden_size must be a multiple of the heads.
       partial_rotary: a part of each head may be rotated.
+      full_unrotated: where there is a `sliding_window`, only layers that have it are rotated.
       some_layers_rotate: `no_rope_layers` has 0 for each layer whose heads are not rotated.
       pairs_side_by_side: in the files, the two numbers of a head that are rotated together are
         neighbours; here they are in two halves.
@@ -136,6 +137,7 @@ class Family:
     never_null: tuple[str, ...] = ()
     whole_heads: bool = False
     partial_rotary: bool = False
+    full_unrotated: bool = False
     some_layers_rotate: bool = False
     pairs_side_by_side: bool = False
     layer: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=lambda: LAYER)
@@ -184,6 +186,24 @@ _OLMO = Family(
 )
 
 FAMILIES: dict[str, Family] = {
+    "exaone4": Family(
+        "Exaone4ForCausalLM",
+        {
+            "num_key_value_heads": 32,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        qk_norm=True,
+        norms="after",
+        never_null=("num_key_value_heads",),
+        full_unrotated=True,
+        layer=_OLMO.layer,
+        windows="listed",
+    ),
     "gemma3_text": Family(
         "Gemma3ForCausalLM",
         {
@@ -492,7 +512,7 @@ _ENCODES = "it has an encoder beside its decoder"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
         (
-            *("gemma3n", "cohere2", "exaone4"),
+            *("gemma3n", "cohere2"),
             *("gemma4", "mimo_v2_flash"),
         ),
         _WINDOWS,

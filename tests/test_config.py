@@ -59,7 +59,7 @@ def full(kind: str, **changes) -> dict:
     return fields
 
 
-NO_BIAS = ("ministral", "ministral3", "mistral", "mixtral", "phi3")
+NO_BIAS = ("exaone4", "ministral", "ministral3", "mistral", "mixtral", "phi3")
 BY_LAYER = ("gemma3_text", "olmo3")
 """With a rope of each kind of layer."""
 PARTIAL = ("glm", "glm4", "phi3")
@@ -98,7 +98,8 @@ def windows_of(config) -> dict:
     if slide and config.model_type == "smollm3" and not config.use_sliding_window:
         raise ValueError("the mask has a window that is switched off")
     # Where their rope is another, too, they are told apart even if the window is never left.
-    context = math.inf if config.model_type in BY_LAYER else config.max_position_embeddings
+    own_rope = config.model_type in (*BY_LAYER, "exaone4")
+    context = math.inf if own_rope else config.max_position_embeddings
     if not slide or config.sliding_window >= context:
         return {}
     if config.model_type in ("glm", "glm4", "granite", "llama", "olmo2", "seed_oss"):
@@ -108,6 +109,7 @@ def windows_of(config) -> dict:
 
 def norms_of(config) -> dict:
     olmo = {"norms": "after", "joined_qk_norm": True}
+    exaone = {"norms": "after", "qk_norm": True}
     kind = config.model_type
     if kind == "gemma3_text":
         scalar, capped = config.query_pre_attn_scalar, config.final_logit_softcapping
@@ -115,7 +117,9 @@ def norms_of(config) -> dict:
         if scalar != config.head_dim:
             own["attention_multiplier"] = scalar**-0.5
         return {**own, "final_logit_softcapping": capped}
-    return {"glm4": {"norms": "both"}, "olmo2": olmo, "olmo3": olmo}.get(kind, {})
+    return {"glm4": {"norms": "both"}, "exaone4": exaone, "olmo2": olmo, "olmo3": olmo}.get(
+        kind, {}
+    )
 
 
 def ropes_of(config, windows) -> dict:
@@ -185,6 +189,8 @@ def theirs(fields: dict) -> ModelConfig | None:
         c = CONFIG_MAPPING[kind].from_dict(fields)
         windows = windows_of(c)
         rotates = getattr(c, "no_rope_layers", None) or [1] * c.num_hidden_layers
+        if kind == "exaone4" and c.sliding_window is not None:
+            rotates = [each == "sliding_attention" for each in c.layer_types]
         eos = c.eos_token_id
         activation = c.hidden_activation if kind == "gemma3_text" else c.hidden_act
         return ModelConfig(

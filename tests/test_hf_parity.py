@@ -103,6 +103,11 @@ CASES = {
         {"embedding_multiplier": 3.0, "attention_multiplier": 0.2, "residual_multiplier": 0.6}
         | {"logits_scaling": 2.0, "attention_bias": True, "mlp_bias": True},
     ),
+    "exaone4": (
+        "exaone4",
+        {"num_hidden_layers": 4, "sliding_window": 7, "tie_word_embeddings": True},
+    ),
+    "exaone4-no-windows": ("exaone4", {"sliding_window": None, "layer_types": WINDOWS[-1:] * 3}),
     "gemma3": ("gemma3_text", {"head_dim": 16, "sliding_window": 7, "layer_types": WINDOWS}),
     "gemma3-scaled": (
         "gemma3_text",
@@ -295,7 +300,15 @@ WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-
 WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
 WRITTEN += ["seed-oss-biases", "smollm3-biases", "granite-scaled"]
 WRITTEN += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
-WRITTEN += ["glm", "glm4-biases", "olmo2-biases", "gemma3-scaled", "olmo3-biases"]
+WRITTEN += [
+    "exaone4",
+    "exaone4-no-windows",
+    "glm",
+    "glm4-biases",
+    "olmo2-biases",
+    "gemma3-scaled",
+    "olmo3-biases",
+]
 WRITTEN += ["ministral-some", "ministral3-windows", "qwen2-windows"]
 
 
