@@ -227,8 +227,8 @@ def load_hf(
     Raises:
       FileNotFoundError: no config.json, no safetensors (also where there is only a pickle), or a
         missing shard.
-      FileError: an unsupported or quantised model, an adapter, a corrupt file, or an index that
-        points outside the folder.
+      FileError: an unsupported model, one that is quantised otherwise than gpt-oss, an adapter, a
+        corrupt file, or an index that points outside the folder.
       ValueError: tensors that do not fit: all of them in one message.
     """
     folder = Path(folder).expanduser()

@@ -13,7 +13,7 @@ from checkpoints import Checkpoint
 from safetensors.numpy import save_file
 from test_peak import MIB, SCRIPT, SLACK
 
-from raas_jax import identity
+from raas_jax import identity, make_mesh
 from raas_jax.config import ModelConfig
 from raas_jax.files import FileError
 from raas_jax.weights import hf, load, mxfp4, save_hf
@@ -119,7 +119,8 @@ def test_a_packed_checkpoint_is_the_unpacked_one(packed, tmp_path, shards):
     assert params.config == dataclasses.replace(CONFIG, dtype="bfloat16")
     wanted = identity.of_model(load(plain.write(), dtype="source"))
     assert identity.of_model(params) == wanted
-    assert identity.of_model(load(packed.folder, dtype="source", layers="stacked")) == wanted
+    for options in ({"layers": "stacked"}, {"sharding": make_mesh()}):
+        assert identity.of_model(load(packed.folder, dtype="source", **options)) == wanted
     gate = packed.plain["model.layers.1.mlp.experts.gate_up_proj"][2, :, 10]
     np.testing.assert_array_equal(params.weights["expert_gate"][1, 2, 5], gate)
     save_hf(params, tmp_path / "again")
