@@ -75,7 +75,7 @@ class Experts:
         target: Target | None = None,
     ) -> Experts:
         """Those of a layer, in the weights of a model."""
-        own = {name.removeprefix("expert_"): weights.get(name) for name in STACKS}
+        own: dict[str, Any] = {name.removeprefix("expert_"): weights.get(name) for name in STACKS}
         most = config.swiglu_limit
         limits = None if most is None else Limits(most, config.swiglu_alpha)
         return cls(**own, number=number, limits=limits, target=target)
@@ -198,7 +198,7 @@ def _one_by_one(
     def of_choice(row: jax.Array, expert: jax.Array) -> jax.Array:
         one = jax.lax.dynamic_index_in_dim(x, row, keepdims=False)
         within = partial(experts.within, expert=expert)
-        y = _perceptron(_row_product, one, *experts.weights(expert), within)
+        y = _perceptron(_row_product, one, within, *experts.weights(expert))
         return y.astype(jnp.float32)
 
     def nothing(row: jax.Array, expert: jax.Array) -> jax.Array:
@@ -220,10 +220,10 @@ def _one_by_one(
 def _perceptron(
     product: Callable[[jax.Array, jax.Array], jax.Array],
     x: jax.Array,
+    within: Callable[[jax.Array, jax.Array], jax.Array],
     gate: jax.Array,
     up: jax.Array,
     down: jax.Array,
-    within: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
     inner = within(product(x, gate), product(x, up))
     out: jax.Array = product(inner.astype(x.dtype), down)
@@ -270,7 +270,7 @@ def _grouped(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Expert
         )
 
     within = partial(experts.within, expert=expert)
-    y = _perceptron(product, x[row], experts.gate, experts.up, experts.down, within)
+    y = _perceptron(product, x[row], within, experts.gate, experts.up, experts.down)
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
@@ -321,7 +321,7 @@ def _in_blocks(
     def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
         own, rows, share = block
         within = partial(experts.within, expert=own)
-        y = _perceptron(_product, padded[rows], *experts.weights(own), within)
+        y = _perceptron(_product, padded[rows], within, *experts.weights(own))
         return out.at[rows].add(share[:, None] * y, mode="drop")
 
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:

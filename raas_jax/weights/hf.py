@@ -89,7 +89,8 @@ class Destination(NamedTuple):
         """What of a tensor is read at a time, and where in the stack it goes."""
         if not self.takes_turns:
             return [(self.at, entry)]
-        return [((*self.at, expert), part) for expert, part in enumerate(entry.parts())]
+        parts: Sequence[Entry | Packed] = entry.parts()
+        return [((*self.at, expert), part) for expert, part in enumerate(parts)]
 
     def apart(self, values: np.ndarray) -> list[np.ndarray]:
         """What of such a piece each path has; nothing is copied."""
