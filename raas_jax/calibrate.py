@@ -17,12 +17,15 @@ from raas_jax.params import Params
 from raas_jax.policies import bucket
 from raas_jax.policies.triattention import Centres
 from raas_jax.rotation import frequencies, rotations_of
+from raas_jax.windows import check_some_see_all
 
 
 def calibrate(
     params: Params, sequences: Sequence[Sequence[int]], *, progress: bool | None = None
 ) -> Centres:
-    """Reads the sequences, and averages the queries of every layer and head over all tokens.
+    """Reads the sequences, and averages the queries of every head over all tokens.
+
+    Of the layers that see everything; a window needs no policy.
 
     Args:
       params: the model.
@@ -30,11 +33,13 @@ def calibrate(
       progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
-      ValueError: no sequence, or an empty one; or a rope whose frequencies depend on the length,
-        or that leaves layers or a part of a head as they are.
+      ValueError: no sequence, or an empty one; a model all of whose layers see a window; or a rope
+        whose frequencies depend on the length, or that leaves layers or a part of a head as they
+        are.
     """
+    check_some_see_all(params.config)
     rope = params.config.rope
-    plain = params.config.unrotated_layers
+    plain = set(params.config.unrotated_layers) - set(params.config.window_layers)
     if rope.partial < 1 or rope.kind in ("dynamic", "longrope") or plain:
         raise ValueError(
             f"the model has a rope of the type {rope.kind}, partial={rope.partial}, with "

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from raas_jax.config import ModelConfig
 from raas_jax.policies.base import Boundary, Metadata, Page, Policy
 from raas_jax.policies.sizes import pages_for
 
@@ -51,6 +52,16 @@ class Ring(Policy):
         lowest = jnp.maximum(position - self.window + 1, 0)[:, None, None]
         seen: jax.Array = jnp.clip(first + self.page_size - lowest, 0, self.page_size)
         return seen
+
+
+def check_some_see_all(config: ModelConfig) -> None:
+    """Raises ValueError for a model of windows alone, of which policies have nothing to decide."""
+    if not config.full_layers:
+        raise ValueError(
+            f"the model has {config.num_hidden_layers} layers, all with a window of "
+            f"{config.window} tokens, and none that sees everything: policies decide nothing "
+            "there. It decodes in constant memory as it is, under any of them."
+        )
 
 
 def newest_first(pages: jax.Array) -> jax.Array:

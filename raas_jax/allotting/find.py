@@ -11,6 +11,7 @@ from raas_jax.allotting.refine import refine
 from raas_jax.allotting.simulate import simulated
 from raas_jax.params import Params
 from raas_jax.policies import Allotment, Policy, RaaS
+from raas_jax.windows import check_some_see_all
 
 MOST_ROUNDS = 1000
 
@@ -29,6 +30,8 @@ def allot(
 ) -> Allotment:
     """Finds how much of a budget each layer and key/value head should have.
 
+    Layers that see a window keep it whatever the budget is: they have no part in it.
+
     Args:
       params: the model; float32 is best.
       texts: token ids of texts of one length, like those that the model will write. Four of 2,048
@@ -46,9 +49,10 @@ def allot(
       progress: a bar on stderr; None shows it on a terminal.
 
     Raises:
-      ValueError: no text, texts of several lengths or too short ones, or a policy that cannot be
-        simulated.
+      ValueError: no text, texts of several lengths or too short ones, a policy that cannot be
+        simulated, or a model all of whose layers see a window.
     """
+    check_some_see_all(params.config)
     temperature = checks.real("temperature", temperature, "a number from 1e-3", 1e-3)
     rounds = checks.integer("rounds", rounds, 1, MOST_ROUNDS)
     tried = simulated(RaaS() if policy is None else policy)

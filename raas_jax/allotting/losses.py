@@ -7,7 +7,8 @@ tokens that are drawn from the model itself. So half of `(g · d)²`, summed ove
 group of query heads, is what the head's loss costs at a token. Heads and tokens are taken for
 themselves: what their losses do together is left out.
 
-Layers are read one at a time, forwards for their inputs and backwards for the gradients.
+Layers are read one at a time, forwards for their inputs and backwards for the gradients. Those that
+see a window forget nothing that they could read: they only hand on what comes.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from raas_jax import identity
-from raas_jax.allotting.dense import backward, embed, forward
+from raas_jax.allotting.dense import backward, backward_through, embed, forward
 from raas_jax.allotting.simulate import Sums, simulate
 from raas_jax.model import ends
 from raas_jax.params import Params
@@ -42,7 +43,9 @@ def curves(
     temperature: float,
     progress: bool | None,
 ) -> Allotment:
-    """What each layer and key/value head loses at several sizes, by a policy of `simulated`.
+    """What each key/value head loses at several sizes, by a policy of `simulated`.
+
+    Of the layers that see everything.
 
     See `allot`.
     """
@@ -50,13 +53,13 @@ def curves(
     tokens, prompt, sizes = checked(texts, prompt_tokens, policy)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
-    L = params.config.num_hidden_layers
+    kinds, L = params.config.layer_kinds, params.config.full_layers
     hidden = None if progress is None else not progress
-    with tqdm(total=2 * L, unit="layer", disable=hidden) as bar:
+    with tqdm(total=2 * len(kinds), unit="layer", disable=hidden) as bar:
         inputs = [[embed(params, jnp.asarray(row))] for row in tokens]
-        for number in range(L):
+        for number, kind in enumerate(kinds):
             for of_text in inputs:
-                of_text.append(forward(params, of_text[-1], jnp.int32(number)))
+                of_text.append(forward(params, of_text[-1], jnp.int32(number), kind=kind))
             bar.update()
         root = jax.random.key(seed)
         back = [
@@ -64,17 +67,24 @@ def curves(
             for row, of_text in enumerate(inputs)
         ]
         losses = np.zeros((L, params.config.num_key_value_heads, len(sizes)))
-        for number in reversed(range(L)):
-            found = []
+        place = L
+        for number, kind in reversed(list(enumerate(kinds))):
+            found, of_layer = [], jnp.int32(number)
             for row, of_text in enumerate(inputs):
-                x, of_layer = of_text.pop(), jnp.int32(number)
+                x = of_text.pop()
+                if kind == "window":
+                    back[row] = backward_through(params, x, back[row], of_layer, kind=kind)
+                    continue
                 found.append(backward(params, x, back[row], of_layer, prompt=prompt, P=P))
                 back[row] = found[-1].at_input
+            bar.update()
+            if not found:
+                continue
+            place -= 1
             seen = jax.tree.map(lambda *x: jnp.stack(x), *(each.seen for each in found))
             held = simulate(policy, sizes, seen)
             for row, each in enumerate(found):
-                losses[number] += np.asarray(_losses(each.seen.mass, each.worth, held[:, row])).T
-            bar.update()
+                losses[place] += np.asarray(_losses(each.seen.mass, each.worth, held[:, row])).T
     # With room for all of it, nothing of a text is lost.
     whole = (T - prompt) // P
     curves = np.concatenate([losses / B, np.zeros_like(losses[..., :1])], axis=-1)
@@ -153,7 +163,7 @@ def _drawn_gradient(params: Params, x: jax.Array, key: jax.Array, temperature: f
 @jax.jit
 def _losses(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
     """Mean over the tokens after the prompt, in nats: `[sizes, K]`, of held `[n, sizes, K, n]`."""
-    dense = jnp.sum(worth.prompt + jnp.sum(worth.page, axis=-1), axis=1)
+    dense = jnp.sum(worth.always + jnp.sum(worth.page, axis=-1), axis=1)
     return jnp.mean((read_under(mass, worth, held) - dense) ** 2, axis=-1) / 2
 
 
@@ -171,7 +181,7 @@ def read_under(mass: Sums, worth: Sums, held: jax.Array) -> jax.Array:
         visible = jnp.swapaxes(visible, 0, 1)[:, None]
 
         def left(sums: Sums) -> jax.Array:
-            return sums.prompt + jnp.sum(jnp.where(visible, sums.page, 0.0), axis=-1)
+            return sums.always + jnp.sum(jnp.where(visible, sums.page, 0.0), axis=-1)
 
         return jnp.sum(left(worth) / left(mass), axis=1)
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm.auto import tqdm
 
-from raas_jax.allotting.dense import backward, embed, forward, pages_seen
+from raas_jax.allotting.dense import backward, backward_through, embed, forward, pages_seen
 from raas_jax.allotting.losses import checked, read_under
 from raas_jax.allotting.simulate import simulate
 from raas_jax.model import ends
@@ -37,18 +37,18 @@ class Pass:
     """The texts under an allotment.
 
     Attributes:
-      chosen: number in the grid of each head's size, `[L, K]`.
+      chosen: number in the grid of each head's size, `[L, K]`, of layers that see everything.
       divergence: KL(dense || forgetting), mean over the tokens after the prompt, nats.
       back: its gradient, at what the last layer gives of every text, `[1, T, D]`.
       inputs: of every layer, and then what the last one gives; of every text `[1, T, D]`.
-      held: of every layer, bool `[n, B, sizes, K, n]`, see `simulate`.
+      held: bool `[n, B, sizes, K, n]`, see `simulate`, of every layer; None where it is a window.
     """
 
     chosen: np.ndarray
     divergence: float
     back: list[jax.Array]
     inputs: list[list[jax.Array]]
-    held: list[jax.Array]
+    held: list[jax.Array | None]
 
 
 def refine(
@@ -101,15 +101,16 @@ class _Model:
     def __init__(self, params: Params, tokens: np.ndarray, prompt: int, policy: Budgeted):
         self.params, self.policy, P = params, policy, policy.page_size
         self.at = {"prompt": prompt, "P": P}
-        self.shape = params.config.num_hidden_layers, params.config.num_key_value_heads
+        self.kinds = params.config.layer_kinds
+        self.shape = params.config.full_layers, params.config.num_key_value_heads
         pages = (tokens.shape[1] - prompt) // P
         self.grid = np.asarray([size for size in GRID if policy.least_pages <= size < pages])
         self.embedded = [embed(params, jnp.asarray(row)) for row in tokens]
         self.dense = [self._dense(x) for x in self.embedded]
 
     def _dense(self, x: jax.Array) -> jax.Array:
-        for number in range(self.shape[0]):
-            x = forward(self.params, x, jnp.int32(number))
+        for number, kind in enumerate(self.kinds):
+            x = forward(self.params, x, jnp.int32(number), kind=kind)
         return x
 
     def nearest(self, pages: np.ndarray) -> np.ndarray:
@@ -119,14 +120,21 @@ class _Model:
     def run(self, chosen: np.ndarray) -> Pass:
         """The texts under so large caches."""
         sizes = tuple(self.grid.tolist())
-        inputs, kept = [self.embedded], []
-        for number in range(self.shape[0]):
+        inputs: list[list[jax.Array]] = [self.embedded]
+        kept: list[jax.Array | None] = []
+        own = iter(chosen)
+        for number, kind in enumerate(self.kinds):
             x, layer = inputs[-1], jnp.int32(number)
+            if kind == "window":
+                inputs.append([forward(self.params, each, layer, kind=kind) for each in x])
+                kept.append(None)
+                continue
             seen = [pages_seen(self.params, each, layer, **self.at) for each in x]
             held = simulate(self.policy, sizes, jax.tree.map(lambda *x: jnp.stack(x), *seen))
             kept.append(held)
+            pages = next(own)
             after = [
-                forward(self.params, each, layer, self._own(held, row, chosen[number]), **self.at)
+                forward(self.params, each, layer, self._own(held, row, pages), **self.at)
                 for row, each in enumerate(x)
             ]
             inputs.append(after)
@@ -145,14 +153,19 @@ class _Model:
         """By how much the divergence changes with each size of each head, `[L, K, sizes]`."""
         back = list(found.back)
         changes = np.zeros((*self.shape, len(self.grid)))
-        for number in reversed(range(self.shape[0])):
-            layer, held = jnp.int32(number), found.held[number]
+        place = self.shape[0]
+        for number, held in reversed(list(enumerate(found.held))):
+            layer, kind = jnp.int32(number), self.kinds[number]
+            place -= held is not None
             for row, x in enumerate(found.inputs[number]):
-                own = self._own(held, row, found.chosen[number])
+                if held is None:
+                    back[row] = backward_through(self.params, x, back[row], layer, kind=kind)
+                    continue
+                own = self._own(held, row, found.chosen[place])
                 of_text = backward(self.params, x, back[row], layer, own, **self.at)
                 back[row] = of_text.at_input
                 read = read_under(of_text.seen.mass, of_text.worth, held[:, row])
-                changes[number] += np.asarray(jnp.sum(read, axis=-1)).T
+                changes[place] += np.asarray(jnp.sum(read, axis=-1)).T
         current = np.take_along_axis(changes, found.chosen[..., None], axis=-1)
         relative: np.ndarray = (changes - current) / len(back)
         return relative

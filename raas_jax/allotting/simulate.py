@@ -24,11 +24,11 @@ class Sums(NamedTuple):
     """Of the tokens after the prompt, `t` of them on `n` pages: sums over what they attend to.
 
     Attributes:
-      prompt: float32 `[B, K, G, t]`, over the whole prompt.
+      always: float32 `[B, K, G, t]`, over what is never forgotten: the whole prompt, and a sink.
       page: float32 `[B, K, G, t, n]`, over each page of later tokens.
     """
 
-    prompt: jax.Array
+    always: jax.Array
     page: jax.Array
 
 
@@ -119,11 +119,11 @@ def simulate(policy: Budgeted, sizes: tuple[int, ...], seen: Seen) -> jax.Array:
 
         def step(meta: Metadata, offset: jax.Array) -> tuple[Metadata, None]:
             token = current * P + offset
-            mass, of_prompt = at(seen.mass.page, token), at(seen.mass.prompt, token)
+            mass, always = at(seen.mass.page, token), at(seen.mass.always, token)
             of_current = jax.lax.dynamic_index_in_dim(mass, current, 3, keepdims=False)
             kept = jnp.take_along_axis(mass, jnp.maximum(number, 0)[:, :, None], axis=-1)
             kept = jnp.where((number >= 0)[:, :, None], kept, 0.0)
-            visible = of_prompt + of_current + jnp.sum(kept, axis=-1)
+            visible = always + of_current + jnp.sum(kept, axis=-1)
             evidence = Evidence(kept / visible[..., None], None, fill, of_current / visible)
             of_layer = policy.observe(_without_layers(meta), evidence, _clock(B, token + 1))
             return jax.tree.map(lambda x: x[None], of_layer), None

@@ -38,7 +38,8 @@ class Trace:
     """Definitions of a problem that the demo has not seen, in place of PROMPT."""
     model: Model = "demo"
     heads: Annotated[str | None, unset("LAYER.HEAD,...")] = None
-    """Key/value heads to show, from 0; by default those that read milestones and prompt most."""
+    """Key/value heads to show, from 0; by default those that read milestones and prompt most.
+    Layers that see a window are not counted."""
     max_new_tokens: MaxNewTokens = None
     """Most tokens of the answer; by default half as much again as the right derivation takes."""
     dtype: Dtype = None

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from raas_jax.allotting.dense import Block, embed, look
+from raas_jax.allotting.dense import Block, embed, forward, look
 from raas_jax.params import Params
 
 
@@ -61,14 +61,19 @@ def copying(params: Params, texts: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 def _summed(params: Params, texts: Sequence[Sequence[int]], see: Any) -> np.ndarray:
-    """What is seen, of all blocks and texts together, by layer."""
+    """What is seen, of all blocks and texts together, by layer of those that see everything."""
     config = params.config
-    found = np.zeros((config.num_hidden_layers, config.num_key_value_heads))
+    found = np.zeros((config.full_layers, config.num_key_value_heads))
     params = params.stacked()  # One program serves all layers.
     for text in texts:
         tokens = jnp.asarray(text, jnp.int32)
         x = embed(params, tokens)
-        for number in range(len(found)):
+        rows = iter(found)
+        for number, kind in enumerate(config.layer_kinds):
+            if kind == "window":
+                x = forward(params, x, jnp.int32(number), kind=kind)
+                continue
             x, of_blocks = look(params, x, jnp.int32(number), see, tokens)
-            found[number] += np.sum(np.asarray(of_blocks, np.float64), axis=0)
+            row = next(rows)
+            row += np.sum(np.asarray(of_blocks, np.float64), axis=0)
     return found

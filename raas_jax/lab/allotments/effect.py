@@ -25,7 +25,7 @@ ROWS = 32
 """Pairs of a place and a text that are fed at once."""
 
 Place = tuple[int, int | None]
-"""A layer, and a key/value head of it; None for all."""
+"""A layer, of those that see everything, and a key/value head of it; None for all."""
 
 
 class Held(NamedTuple):
@@ -102,10 +102,10 @@ def _of_batch(
 
 def _narrowing(places: Sequence[Place], pages: int) -> Any:
     def prepare(state: DecodeState) -> DecodeState:
-        (held,) = state.meta
+        held, *ring = state.meta
         slots = np.array(held.slots)
         for row, (layer, head) in enumerate(places):
             slots[layer, row, slice(None) if head is None else head] = pages
-        return dataclasses.replace(state, meta=(held._replace(slots=jnp.asarray(slots)),))
+        return dataclasses.replace(state, meta=(held._replace(slots=jnp.asarray(slots)), *ring))
 
     return prepare

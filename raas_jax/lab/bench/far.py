@@ -15,12 +15,13 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from raas_jax.cache import CurrentPage
+from raas_jax.cache import CurrentPage, Kept
 from raas_jax.config import ModelConfig
 from raas_jax.decode import DecodeState, commit_page, empty_state
 from raas_jax.lab.bench.turns import endless, timed
 from raas_jax.plan import Plan
 from raas_jax.session import Session
+from raas_jax.windows import first_positions
 
 
 def at_length(session: Session, prompt_tokens: int, generated: int) -> DecodeState:
@@ -58,7 +59,12 @@ def _begun(
     )
     lengths = jnp.full_like(cache.prompt.lengths, prompt_tokens)
     prompt = dataclasses.replace(cache.prompt, k=k, v=v, lengths=lengths)
-    cache = dataclasses.replace(cache, prompt=prompt, current=CurrentPage(current_k, current_v))
+    meta, kept = state.meta, cache.kept
+    if plan.groups[-1].ring:
+        positions, ring = _ring(kept[-1], prompt_tokens)
+        meta, kept = (*meta[:-1], positions), (*kept[:-1], ring)
+    current = CurrentPage(current_k, current_v)
+    cache = dataclasses.replace(cache, prompt=prompt, kept=kept, current=current)
     started = dataclasses.replace(
         state.rows,
         token=jnp.zeros_like(state.rows.token),
@@ -67,7 +73,19 @@ def _begun(
         done=jnp.zeros_like(state.rows.done),
         sampler=asked.sampler,
     )
-    return dataclasses.replace(state, cache=cache, rows=started)
+    return dataclasses.replace(state, cache=cache, meta=meta, rows=started)
+
+
+def _ring(empty: Kept, prompt_tokens: int) -> tuple[jax.Array, Kept]:
+    """The ring's metadata, and the ring, after a random prompt, whose end lies in it."""
+    S, P = empty.k.shape[3:5]
+    lengths = jnp.full(empty.fill.shape[1], prompt_tokens, jnp.int32)
+    first = jnp.broadcast_to(first_positions(lengths, S, P)[:, None], empty.fill.shape)
+    k, v = (
+        jax.random.normal(key, empty.k.shape, jnp.float32).astype(empty.k.dtype)
+        for key in jax.random.split(jax.random.key(1))
+    )
+    return first, dataclasses.replace(empty, k=k, v=v, fill=jnp.clip(first + P, 0, P))
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnums=0)

@@ -164,6 +164,9 @@ def write_gguf(params: Params, file: Path) -> None:
     c = params.config
     if c.model_type not in ARCHITECTURES:
         raise ValueError(f"it is not given models of the type {c.model_type}.")
+    if c.window_layers or c.sinks:
+        what = f"a window of {c.window} tokens" if c.window_layers else "sinks"
+        raise ValueError(f"it is not given models with {what}.")
     if c.rope.kind not in ("default", "linear"):
         raise ValueError(f"it is not given models with rope of the type {c.rope.kind}.")
     writer = gguf.GGUFWriter(file, ARCHITECTURES[c.model_type])

@@ -34,6 +34,7 @@ from raas_jax.params import Params
 from raas_jax.plan import Plan
 from raas_jax.policies import Boundary, Dense, Policy, RaaS, TriAttention, pages_for
 from raas_jax.session import Session
+from raas_jax.windows import check_some_see_all
 
 EVERY = (
     "raas",
@@ -68,8 +69,8 @@ class PolicyTiming:
     """One policy, by name.
 
     Attributes:
-      slots: tokens that the slots of its last group of layers hold, `S * P`: what a step reads,
-        besides the prompt and the current page.
+      slots: tokens that the slots of its last group of layers that see everything hold, `S * P`:
+        what a step reads there, besides the prompt and the current page.
       ms_per_token: median milliseconds per step; a step gives one token to every row.
       over_attention: median ratio to a `SlidingWindow` of as many tokens; None for policies that
         read only a part of their slots, keep some layers whole, or keep the prompt among its slots.
@@ -122,8 +123,10 @@ def compare(
       say: is told what is known so far, a line at a time.
 
     Raises:
-      ValueError: no policies, a number below 1, or more tokens than the model's context.
+      ValueError: no policies, a number below 1, more tokens than the model's context, or a model
+        all of whose layers see a window.
     """
+    check_some_see_all(params.config)
     check_positive(prompt_tokens=prompt_tokens, batch=batch, repetitions=repetitions)
     if not tried:
         raise ValueError("tried is empty; name at least one policy.")
@@ -153,7 +156,7 @@ def compare(
     lines = [
         PolicyTiming(
             name,
-            decodes[name].session.plan.slots[-1] * policy.page_size,
+            _slots_of(decodes[name].session.plan) * policy.page_size,
             1e3 * statistics.median(times[name]),
             ratio(name, windows[name]),
             ratio(name, raas),
@@ -214,11 +217,15 @@ def _tokens_to_fill(params: Params, tried: Sequence[Policy], prompt_tokens: int)
 
 
 def _slots(params: Params, policy: Policy, prompt_tokens: int, new: int) -> int:
-    return Plan.create(params.config, policy, [prompt_tokens], new).slots[-1]
+    return _slots_of(Plan.create(params.config, policy, [prompt_tokens], new))
+
+
+def _slots_of(plan: Plan) -> int:
+    return [group.slots for group in plan.groups if not group.ring][-1]
 
 
 def _window(params: Params, policy: Policy, prompt_tokens: int, warm: int) -> SlidingWindow | None:
-    grouped = len(policy.groups(params.config.num_hidden_layers)) > 1
+    grouped = len(policy.groups(params.config.full_layers)) > 1
     if grouped or policy.selects or policy.evicts_prompt or isinstance(policy, Dense):
         return None
     slots = _slots(params, policy, prompt_tokens, warm + 2 * ROUND)

@@ -246,6 +246,7 @@ class _AtLength(NamedTuple):
 def step_bytes(params: Params, state: DecodeState) -> int:
     """Bytes that a step of this state has to read: the weights that it uses and the filled cache.
 
+    Of a layer that sees a window as many tokens count as are in it, the current page's among them.
     An embedding table that is not also the output head does not count: a step reads one row of it.
     Of experts as many count as the rows can choose.
     """
@@ -257,11 +258,15 @@ def step_bytes(params: Params, state: DecodeState) -> int:
     if not config.tie_word_embeddings:
         weights -= params.weights["embedding"].nbytes
     per_token = 2 * config.head_dim * current.dtype.itemsize
-    per_layer = config.num_key_value_heads * config.num_hidden_layers
-    prompt = int(jnp.sum(state.cache.prompt.lengths)) * per_layer
-    kept = sum(int(jnp.sum(group.fill)) for group in state.cache.kept)
+    K, prompts = config.num_key_value_heads, state.cache.prompt.lengths
     # The current page is half full on average.
-    return weights + (prompt + kept + current.size // config.head_dim // 2) * per_token
+    L, rows, P = config.full_layers, current.shape[1], current.shape[3]
+    prompt = int(jnp.sum(prompts)) * K * L
+    groups = state.cache.kept[:-1] if config.window_layers else state.cache.kept
+    kept = sum(int(jnp.sum(group.fill)) for group in groups)
+    fed = jnp.repeat(prompts, rows // len(prompts)) + state.rows.generated - 1
+    seen = int(jnp.sum(jnp.minimum(fed + P // 2, config.window))) * K * len(config.window_layers)
+    return weights + (prompt + kept + K * L * rows * P // 2 + seen) * per_token
 
 
 def _bytes(params: Params) -> int:

@@ -145,7 +145,7 @@ def cases(whole: tuple[Pages, ...], attention: tuple[Pages, ...]) -> Iterator[Ca
             yield from _bounds_and_commits(rng, pages)
             yield _product(rng, pages)
     for pages in whole:
-        yield _prefill(np.random.default_rng(0), pages)
+        yield from _prefill(np.random.default_rng(0), pages)
 
 
 def _attention(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
@@ -199,6 +199,8 @@ def _whole_cache(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
     kept = _segment(rng, fill, P, H, dtype)
     arrays = (q, shared, kept, last)
     yield case(f"cache_attention, {pages.name}", arrays=arrays, options={})
+    sink = {"sink": jnp.asarray(_normal(rng, K * G))}
+    yield case(f"cache_attention with sinks, {pages.name}", arrays=arrays, options=sink)
     ranges = _ranges(K, S)
     own = np.arange(ranges.most) < np.asarray(ranges.counts)[:, None, :, None]
     held = np.where(own, _fill(rng, (LAYERS, B, K, ranges.most), P), 0).astype(np.int32)
@@ -247,11 +249,19 @@ def _bounds_and_commits(rng: np.random.Generator, pages: Pages) -> Iterator[Case
     )
 
 
-def _prefill(rng: np.random.Generator, pages: Pages) -> Case:
+def _prefill(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
     dtype, B, K, G, H, P, S = pages
     T = P * S
     q, k, v = (jnp.asarray(_normal(rng, B, T, n, H), dtype) for n in (K * G, K, K))
-    return Case(f"prefill_attention, {pages.name}", prefill_attention, (q, k, v), {}, dtype)
+    window, sink = T // 8, jnp.asarray(_normal(rng, K * G))
+    options: dict[str, dict[str, Any]] = {
+        "": {},
+        " of a window": {"window": window},
+        " with sinks": {"window": window, "sink": sink},
+    }
+    for name, given in options.items():
+        what = f"prefill_attention{name}, {pages.name}"
+        yield Case(what, prefill_attention, (q, k, v), given, dtype)
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:

@@ -46,8 +46,8 @@ def _seconds(call: Callable[[], Any]) -> float:
 
 
 def operations(config: ModelConfig, params: Params, tokens: int) -> int:
-    """Multiplies and adds of a prompt: products with weights, half a square of attention, and
-    the logits of its last token.
+    """Multiplies and adds of a prompt: products with weights, half a square of attention, or what
+    windows leave of it, and the logits of its last token.
     """
     layers = params.stacked().weights["layers"]
     in_layers = sum(int(layers[name].size) for name in MATRICES if name in layers)
@@ -55,6 +55,13 @@ def operations(config: ModelConfig, params: Params, tokens: int) -> int:
         # Each token goes through those that are chosen for it: gate, up and down of each.
         of_expert = 3 * config.hidden_size * config.moe_intermediate_size
         in_layers += config.num_hidden_layers * config.num_experts_per_tok * of_expert
-    scores = config.num_hidden_layers * config.num_attention_heads * config.head_dim
-    attention = 2 * 2 * scores * tokens * (tokens + 1) // 2
+    pairs = config.full_layers * _pairs(tokens, tokens)
+    pairs += len(config.window_layers) * _pairs(tokens, config.window)
+    attention = 2 * 2 * config.num_attention_heads * config.head_dim * pairs
     return 2 * tokens * in_layers + attention + 2 * config.vocab_size * config.hidden_size
+
+
+def _pairs(tokens: int, window: int) -> int:
+    """A query and a key that it sees, of a text whose tokens see so many, themselves included."""
+    beyond = max(0, tokens - window)
+    return (tokens * (tokens + 1) - beyond * (beyond + 1)) // 2

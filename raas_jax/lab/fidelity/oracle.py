@@ -73,7 +73,10 @@ def foresee(
 def _of_text(
     params: Params, plan: Plan, ids: Sequence[int], longest: int, prompt_tokens: int
 ) -> np.ndarray:
-    """The script of one text, int32 `[L, K, n]`; of layers without an oracle it says nothing."""
+    """The script of one text, int32 `[L, K, n]`, of the layers that see everything.
+
+    Of layers without an oracle it says nothing.
+    """
     n, K = pages_for(longest - prompt_tokens, plan.page_size), params.config.num_key_value_heads
     # Texts of several lengths share a program; causal attention never sees what lies behind one.
     tokens = np.zeros(longest, np.int32)
@@ -81,18 +84,23 @@ def _of_text(
     page = np.full(longest, -1, np.int32)
     page[prompt_tokens : len(ids)] = np.arange(len(ids) - prompt_tokens) // plan.page_size
     x, member = embed(params, jnp.asarray(tokens)), jax.nn.one_hot(page, n)
-    script = np.zeros((params.config.num_hidden_layers, K, n), np.int32)
-    for group in plan.groups:
-        slots = _slots(group, K, prompt_tokens)
-        for number in range(group.part.start, group.part.stop):
-            if not isinstance(group.policy, Oracle):
-                x = forward(params, x, jnp.int32(number))
-                continue
-            x, found = look(params, x, jnp.int32(number), between_pages, member)
-            mass = np.sum([np.asarray(each, np.float64) for each in found], axis=0)
-            if group.policy.granularity == "layer":
-                mass = np.broadcast_to(np.sum(mass, axis=0), mass.shape)
-            script[number] = least_to_come(mass, slots[number - group.first])
+    script = np.zeros((params.config.full_layers, K, n), np.int32)
+    owners = {
+        number: (group, index)
+        for group in plan.groups
+        for index, number in enumerate(group.numbers)
+    }
+    for number, kind in enumerate(params.config.layer_kinds):
+        group, index = owners[number]
+        if not isinstance(group.policy, Oracle):
+            x = forward(params, x, jnp.int32(number), kind=kind)
+            continue
+        x, found = look(params, x, jnp.int32(number), between_pages, member)
+        mass = np.sum([np.asarray(each, np.float64) for each in found], axis=0)
+        if group.policy.granularity == "layer":
+            mass = np.broadcast_to(np.sum(mass, axis=0), mass.shape)
+        slots = _slots(group, K, prompt_tokens)[index]
+        script[group.first + index] = least_to_come(mass, slots)
     return script
 
 

@@ -133,12 +133,15 @@ def record_ceiling(
             scripts[index] = belady(accesses(stamps), P, slots, policy.boundaries)
 
     def prepare(state: DecodeState) -> DecodeState:
-        (diary,) = state.meta
-        assert isinstance(diary, Diary)
+        # Layers that see a window, the last group, have no diary: nothing is decided there.
+        meta = (scripted(each) if isinstance(each, Diary) else each for each in state.meta)
+        return dataclasses.replace(state, meta=tuple(meta))
+
+    def scripted(diary: Diary) -> Diary:
         script = np.zeros(diary.inner.shape, np.int32)
         for index, of_row in scripts.items():
             script[:, index] = of_row
-        return dataclasses.replace(state, meta=(diary._replace(inner=jnp.asarray(script)),))
+        return diary._replace(inner=jnp.asarray(script))
 
     return ask(policy, prepare=prepare)
 

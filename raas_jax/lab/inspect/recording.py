@@ -110,6 +110,7 @@ def _tables(state: DecodeState) -> tuple[jax.Array, ...]:
         # An emptied slot holds nothing, whatever lay in it.
         jnp.where(kept.fill > 0, diary.page, -1)
         for diary, kept in zip(state.meta, state.cache.kept, strict=True)
+        if isinstance(diary, Diary)
     )
 
 
@@ -120,13 +121,16 @@ class _Stamps:
     policies: tuple[Policy, ...]
 
     def __call__(self, state: DecodeState) -> tuple[jax.Array | None, ...]:
-        pairs = zip(self.policies, state.meta, strict=True)
+        diaries = [each for each in state.meta if isinstance(each, Diary)]
+        pairs = zip(self.policies, diaries, strict=True)
         return tuple(policy.stamps(diary.inner) for policy, diary in pairs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Recording:
     """One answer, and what the cache held while it was written.
+
+    `L` counts the layers that see everything; those that see a window forget by themselves.
 
     The token with index `i` (from 0) is drawn by feeding token `i - 1`, while page
     `(i - 1) // page_size` is open; token `i` itself lies in page `i // page_size`.
@@ -250,7 +254,7 @@ def _by_page(table: np.ndarray, values: Any, empty: np.generic, pages: int) -> n
 
 def _present(tables: list[np.ndarray], pages: int) -> np.ndarray:
     if not tables:
-        return np.zeros((0, 0, 0, 0), bool)
+        return np.zeros((pages, 0, 0, pages), bool)
     parts = [_by_page(table, True, np.bool_(False), pages) for table in tables]
     present, now = np.concatenate(parts, axis=1), np.arange(pages)
     present[now, :, :, now] = True

@@ -16,9 +16,10 @@ from raas_jax.lab.tasks.lemma.milestones import written
 from raas_jax.lab.tasks.lemma.task import answer_limit, reads_lemma
 from raas_jax.params import Params
 from raas_jax.policies import Policy
+from raas_jax.windows import check_some_see_all
 
 Head = tuple[int, int]
-"""A layer and one of its key/value heads, both from 0."""
+"""A layer, counted among those that see everything, and one of its key/value heads, from 0."""
 FAR = 8  # Tokens; attention that reaches further back than this is not about the wording.
 
 
@@ -102,17 +103,19 @@ def trace(
         as the right derivation takes, else what the context leaves, at most 4096.
 
     Raises:
-      ValueError: a head that the model does not have, a number out of range, an empty prompt, or a
-        policy that cannot take it.
+      ValueError: a head that the model does not have, a number out of range, an empty prompt, a
+        policy that cannot take it, or a model all of whose layers see a window.
     """
     config = params.config
+    check_some_see_all(config)
     if max_new_tokens is not None:
         max_new_tokens = checks.integer("max_new_tokens", max_new_tokens, 1, checks.MOST_TOKENS)
     for layer, head in heads or ():
-        if not (0 <= layer < config.num_hidden_layers and 0 <= head < config.num_key_value_heads):
+        if not (0 <= layer < config.full_layers and 0 <= head < config.num_key_value_heads):
+            kind = " that see everything" if config.window_layers else ""
             raise ValueError(
-                f"heads has {layer}.{head}, which does not exist; layers are 0 to "
-                f"{config.num_hidden_layers - 1}, key/value heads 0 to "
+                f"heads has {layer}.{head}, which does not exist; layers{kind} are 0 to "
+                f"{config.full_layers - 1}, key/value heads 0 to "
                 f"{config.num_key_value_heads - 1}."
             )
     problem = problem_of(params, prompt)

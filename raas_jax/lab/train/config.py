@@ -67,6 +67,9 @@ class TrainConfig:
         if not model.qk_norm or model.vocab_size < len(WORDS):
             what = f"model is a {model.model_type} of {model.vocab_size} words"
             raise fields.error(f"{what}; training wants a qwen3 of at least {len(WORDS)}")
+        if model.window_layers:
+            what = f"model has layers that see a window, of {model.window} tokens"
+            raise fields.error(f"{what}; training wants layers that all see everything")
         steps = fields.integer("steps", 1)
         buckets = tuple(each.build(Bucket) for each in fields.each("buckets"))
         return cls(
