@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QWEN3, VOCAB, random_params
+import written_out
+from tiny import ALL_WINDOWS, QWEN3, VOCAB, WINDOWS, random_params
 
 import raas_jax
 from raas_jax.allotting import dense, losses
 from raas_jax.allotting.simulate import simulate, simulated
 from raas_jax.lab.inspect.recording import record
-from raas_jax.model import ends, run_layers
+from raas_jax.model import ends
 from raas_jax.policies import H2O, RKV, RaaS, RaaSQuest, Recent, SnapKV
 from raas_jax.policies.lazy_eviction import LazyEviction
-from raas_jax.rotation import rope_rotation
 
 P, PROMPT, PAGES = 2, 6, 12
 
@@ -28,10 +28,20 @@ def params():
 
 
 def first_layer(params, tokens):
-    """What `allot` hands to the simulation of the first layer."""
-    x = dense.embed(params, jnp.asarray(tokens))
-    found = dense.backward(params, x, jnp.ones_like(x), jnp.int32(0), prompt=PROMPT, P=P)
+    """What `allot` hands to the simulation of the first layer that sees everything."""
+    x, first = dense.embed(params, jnp.asarray(tokens)), 0
+    while params.config.layer_kinds[first] == "window":
+        x = dense.forward(params, x, jnp.int32(first), kind="window")
+        first += 1
+    found = dense.backward(params, x, jnp.ones_like(x), jnp.int32(first), prompt=PROMPT, P=P)
     return found.seen
+
+
+def test_what_is_simulated_is_what_a_decode_holds_beside_windows():
+    """Windows before it and sinks in it: masses are shares of the softmax with the sink."""
+    sharp = random_params(WINDOWS, 3, 3.0)
+    for policy in (RaaS(8, 0.12, page_size=P), H2O(8, page_size=P)):
+        test_what_is_simulated_is_what_a_decode_holds(sharp, policy)
 
 
 @pytest.mark.parametrize(
@@ -63,39 +73,33 @@ def test_what_is_simulated_is_what_a_decode_holds(params, policy):
 
 
 def gradients(params, tokens, drawn):
-    """Of the likelihood of the drawn tokens, by each layer's attention: `[L, T, N, H]`, at once."""
-    config, T = params.config, len(tokens)
-    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
+    """Of the likelihood of the drawn tokens, by each layer's attention: `[L, T, N, H]`, at once.
 
-    def body(layer, x, change):
-        q, k, v = layer.qkv(x, rotation)
-        out, shares = attention(q[0], k[0], v[0])
-        return layer.finish(x, (out + change)[None]), (out, shares, v[0])
+    Of the layers that see everything; also what these attend to, their shares, and values.
+    """
+    config = params.config
+
+    def attended(layer, q, k, v, change):
+        out, shares = written_out.plainly(layer, q, k, v)
+        return out if change is None else out + change, (out, shares, v)
 
     def likelihood(change):
-        model = ends(config, params.weights)
-        changes = {"full": change}
-        x, seen = run_layers(config, params.weights, body, model.embed(tokens)[None], changes)
-        logs = jax.nn.log_softmax(model.logits(x[0]))
-        return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1)), seen["full"]
+        x, seen = written_out.run(params, tokens, attended, change)
+        logs = jax.nn.log_softmax(ends(config, params.weights).logits(x))
+        return jnp.sum(jnp.take_along_axis(logs, drawn[:, None], axis=-1)), seen
 
-    none = jnp.zeros(
-        (config.num_hidden_layers, T, config.num_attention_heads, config.head_dim), jnp.float32
-    )
-    return jax.grad(likelihood, has_aux=True)(none)
+    shape = config.full_layers, len(tokens), config.num_attention_heads, config.head_dim
+    return jax.jit(jax.grad(likelihood, has_aux=True))(jnp.zeros(shape, jnp.float32))
 
 
-def attention(q, k, v):
-    group = q.shape[1] // k.shape[1]
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    scores = jnp.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
-    shares = jax.nn.softmax(jnp.where(jnp.tri(len(q), dtype=bool), scores, -jnp.inf))
-    return jnp.einsum("nts,snh->tnh", shares, v), shares
-
-
-@pytest.mark.parametrize("queries", [7, dense.QUERIES])
-def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch, queries):
+@pytest.mark.parametrize(
+    ("config", "queries"),
+    [(QWEN3, 7), (QWEN3, dense.QUERIES), (WINDOWS, 7)],
+    ids=["blocks", "at once", "windows"],
+)
+def test_the_losses_are_those_of_the_whole_model_at_once(monkeypatch, config, queries):
     """Layer by layer and block by block, they are half of (g · change)², as it is defined."""
+    params = random_params(config, 3, 3.0)
     monkeypatch.setattr(dense, "QUERIES", queries)
     jax.clear_caches()  # Of programs with other blocks.
     tokens = np.random.default_rng(1).integers(0, VOCAB, PROMPT + PAGES * P)
@@ -115,6 +119,7 @@ def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch, qu
     assert found.sizes.tolist() == [P * size for size in (1, 2, 3, 4, 6, 8, PAGES)]
     g, (out, shares, v) = gradients(params, tokens, drawn)
     L, K = found.layers, found.heads
+    assert config.full_layers == L
     group = g.shape[2] // K
     page = np.arange(PAGES * P) // P
     for layer in range(L):
@@ -125,9 +130,12 @@ def test_the_losses_are_those_of_the_whole_model_at_once(params, monkeypatch, qu
                 visible = np.concatenate([np.ones((len(page), PROMPT), bool), visible], axis=1)
                 effect = np.zeros(len(page))
                 for n in range(head * group, (head + 1) * group):
-                    left = np.where(visible, np.float64(shares[layer, n, PROMPT:]), 0)
+                    whole = np.float64(shares[layer, n, PROMPT:])
+                    left = np.where(visible, whole, 0)
                     values = np.float64(v[layer, :, head])
-                    changed = left @ values / left.sum(axis=1, keepdims=True)
+                    # What is not there goes to the rest, a sink among it.
+                    stays = left.sum(axis=1, keepdims=True) + 1 - whole.sum(axis=1, keepdims=True)
+                    changed = left @ values / stays
                     difference = changed - np.float64(out[layer, PROMPT:, n])
                     effect += np.sum(difference * np.float64(g[layer, PROMPT:, n]), axis=1)
                 wanted = np.mean(effect**2) / 2
@@ -169,3 +177,8 @@ def test_the_same_texts_give_the_same(params):
 def test_what_cannot_be_read_is_refused(params, texts, policy, named):
     with pytest.raises(ValueError, match=named):
         raas_jax.allot(params, texts, policy=policy, prompt_tokens=PROMPT)
+
+
+def test_a_model_of_windows_alone_has_nothing_to_share_out():
+    with pytest.raises(ValueError, match="2 layers, all with a window of 7 tokens"):
+        raas_jax.allot(random_params(ALL_WINDOWS), [[1] * 30], prompt_tokens=PROMPT)

@@ -8,23 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QWEN3, VOCAB, random_params
+import written_out
+from tiny import QWEN3, VOCAB, WINDOWS, random_params
 
 import raas_jax
 from raas_jax.allotting import dense, refine
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
-from raas_jax.model import ends, run_layers
+from raas_jax.model import ends
 from raas_jax.policies import Allotment, RaaS
-from raas_jax.rotation import rope_rotation
 
 P, PROMPT, PAGES = 2, 6, 14
 POLICY = RaaS(10, page_size=P)
 CHOSEN = np.asarray([[1, 4], [5, 2]])  # Two, five, six and three pages.
 
 
-@pytest.fixture(scope="module")
-def params():
-    return random_params(QWEN3, 3, 3.0)
+@pytest.fixture(scope="module", params=[QWEN3, WINDOWS], ids=["full", "windows"])
+def params(request):
+    return random_params(request.param, 3, 3.0)
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +67,27 @@ def test_a_pass_is_a_decode(params, texts, monkeypatch, queries):
 def divergence_of(params, ids, outputs, seen, blend):
     """Of one text, by attention written out; `seen [2, L, K, T, T]` are what heads read now and
     what they would, and `blend [L, K]` goes from one to the other."""
-    config, T = params.config, len(ids)
-    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
-    group = config.num_attention_heads // config.num_key_value_heads
+    config = params.config
 
-    def body(layer, x, given):
+    def attended(layer, q, k, v, given):
+        scores = written_out.scores_of(layer, q, k)
+        if given is None:
+            return written_out.read(written_out.shares_of(layer, scores), v), None
         now, then, share = given
-        q, k, v = (each[0] for each in layer.qkv(x, rotation))
-        k, v = (jnp.repeat(each, group, axis=1) for each in (k, v))
-        scores = jnp.einsum("tnh,snh->nts", q, k) / q.shape[-1] ** 0.5
+        group = q.shape[1] // k.shape[1]
 
         def read(visible):
-            visible = jnp.repeat(visible, group, axis=0)
-            return jnp.einsum("nts,snh->tnh", jax.nn.softmax(jnp.where(visible, scores, -1e30)), v)
+            left = jnp.where(jnp.repeat(visible, group, axis=0), scores, -1e30)
+            return written_out.read(written_out.shares_of(layer, left), v)
 
         share = jnp.repeat(share, group)[:, None]
         # Where a head reads something else, the rest of the model sees it; its scores stay.
-        out = read(now) + share * jax.lax.stop_gradient(read(then) - read(now))
-        return layer.finish(x, out[None]), None
+        return read(now) + share * jax.lax.stop_gradient(read(then) - read(now)), None
 
+    x, _ = written_out.run(params, ids, attended, (*seen, blend))
     model = ends(config, params.weights)
-    x, _ = run_layers(
-        config, params.weights, body, model.embed(ids)[None], {"full": (*seen, blend)}
-    )
     wanted = jax.nn.log_softmax(model.logits(jnp.asarray(outputs)))
-    logs = jax.nn.log_softmax(model.logits(x[0]))
+    logs = jax.nn.log_softmax(model.logits(x))
     return jnp.mean(jnp.sum(jnp.exp(wanted) * (wanted - logs), axis=-1)[PROMPT:])
 
 
@@ -111,6 +107,11 @@ def test_changes_are_those_of_the_whole_model(params, texts, model):
     found = model.run(CHOSEN)
     changes = model.changes(found)
     L, K = CHOSEN.shape
+    slope = jax.jit(
+        lambda *given: jax.grad(lambda blend: divergence_of(params, *given, blend))(
+            jnp.zeros((L, K))
+        )
+    )
     assert np.all(np.take_along_axis(changes, CHOSEN[..., None], axis=-1) == 0)
     for size in (0, 3, len(model.grid) - 1):
         wanted = np.zeros((L, K))
@@ -123,8 +124,7 @@ def test_changes_are_those_of_the_whole_model(params, texts, model):
             then = [each[:, size] for each in of_text]
             seen = jnp.asarray(np.stack([masks(now, L, K), masks(then, L, K)]))
             outputs = dense_outputs(params, ids.tolist())
-            slope = jax.grad(lambda blend, *given: divergence_of(params, *given, blend), 0)
-            wanted += np.asarray(slope(jnp.zeros((L, K)), jnp.asarray(ids), outputs, seen)) / 2
+            wanted += np.asarray(slope(jnp.asarray(ids), outputs, seen)) / 2
         np.testing.assert_allclose(changes[..., size], wanted, rtol=2e-3, atol=1e-6)
         assert np.abs(wanted).max() > 1e-4
 
@@ -150,8 +150,9 @@ def test_a_slope_is_believed_as_far_as_it_can_be():
     assert found.tolist() == [[4.0, 4.0, 4.0, 4.0, 0.0, 0.0, -3.0, -3.0]]
 
 
-def test_refining_helps(params):
+def test_refining_helps():
     """As a decode of the same texts under the same budget has it."""
+    params = random_params(QWEN3, 3, 3.0)
     policy = RaaS(16, page_size=P)
     texts = np.random.default_rng(0).integers(0, VOCAB, (4, PROMPT + 20 * P))
     found = raas_jax.allot(params, texts, policy=policy, budget=16, prompt_tokens=PROMPT, rounds=6)

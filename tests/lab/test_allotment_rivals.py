@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
+from functools import partial
+
+import jax
 import numpy as np
 import pytest
-from tiny import QWEN3, VOCAB, random_params
+import written_out
+from tiny import QWEN3, VOCAB, WINDOWS, random_params
 
 from raas_jax.allotting import dense
 from raas_jax.lab.allotments import effect, ranking, rivals
 from raas_jax.lab.allotments.attention import copying, most_attended
 from raas_jax.lab.fidelity.measure import dense_outputs, follow
-from raas_jax.model import run_layers
 from raas_jax.policies import Allotment, RaaS
-from raas_jax.rotation import rope_rotation
 
 P, T = 4, 37
 
@@ -33,25 +34,19 @@ def sizes_of(params):
 
 
 def shares_of(params, ids):
-    """Of every layer, `[L, K, G, T, T]`, by attention written out."""
-    config = params.config
-    rotation = rope_rotation(config.rope, config.head_dim, jnp.arange(T)[None])
-
-    def body(layer, x, _):
-        q, k, v = (each[0] for each in layer.qkv(x, rotation))
-        group = q.shape[1] // k.shape[1]
-        scores = jnp.einsum("tnh,snh->nts", q, jnp.repeat(k, group, axis=1)) / q.shape[-1] ** 0.5
-        scores = jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf)
-        shares = jnp.exp(scores) / jnp.sum(jnp.exp(scores), axis=-1, keepdims=True)
-        out = jnp.einsum("nts,snh->tnh", shares, jnp.repeat(v, group, axis=1))
-        return layer.finish(x, out[None]), shares.reshape(-1, group, T, T)
-
-    x = dense.embed(params, jnp.asarray(ids))
-    return np.asarray(run_layers(config, params.weights, body, x)[1]["full"], np.float64)
+    """Of every layer that sees everything, `[L, K, G, T, T]`, by attention written out."""
+    _, shares = jax.jit(partial(written_out.run, params, attended=written_out.plainly))(ids)
+    K = params.config.num_key_value_heads
+    return np.float64(shares).reshape(len(shares), K, -1, T, T)
 
 
-@pytest.mark.parametrize("queries", [8, 512])
-def test_where_attention_goes(params, texts, monkeypatch, queries):
+@pytest.mark.parametrize(
+    ("config", "queries"),
+    [(QWEN3, 8), (QWEN3, 512), (WINDOWS, 8)],
+    ids=["blocks", "at once", "windows"],
+)
+def test_where_attention_goes(texts, monkeypatch, config, queries):
+    params = random_params(config, 3, 3.0)
     monkeypatch.setattr(dense, "QUERIES", queries)
     dense.look.clear_cache()  # Of programs with other blocks.
     shares = [shares_of(params, ids) for ids in texts]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from tiny import random_params
+from tiny import QWEN3, WINDOWS, random_params
 
 from raas_jax import Dense, RaaS, policies
 from raas_jax.lab.bench.far import at_length, step_seconds
@@ -15,16 +15,24 @@ from raas_jax.session import Session
 PROMPT, ROWS, PAGE = 5, 2, 4
 
 
-def session_of(policy, new=80):
-    return Session.create(random_params(), policy, [PROMPT] * ROWS, new)
+def session_of(policy, new=80, config=QWEN3):
+    return Session.create(random_params(config), policy, [PROMPT] * ROWS, new)
 
 
 @pytest.mark.parametrize(
-    "policy", [RaaS(16, page_size=PAGE), Dense(page_size=PAGE)], ids=["raas", "dense"]
+    ("policy", "config", "pages"),
+    [
+        (RaaS(16, page_size=PAGE), QWEN3, 2),
+        (RaaS(16, page_size=PAGE), QWEN3, 9),
+        (Dense(page_size=PAGE), QWEN3, 2),
+        (Dense(page_size=PAGE), QWEN3, 9),
+        (RaaS(16, page_size=PAGE), WINDOWS, 9),
+        (RaaS(16, page_size=PAGE), WINDOWS, 1),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("pages", [2, 9])
-def test_it_is_where_a_real_decode_would_be(policy, pages):
-    session = session_of(policy)
+def test_it_is_where_a_real_decode_would_be(policy, config, pages):
+    session = session_of(policy, config=config)
     real, _ = session.start([[3, 1, 4, 1, 5]] * ROWS, endless(ROWS))
     for _ in range(pages):
         real, _ = session.advance(real)
@@ -37,8 +45,15 @@ def test_it_is_where_a_real_decode_would_be(policy, pages):
     np.testing.assert_array_equal(far.cache.prompt.lengths, real.cache.prompt.lengths)
     for own, wanted in zip(far.cache.kept, real.cache.kept, strict=True):
         np.testing.assert_array_equal(np.sort(own.fill), np.sort(wanted.fill))
+    if config is WINDOWS:
+        assert len(far.meta) == 2
+        np.testing.assert_array_equal(np.sort(far.meta[1]), np.sort(real.meta[1]))
+        used = np.asarray(far.cache.kept[1].fill) > 0
+        assert np.all(np.asarray(far.cache.kept[1].k)[used] != 0)
+        in_ring = np.broadcast_to(5 + PAGE * pages - PAGE * np.asarray([2, 1]), far.meta[1].shape)
+        np.testing.assert_array_equal(np.sort(far.meta[1]), in_ring)
     if isinstance(policy, RaaS):
-        (own,) = far.meta
+        own = far.meta[0]
         # Written in turn, and the last of them are kept: nothing was attended to on the way.
         held = min(pages, 4)
         written = 1 + PAGE * np.arange(pages - held + 1, pages + 1)

@@ -10,6 +10,7 @@ from tiny import random_params
 from raas_jax.config import ModelConfig
 from raas_jax.lab.bench.llama_cpp import LlamaCpp, write_gguf
 from raas_jax.model import forward
+from raas_jax.params import Params
 from raas_jax.rope import Rope
 
 LLAMA = ModelConfig(256, 64, 96, 2, 4, 2, 32, model_type="llama", tie_word_embeddings=True)
@@ -53,6 +54,17 @@ def test_the_file_has_every_number(tmp_path, dtype):
     wanted = np.asarray(weights["layers"]["down"][1], np.float32)
     values = gguf.quants.dequantize(found.data, found.tensor_type).reshape(wanted.shape)
     np.testing.assert_array_equal(values, wanted)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"window": 8, "window_layers": (1,)}, "a window of 8 tokens"), ({"sinks": True}, "sinks")],
+)
+def test_windows_and_sinks_are_refused(change, named, tmp_path):
+    pytest.importorskip("gguf", reason="needs gguf")
+    odd = Params({}, dataclasses.replace(LLAMA, **change))
+    with pytest.raises(ValueError, match=f"not given models with {named}"):
+        write_gguf(odd, tmp_path / "model.gguf")
 
 
 def test_a_rope_that_it_would_read_otherwise_is_refused(tmp_path):

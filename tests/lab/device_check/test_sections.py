@@ -165,6 +165,10 @@ def test_operations_of_a_prompt_by_hand():
     assert prefilling.operations(config, params.separate(), 3) == prefilling.operations(
         config, params, 3
     )
+    near = dataclasses.replace(config, window=2, window_layers=(0,))
+    # The third token does not see the first.
+    found = prefilling.operations(near, params, 3)
+    assert found == products + 2 * 2 * (5 * 2 * 2) + 2 * 7 * 4
     experts = dataclasses.replace(
         config,
         model_type="qwen3_moe",

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import QWEN3, allotment_of, prompts_of, random_params
+import written_out
+from tiny import WINDOWS, allotment_of, prompts_of, random_params
 
 import raas_jax
 from raas_jax import RaaS, policies
@@ -18,9 +20,7 @@ from raas_jax.cli.main import main
 from raas_jax.decode import RowRequest
 from raas_jax.lab.fidelity import measure, oracle, run
 from raas_jax.lab.inspect.recording import Recorded
-from raas_jax.model import ends, run_layers
 from raas_jax.policies import RandomEviction
-from raas_jax.rotation import rope_rotation
 from raas_jax.session import Session
 
 P, PROMPT, BUDGET = 4, 6, 16
@@ -41,20 +41,9 @@ def texts():
 
 
 def attention(params, ids):
-    """All shares of a text at once: float64 `[L, K, G, T, T]`."""
-    T = len(ids)
-    rotation = rope_rotation(QWEN3.rope, QWEN3.head_dim, jnp.arange(T)[None])
-
-    def body(layer, x, _):
-        q, k, v = layer.qkv(x, rotation)
-        k, v = (jnp.repeat(each, G, axis=2) for each in (k, v))
-        scores = jnp.einsum("btnh,bsnh->bnts", q, k) / QWEN3.head_dim**0.5
-        shares = jax.nn.softmax(jnp.where(jnp.tri(T, dtype=bool), scores, -jnp.inf))
-        return layer.finish(x, jnp.einsum("bnts,bsnh->btnh", shares, v)), shares[0]
-
-    x = ends(QWEN3, params.weights).embed(jnp.asarray([ids]))
-    found = run_layers(QWEN3, params.weights, body, x)[1]["full"]
-    return np.float64(found).reshape(L, K, G, T, T)
+    """All shares of a text at once: float64 `[L, K, G, T, T]`, of layers that see everything."""
+    _, found = jax.jit(partial(written_out.run, params, attended=written_out.plainly))(ids)
+    return np.float64(found).reshape(L, K, G, len(ids), len(ids))
 
 
 def by_hand(shares, slots):
@@ -84,12 +73,13 @@ def fed(params, policy, texts):
     for row, ids in enumerate(texts):
         tokens[: len(ids) - PROMPT, row] = ids[PROMPT:]
     state, _ = session.start(prompts, RowRequest.create([99] * len(texts)), force=tokens[0])
-    diaries = zip(state.meta, scripted, strict=True)
+    count = len(state.meta) - bool(params.config.window_layers)  # The ring has no diary.
+    diaries = zip(state.meta[:count], scripted[:count], strict=True)
     meta = tuple(diary._replace(inner=script) for diary, script in diaries)
-    state = dataclasses.replace(state, meta=meta)
+    state = dataclasses.replace(state, meta=(*meta, *state.meta[count:]))
     found = []
     for page in range(-(-(longest - PROMPT) // P)):
-        tables = [np.asarray(diary.page) for diary in state.meta]
+        tables = [np.asarray(diary.page) for diary in state.meta[:count]]
         found.append([table[layer] for table in tables for layer in range(len(table))])
         state, _ = session.feed(state, tokens[page * P + 1 :][:P])
     return found
@@ -103,11 +93,15 @@ def fed(params, policy, texts):
         {"allotment": ALLOTMENT},
         {"allotment": ALLOTMENT, "granularity": "layer"},
         {"allotment": ALLOTMENT, "budget": 24, "prompt": "included", "dense_layers": 1},
+        {"dense_layers": 1, "config": WINDOWS},
     ],
     ids=str,
 )
 def test_what_will_be_looked_at_least_is_gone(params, texts, options):
     """The pages in the cache, throughout the feed."""
+    if config := options.get("config"):
+        params = random_params(config, sharpness=3.0)
+    options = {name: each for name, each in options.items() if name != "config"}
     policy = oracle.Oracle(**{"budget": BUDGET, "page_size": P} | options)
     pages = policy.budget // P - (-(-PROMPT // P) if policy.prompt == "included" else 0)
     slots = np.full((L, K), pages)

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from tiny import WINDOWS, prompts_of, random_params
 
 from raas_jax import Dense, RaaS
 from raas_jax.lab.inspect.ceiling import accesses, belady, ceiling, next_access
@@ -79,6 +80,25 @@ def test_the_recorded_future_is_followed(params):
                 wanted = np.zeros(len(present), bool)
                 wanted[[*held.values(), page]] = True
                 np.testing.assert_array_equal(present[page, layer, head], wanted)
+                held[script[layer, head, page]] = page
+
+
+def test_layers_that_see_a_window_have_no_victims():
+    """The script is that of the layers that see everything, in their order."""
+    sharp, prompts, limits = random_params(WINDOWS, sharpness=3.0), prompts_of([5, 6]), [27, 27]
+    ask = [sharp, prompts, limits]
+    dense = dict(record(*ask, RaaS(32, 0.12, page_size=P), stop_tokens=(), every_step=True))
+    policy, answer = ceiling(6, P, 27, 0.12)
+    tight = dict(answer(*ask, policy, stop_tokens=()))
+    assert policy.boundaries == 14
+    for index in (0, 1):
+        accessed = accesses(dense[index].stamps)
+        assert accessed.shape[1] == 2
+        script, present = belady(accessed, P, 3, 14), tight[index].present
+        for layer, head in itertools.product(range(2), range(2)):
+            held = {}
+            for page in range(len(present)):
+                assert set(np.flatnonzero(present[page, layer, head])) == {*held.values(), page}
                 held[script[layer, head, page]] = page
 
 

@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 import pytest
-from tiny import QWEN3, prompts_of, random_params
+from tiny import QWEN3, WINDOWS, prompts_of, random_params
 from tiny_lemma import save_tiny
 
 import raas_jax
@@ -33,16 +33,22 @@ def params(model):
 
 @pytest.mark.parametrize(
     "policy",
-    [RaaS(8, page_size=4, alpha=0.05), RaaS(4, page_size=2, dense_layers=1)],
-    ids=["raas", "dense layer"],
+    ("policy", "config"),
+    [
+        (RaaS(8, page_size=4, alpha=0.05), QWEN3),
+        (RaaS(4, page_size=2, dense_layers=1), QWEN3),
+        (RaaS(8, page_size=4, alpha=0.05), WINDOWS),
+    ],
+    ids=["raas", "dense layer", "windows"],
 )
-def test_replay_draws_the_tokens_of_the_decode(policy):
-    params = random_params(QWEN3)
+def test_replay_draws_the_tokens_of_the_decode(policy, config):
+    params = random_params(config)
     prompt = prompts_of([6])[0]
     ((_, recording),) = record(params, [prompt], [40], policy, stop_tokens=(), every_step=True)
     drawn = []
     layers = dict(replay(params, prompt, recording, drawn))
-    assert drawn == recording.tokens
+    assert drawn == recording.tokens and list(layers) == [0, 1]
+    assert len(set(drawn)) > 3
     for layer, attention in layers.items():
         K, G, T = attention.shape
         assert (K, G, T) == (2, 40, 6 + 39)

@@ -144,6 +144,10 @@ def test_config_names_what_is_wrong(tmp_path):
         ({"average_decay": 2.0}, "average_decay is 2.0; it must be a number from 0 to 1"),
         ({"clip_norm": 0}, "clip_norm is 0"),
         ({"model": TINY["model"] | {"model_type": "llama"}}, "model is a llama .* wants a qwen3"),
+        (
+            {"model": TINY["model"] | {"use_sliding_window": True, "sliding_window": 8}},
+            "layers that see a window, of 8 tokens; training wants layers that all see everything",
+        ),
         ({"model": TINY["model"] | {"vocab_size": 99}}, "a qwen3 of 99 words; .* at least 119"),
     ]:
         path.write_text(yaml.safe_dump(TINY | {"checkpoints": "here"} | change))
