@@ -29,7 +29,7 @@ def session_of(policy, new=80, config=QWEN3):
         (RaaS(16, page_size=PAGE), WINDOWS, 9),
         (RaaS(16, page_size=PAGE), WINDOWS, 1),
     ],
-    ids=str,
+    ids=["raas-2", "raas-9", "dense-2", "dense-9", "windows-9", "windows-1"],
 )
 def test_it_is_where_a_real_decode_would_be(policy, config, pages):
     session = session_of(policy, config=config)

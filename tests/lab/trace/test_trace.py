@@ -32,7 +32,6 @@ def params(model):
 
 
 @pytest.mark.parametrize(
-    "policy",
     ("policy", "config"),
     [
         (RaaS(8, page_size=4, alpha=0.05), QWEN3),

@@ -126,6 +126,7 @@ def test_config_names_what_is_wrong(tmp_path):
     with pytest.raises(FileError, match="lerning_rate.*checkpoints"):
         TrainConfig.from_file(path)
     bucket = TINY["buckets"][0]
+    near = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     for change, said in [
         ({"steps": "many"}, "steps is 'many'; it must be an int"),
         ({"steps": 10**30}, "steps is 1000000"),
@@ -145,7 +146,7 @@ def test_config_names_what_is_wrong(tmp_path):
         ({"clip_norm": 0}, "clip_norm is 0"),
         ({"model": TINY["model"] | {"model_type": "llama"}}, "model is a llama .* wants a qwen3"),
         (
-            {"model": TINY["model"] | {"use_sliding_window": True, "sliding_window": 8}},
+            {"model": TINY["model"] | near},
             "layers that see a window, of 8 tokens; training wants layers that all see everything",
         ),
         ({"model": TINY["model"] | {"vocab_size": 99}}, "a qwen3 of 99 words; .* at least 119"),
