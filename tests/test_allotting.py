@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -9,13 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import written_out
-from tiny import ALL_WINDOWS, QWEN3, VOCAB, WINDOWS, random_params
+from tiny import ALL_WINDOWS, MOE, QWEN3, VOCAB, WINDOWS, random_params
 
 import raas_jax
 from raas_jax.allotting import dense, losses
 from raas_jax.allotting.simulate import simulate, simulated
 from raas_jax.lab.inspect.recording import record
-from raas_jax.model import ends
+from raas_jax.model import ends, hidden_states
 from raas_jax.policies import H2O, RKV, RaaS, RaaSQuest, Recent, SnapKV
 from raas_jax.policies.lazy_eviction import LazyEviction
 
@@ -140,6 +141,26 @@ def test_the_losses_are_those_of_the_whole_model_at_once(monkeypatch, config, qu
                 wanted = np.mean(effect**2) / 2
                 assert found.losses[layer, head, size] == pytest.approx(wanted, rel=2e-3, abs=1e-9)
     assert np.all(found.losses[..., -1] == 0) and np.all(found.losses[..., 0] > 0)
+
+
+def test_the_way_back_is_the_gradient_through_experts_too():
+    """Of the way forwards, which is the model's own; of a window, and of what sees everything."""
+    config = dataclasses.replace(MOE, window=5, window_layers=(0,), sinks=True)
+    params = random_params(config, 3, 3.0)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, VOCAB, 16))
+    wanted = hidden_states(config, params.weights, tokens[None])
+    inputs = [dense.embed(params, tokens)]
+    for number, kind in enumerate(config.layer_kinds):
+        forward = partial(dense.forward, kind=kind)
+        out, pull = jax.vjp(lambda x, forward=forward: forward(params, x, number), inputs[-1])
+        back = jnp.asarray(np.random.default_rng(number).normal(size=out.shape), jnp.float32)
+        if kind == "window":
+            found = dense.backward_through(params, inputs[-1], back, number, kind=kind)
+        else:
+            found = dense.backward(params, inputs[-1], back, number, prompt=4, P=2).at_input
+        np.testing.assert_allclose(found, pull(back)[0], rtol=1e-4, atol=1e-4)
+        inputs.append(out)
+    np.testing.assert_allclose(inputs[-1], wanted, atol=1e-5)
 
 
 def gradient_of(params, x, drawn):

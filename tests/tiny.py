@@ -21,10 +21,6 @@ from raas_jax.rotation import frequencies
 VOCAB = 19
 FOLDER = tempfile.TemporaryDirectory()
 QWEN3 = ModelConfig(VOCAB, 6, 10, 2, 4, 2, 4, qk_norm=True, model_type="qwen3")
-WINDOWS = dataclasses.replace(
-    QWEN3, num_hidden_layers=5, window=7, window_layers=(0, 2, 4), sinks=True
-)
-"""Two layers that see everything, with windows before, between and behind them."""
 ALL_WINDOWS = dataclasses.replace(QWEN3, window=7, window_layers=(0, 1))
 MOE = dataclasses.replace(
     QWEN3,
@@ -53,7 +49,7 @@ def random_params(config=QWEN3, seed=0, sharpness=2.0, flat=False):
         name = path[-1].key
         if name.endswith("norm"):
             value = rng.uniform(0.7, 1.3, leaf.shape)
-        elif name.endswith("bias") or name == "sink":
+        elif name.endswith("bias"):
             value = rng.normal(0, 0.3, leaf.shape)
         elif name == "sink":
             value = rng.normal(0, 1.0, leaf.shape)

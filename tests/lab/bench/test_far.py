@@ -50,7 +50,9 @@ def test_it_is_where_a_real_decode_would_be(policy, config, pages):
         np.testing.assert_array_equal(np.sort(far.meta[1]), np.sort(real.meta[1]))
         used = np.asarray(far.cache.kept[1].fill) > 0
         assert np.all(np.asarray(far.cache.kept[1].k)[used] != 0)
-        in_ring = np.broadcast_to(5 + PAGE * pages - PAGE * np.asarray([2, 1]), far.meta[1].shape)
+        in_ring = np.broadcast_to(
+            5 + PAGE * pages - PAGE * np.asarray([3, 2, 1]), far.meta[1].shape
+        )
         np.testing.assert_array_equal(np.sort(far.meta[1]), in_ring)
     if isinstance(policy, RaaS):
         own = far.meta[0]
