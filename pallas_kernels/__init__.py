@@ -3,6 +3,7 @@
 from pallas_kernels.cache_attention import CacheAttention, Segment, cache_attention
 from pallas_kernels.decode_attention import DecodeAttention, decode_attention
 from pallas_kernels.dispatch import Target
+from pallas_kernels.grouped_product import grouped_product
 from pallas_kernels.page_bound import page_bound
 from pallas_kernels.page_commit import page_commit
 from pallas_kernels.prefill_attention import prefill_attention
@@ -20,6 +21,7 @@ __all__ = [
     "Target",
     "cache_attention",
     "decode_attention",
+    "grouped_product",
     "head_pages",
     "page_bound",
     "page_commit",

@@ -10,21 +10,24 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from pallas_kernels import Target
+from pallas_kernels import Target, grouped_product
+from pallas_kernels.grouped_product import reads_in_place
 from raas_jax.config import ModelConfig
 
 NAMES = ("expert_gate", "expert_up", "expert_down")
 BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
 STACKS = (*NAMES, *BIASES)
 """The stacks, as the weights of a model name them; not all models have biases."""
-BLOCK, LARGE_BLOCK = 16, 128
-"""Tokens of one expert that are multiplied at a time, on a CPU and on a GPU."""
+BLOCK, LARGE_BLOCK, LEAST_BLOCK = 16, 128, 8
+"""Tokens of one expert that are multiplied at a time: on a CPU, a GPU, and at least in a kernel."""
+MOST_COMPARED = 2**12
+"""Choices up to which all pairs of them are compared; more are sorted."""
 FEW_ROWS = 256
 """Up to so many rows a GPU is as fast at multiplying them by all experts as at reading these."""
 
@@ -146,11 +149,12 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
     """The same without the biases of `down`, of which devices that share an expert add none."""
     target = experts.target or Target("")
     mesh, heads, rows = target.mesh, target.heads, target.rows
-    if mesh is None or target.head_ways == 1 or experts.gate.shape[2] % target.head_ways:
+    if mesh is None or mesh.size == 1 or experts.gate.shape[2] % target.head_ways:
         return _mix_here(x, shares, chosen, experts)
-    split = mesh.shape.get(rows, 1)
+    split, heads = mesh.shape.get(rows, 1), heads if target.head_ways > 1 else ""
     by_row = PartitionSpec(rows if x.shape[0] % split == 0 else None)
-    outward, inward = PartitionSpec(None, None, heads), PartitionSpec(None, None, None, heads)
+    width = heads or None
+    outward, inward = PartitionSpec(None, None, width), PartitionSpec(None, None, None, width)
     specs: Any = {"gate": outward, "up": outward, "down": inward, "number": PartitionSpec()}
     if experts.gate_bias is not None:
         specs |= {"gate_bias": outward, "up_bias": outward}
@@ -158,8 +162,11 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
     by_width = dataclasses.replace(experts, **specs)
 
     def on_each(*operands: Any) -> jax.Array:
-        part: jax.Array = jax.lax.psum(_mix_here(*operands).astype(x.dtype), heads)
-        return part
+        *others, own = operands
+        # A device computes its own part: what it calls has no mesh to split anything over.
+        own = dataclasses.replace(own, target=dataclasses.replace(target, mesh=None))
+        part = _mix_here(*others, own).astype(x.dtype)
+        return jax.lax.psum(part, heads) if heads else part
 
     summed: jax.Array = jax.shard_map(
         on_each,
@@ -173,6 +180,8 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
 
 def _mix_here(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     operands = x, shares, chosen, experts
+    if experts.target is not None and _has_kernel(experts.target, x, experts):
+        return _by_kernel(*operands)
     if chosen.size <= experts.gate.shape[1]:
         # In a branch, since XLA on CPUs takes 16-bit floats from a float32 copy of the stack, which
         # it would make for all layers before it enters their loop.
@@ -274,6 +283,38 @@ def _grouped(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Expert
     return jnp.zeros(x.shape, jnp.float32).at[row].add(shares.reshape(-1)[order][:, None] * y)
 
 
+def _has_kernel(target: Target, x: jax.Array, experts: Experts) -> bool:
+    F, D = experts.gate.shape[2:]
+    return reads_in_place(target, LEAST_BLOCK, x.dtype, [D, F])
+
+
+def _by_kernel(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
+    """Products of blocks of tokens of one expert, all at once."""
+    R, k = chosen.shape
+    size = block_rows(R, k, experts.gate.shape[1])
+    blocks = _in_order(chosen, experts.gate.shape[1], size)
+    product = partial(
+        grouped_product, owner=blocks.owner, layer=experts.number, target=experts.target
+    )
+    # The rows that fill up a block are any, and nobody asks for what comes of them.
+    found = product(x.at[blocks.rows].get(mode="clip"), [experts.gate, experts.up])
+    gate, up = (each.astype(jnp.float32) for each in found)
+    inner = experts.within(gate, up, blocks.owner[:, None])
+    (y,) = product(inner.astype(x.dtype), [experts.down])
+    own = y.reshape(-1, y.shape[-1])[blocks.place].reshape(R, k, -1)
+    return jnp.sum(shares[..., None] * own.astype(jnp.float32), axis=1)
+
+
+def block_rows(rows: int, per_token: int, experts: int) -> int:
+    """Tokens in a block of the kernel: three times as many as an expert has on an average.
+
+    The weights of an expert with more of them are read again, by then out of the cache. No expert
+    has more than all rows.
+    """
+    wanted = min(rows, -(-3 * rows * per_token // experts), LARGE_BLOCK)
+    return -(-wanted // LEAST_BLOCK) * LEAST_BLOCK
+
+
 def _by_all(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
     """Products with every expert, of which those that are not chosen count nothing."""
     gate, up, down = (
@@ -303,20 +344,10 @@ def _in_blocks(
 
     XLA's grouped product multiplies every token by every expert, but on TPUs.
     """
-    R, E = x.shape[0], experts.gate.shape[1]
-    order, expert, row = _sorted(chosen)
-    sizes = jnp.bincount(expert, length=E).astype(jnp.int32)
-    blocks = -(-sizes // size)
-    last = jnp.cumsum(blocks)
-    # Every expert's choices begin with a block of their own.
-    rank = jnp.arange(order.size, dtype=jnp.int32) - (jnp.cumsum(sizes) - sizes)[expert]
-    place = (last - blocks)[expert] * size + rank
-    most = -(-order.size // size) + E
-    rows = jnp.full(most * size, R, jnp.int32).at[place].set(row).reshape(most, size)
-    share = jnp.zeros(most * size, jnp.float32).at[place].set(shares.reshape(-1)[order])
+    E = experts.gate.shape[1]
+    blocks = _in_order(chosen, E, size)
+    share = jnp.zeros(blocks.rows.size, jnp.float32).at[blocks.place].set(shares.reshape(-1))
     padded = jnp.concatenate([x, jnp.zeros((1, x.shape[1]), x.dtype)])
-
-    owner = jnp.searchsorted(last, jnp.arange(most, dtype=jnp.int32), side="right")
 
     def multiply(block: tuple[jax.Array, jax.Array, jax.Array], out: jax.Array) -> jax.Array:
         own, rows, share = block
@@ -327,5 +358,43 @@ def _in_blocks(
     def add(out: jax.Array, block: Any) -> tuple[jax.Array, None]:
         return jax.lax.cond(block[0] < E, multiply, lambda _, out: out, block, out), None
 
-    blocks_of = owner, rows, share.reshape(most, size)
+    blocks_of = blocks.owner, blocks.rows, share.reshape(blocks.rows.shape)
     return jax.lax.scan(add, jnp.zeros(x.shape, jnp.float32), blocks_of)[0]
+
+
+class _Blocks(NamedTuple):
+    """Choices in the order of their experts, each of which begins with a block of its own."""
+
+    owner: jax.Array  # int32 [blocks], the expert; E where there is none
+    rows: jax.Array  # int32 [blocks, size], the row of each choice; R where there is none
+    place: jax.Array  # int32 [R * k], where each choice is among all rows of the blocks
+
+
+def _in_order(chosen: jax.Array, E: int, size: int) -> _Blocks:
+    """Arranges choices `[R, k]` in blocks of `size`, enough of them for any routing.
+
+    By comparisons, where these are few: each is one operation of a device that has many at once.
+    """
+    flat, count, every = chosen.reshape(-1), chosen.size, jnp.arange(E, dtype=jnp.int32)
+    blocks = -(-jnp.sum(flat[:, None] == every, axis=0, dtype=jnp.int32) // size)
+    # The blocks of all experts up to each one, itself included.
+    last = jnp.sum(jnp.where(every[:, None] >= every, blocks, 0), axis=1, dtype=jnp.int32)
+    place = (last - blocks)[flat] * size + _rank(flat, E)
+    busy = min(count, E)
+    most = busy + (count - busy) // size
+    row = jnp.arange(count, dtype=jnp.int32) // chosen.shape[1]
+    rows = jnp.full(most * size, chosen.shape[0], jnp.int32).at[place].set(row)
+    owner = jnp.sum(jnp.arange(most)[:, None] >= last, axis=1, dtype=jnp.int32)
+    return _Blocks(owner, rows.reshape(most, size), place)
+
+
+def _rank(flat: jax.Array, E: int) -> jax.Array:
+    """How many choices before each one are of the same expert, int32."""
+    number = jnp.arange(flat.size, dtype=jnp.int32)
+    if flat.size <= MOST_COMPARED:
+        before = (flat[:, None] == flat) & (number[:, None] > number)
+        return jnp.sum(before, axis=1, dtype=jnp.int32)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=E).astype(jnp.int32)
+    ranks = number - (jnp.cumsum(sizes) - sizes)[flat[order]]
+    return jnp.zeros_like(flat).at[order].set(ranks)

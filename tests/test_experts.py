@@ -41,7 +41,9 @@ def oracle(x, logits, stacks, layer, k, normalise, limits=None):
     return out
 
 
-WAYS = [experts._one_by_one, experts._grouped, experts._in_blocks, experts._by_all]
+WAYS = [
+    experts._one_by_one, experts._grouped, experts._in_blocks, experts._by_all, experts._by_kernel
+]  # fmt: skip
 LIMITS = experts.Limits(0.7, 1.702)
 
 

@@ -50,9 +50,10 @@ _COLLECTIVES = {
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",
 }  # fmt: skip
 _UPDATE = ["dynamic-update-slice"]
-_AROUND = re.compile(r"while|body|closed_call|cond|branch_\d+_fun|jit\(.*\)")
 _TARGET = r'custom_call_target="([^"]*)"'
 _DECLARED = r'"bytes_accessed":"?(\d+)'
+_SAID = r"reads_(\d+)_bytes"  # By kernels for GPUs: `pallas_kernels.hopper.says_it_reads`.
+_AROUND = re.compile(rf"while|body|closed_call|cond|branch_\d+_fun|jit\(.*\)|{_SAID}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +330,7 @@ class _Walk:
             for number, array in enumerate(arrays)
             if number not in aliased and self._counts(array)
         )
-        declared = each.attribute(_DECLARED)
+        declared = each.attribute(_DECLARED) or each.attribute(_SAID)
         if declared is not None and int(declared):
             # Split among the operands by their size, for those that are on the chip cost nothing.
             whole = sum(one.bytes for one in operands if one is not None)
