@@ -48,7 +48,7 @@ LIMITS = experts.Limits(0.7, 1.702)
 
 
 @pytest.mark.parametrize("way", WAYS)
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     rows=st.sampled_from([1, 3, 40]),
     # More than one block of an expert, and experts without a token.

@@ -18,6 +18,7 @@ from hlo import written_in_loops
 from pallas_kernels import (
     Target,
     decode_attention,
+    grouped_product,
     page_bound,
     page_commit,
     ragged_decode_attention,
@@ -29,7 +30,9 @@ from pallas_kernels.ranges import Ranges
 from raas_jax import ModelConfig, RaaS
 from raas_jax.aot.memory import abstract_session, compiled, target_mesh
 from raas_jax.aot.targets import target_devices
+from raas_jax.aot.traffic import ON_GPU, account, total
 from raas_jax.decode import cache_bytes
+from raas_jax.experts import Experts, mixture, route
 from raas_jax.model import MATRICES
 
 MEMORY = 80e9
@@ -142,6 +145,50 @@ def test_stacked_product_compiles_without_spills(compile_kernel, rows, width, ou
     # Of the weights nothing is copied: what there is besides is the parts of sums.
     assert found.memory_analysis().temp_size_in_bytes < 9 * 4 * rows * sum(outs) + 2**20
     assert " dynamic-slice(" not in found.as_text() and " copy(" not in found.as_text()
+
+
+# Qwen3-30B-A3B for one row, for many, and for a prompt; gpt-oss.
+@pytest.mark.parametrize(
+    ("blocks", "rows", "width", "outs", "experts"),
+    [
+        (8, 8, 2048, (768, 768), 128),
+        (152, 16, 768, (2048,), 128),
+        (150, 128, 2048, (768, 768), 128),
+        (40, 24, 2880, (2880, 2880), 32),
+    ],
+)
+def test_grouped_product_compiles_without_spills(
+    compile_kernel, blocks, rows, width, outs, experts
+):
+    stacks = [shape(24, experts, out, width) for out in outs]
+    arrays = shape(blocks, rows, width), stacks, shape(blocks, dtype=I32)
+    found, report = compile_kernel(grouped_product, *arrays)
+    assert "sm_90a" in report and CLEAN in report and "serializ" not in report
+    # What comes out, of several stacks at once; and of the weights nothing.
+    assert found.memory_analysis().temp_size_in_bytes <= 2 * blocks * rows * sum(outs)
+    assert " dynamic-slice(" not in found.as_text() and " copy(" not in found.as_text()
+
+
+@pytest.mark.parametrize(("rows", "read"), [(1, 8), (64, 128)])
+def test_a_mixture_reads_the_experts_that_are_chosen_once(device, rows, read):
+    """Of Qwen3-30B-A3B: its 128 experts of a layer are 1.2 GB."""
+    (L, E, F, D), k = (48, 128, 768, 2048), 8
+    stacks = shape(L, E, F, D), shape(L, E, F, D), shape(L, E, D, F)
+    number = shape(dtype=I32)
+
+    def layer(x, logits, stacks, number):
+        own = Experts(*stacks, number, target=Target.of(device))
+        return mixture(x, *route(logits, k, True), own)
+
+    arrays = at(device, (shape(rows, D), shape(rows, E, dtype=F32), stacks, number))
+    found = jax.jit(layer).lower(*arrays).compile()
+    moved = account(found.as_text(), ON_GPU).moved
+    weights = read * size(stacks) / (L * E)
+    assert weights < total(moved) < 1.08 * weights
+    kernels = [each for each in moved if "grouped_product" in each.what]
+    assert len(kernels) == 2 and sum(each.reads for each in kernels) < 1.03 * weights
+    # The router's choice, their order, what is between the products, and the sum.
+    assert len(moved) <= 20
 
 
 # Ranges of a pool

@@ -91,6 +91,7 @@ def test_a_step_reads_what_it_must_and_copies_nothing(name):
     found = decode_traffic(ahead, text)
     assert found.ratio < 1.1
     assert found.cache_read == pytest.approx(found.cache, rel=0.05)
+    assert found.weights_read == pytest.approx(found.weights, rel=0.03)
     assert found.copies == []
 
 

@@ -254,6 +254,21 @@ def test_a_kernel_that_declares_nothing_reads_one_layer_of_a_stack():
     assert only.reads == F32 * (8 + 320)
 
 
+def test_a_kernel_reads_what_the_name_of_its_place_says():
+    """Of GPUs' kernels, which cannot declare it."""
+    text = program(
+        [
+            "%q = f32[8]{0} parameter(0)",
+            "%w = f32[5,8,8]{2,1,0} parameter(1)",
+            'ROOT %out = f32[8]{0} custom-call(%q, %w), custom_call_target="mosaic_gpu_v2", '
+            'metadata={op_name="jit(f)/reads_100_bytes/grouped_product/mpmd_map"}',
+        ]
+    )
+    [only] = account(text, ON_GPU).moved
+    assert only.reads == pytest.approx(100) and only.writes == F32 * 8
+    assert only.what == "grouped_product/mpmd_map"
+
+
 def test_a_kernel_that_writes_into_its_operand():
     text = program(
         [
