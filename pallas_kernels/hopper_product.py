@@ -65,7 +65,7 @@ def add_up(fetch: Callable[[Any, Any], None], own: Scratch, count: Any, most: in
             fetch(step + stages, stage)
 
     @pl.when(warpgroup == 0)
-    def _() -> None:
+    def _first() -> None:
         for ahead in range(min(stages, most)):
             pl.when(ahead < count)(partial(fetch, ahead, ahead))
 

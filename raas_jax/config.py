@@ -263,7 +263,7 @@ class ModelConfig:
                 f"model_type is {said!r}, which is not supported: {REFUSED[said]}. Supported are "
                 f"{', '.join(FAMILIES)}"
             )
-        if said in TEXT_HALVES:
+        if isinstance(said, str) and said in TEXT_HALVES:
             given = _text_half(given, TEXT_HALVES[said])
             config = given.values
         kind = given.choice("model_type", FAMILIES)
@@ -310,12 +310,13 @@ class ModelConfig:
             scalar = fields.integer(family.query_scalar, 1)
             same = scalar == sizes["head_dim"]
             multipliers["attention_multiplier"] = None if same else scalar**-0.5
+        ropes: dict[str, Any] = _ropes(fields, family, context, bool(windows))
         cap = fields.real("final_logit_softcapping", default=None) if family.caps_logits else None
         stored = fields.choice("dtype", DTYPES, None) or fields.choice("torch_dtype", DTYPES, None)
         try:
             return cls(
                 **sizes,
-                **_ropes(fields, family, context, bool(windows)),
+                **ropes,
                 rms_norm_eps=fields.values["rms_norm_eps"],
                 tie_word_embeddings=fields.flag("tie_word_embeddings", False),
                 **biases,

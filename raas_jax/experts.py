@@ -162,11 +162,12 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
     by_width = dataclasses.replace(experts, **specs)
 
     def on_each(*operands: Any) -> jax.Array:
-        *others, own = operands
+        x, shares, chosen, own = operands
         # A device computes its own part: what it calls has no mesh to split anything over.
         own = dataclasses.replace(own, target=dataclasses.replace(target, mesh=None))
-        part = _mix_here(*others, own).astype(x.dtype)
-        return jax.lax.psum(part, heads) if heads else part
+        part = _mix_here(x, shares, chosen, own).astype(x.dtype)
+        summed: jax.Array = jax.lax.psum(part, heads) if heads else part
+        return summed
 
     summed: jax.Array = jax.shard_map(
         on_each,

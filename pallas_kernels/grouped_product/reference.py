@@ -31,4 +31,5 @@ def grouped_product_reference(
         found: list[jax.Array] = jax.lax.cond(expert < experts, multiply, nothing, rows, expert)
         return found
 
-    return jax.lax.map(of_block, (x, owner))
+    products: list[jax.Array] = jax.lax.map(of_block, (x, owner))
+    return products
