@@ -373,6 +373,7 @@ GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"
 GREEDY += ["mixtral", "qwen3-moe", "granite-scaled"]
 # A prompt of more tokens than a window has, in alternating layers and in all.
 GREEDY += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
+GREEDY += ["glm4", "olmo2"]
 # Through a prompt that is longer than the window.
 GREEDY += ["gemma3", "gemma3-scaled", "gemma3-all-windows", "gemma3-no-windows"]
 GREEDY += ["gemma3-long-windows", "olmo3", "ministral-some", "ministral3-windows"]

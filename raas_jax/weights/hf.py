@@ -290,16 +290,16 @@ def _in_halves(
     """Queries and keys `[heads * H, ...]`, the pairs that are rotated in two halves of each head.
 
     Products of queries with keys do not depend on the order of a head's numbers, so that it is
-    changed once, here, for the families whose pairs are neighbours; and `back` when it is written.
+    changed once, here, for the families whose pairs are neighbours; and `back`, of our
+    `[heads, H, ...]`, when it is written.
     """
     name = path.removesuffix("_bias")
     if not FAMILIES[config.model_type].pairs_side_by_side or name not in ("layers.q", "layers.k"):
         return values
-    size = config.rope.rotated(config.head_dim)
-    heads = values.reshape(-1, config.head_dim, *values.shape[1:])
+    heads = values if back else values.reshape(-1, config.head_dim, *values.shape[1:])
+    size, rest = config.rope.rotated(config.head_dim), heads.shape[2:]
     grid = (2, size // 2) if back else (size // 2, 2)
-    turned = heads[:, :size].reshape(-1, *grid, *values.shape[1:]).swapaxes(1, 2)
-    turned = turned.reshape(-1, size, *values.shape[1:])
+    turned = heads[:, :size].reshape(-1, *grid, *rest).swapaxes(1, 2).reshape(-1, size, *rest)
     return np.concatenate([turned, heads[:, size:]], axis=1).reshape(values.shape)
 
 
