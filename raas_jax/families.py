@@ -502,7 +502,6 @@ TEXT_HALVES: Mapping[str, tuple[str, ...]] = {
 }
 """Families that take more than text, of which the text model is run: what `text_config` may say."""
 
-_WINDOWS = "some of its layers see a sliding window only"
 _LATENT = "its keys and values are kept as a latent vector (MLA)"
 _RECURRENT = "some of its layers keep a recurrent state and no keys and values"
 _SEVERAL = (
@@ -511,11 +510,7 @@ _SEVERAL = (
 _ENCODES = "it has an encoder beside its decoder"
 REFUSED: dict[str, str] = {
     **dict.fromkeys(
-        (
-            *("gemma3n", "cohere2"),
-            *("gemma4", "mimo_v2_flash"),
-        ),
-        _WINDOWS,
+        ("gemma3n", "gemma4"), "its layers have embeddings of their own, or share keys and values"
     ),
     "gemma2": "the scores of its attention are capped",
     "llama4": "some of its layers see chunks of the text only",
@@ -545,7 +540,7 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("t5", "bart", "t5gemma", "mt5", "pegasus", "whisper", "marian"), _ENCODES),
     **dict.fromkeys(
-        ("nemotron", "exaone", "starcoder2", "gpt_neox", "gpt2", "falcon", "phi"),
+        ("cohere2", "nemotron", "exaone", "starcoder2", "gpt_neox", "gpt2", "falcon", "phi"),
         "its layers are put together otherwise",
     ),
     **dict.fromkeys(
@@ -558,6 +553,7 @@ REFUSED: dict[str, str] = {
             "ernie4_5_moe",
             "dots1",
             "hunyuan_v1_moe",
+            "mimo_v2_flash",
         ),
         "its experts are chosen or joined in another way",
     ),
