@@ -188,7 +188,7 @@ class Ends(nnx.Module):
         c, factor = self.config, self.config.embedding_multiplier
         if c.scaled_embeddings:
             # Rounded before it multiplies: the root of 640 is 25.25 in bfloat16.
-            factor = float(np.asarray(c.hidden_size**0.5, self.embedding[...].dtype))
+            factor *= float(np.asarray(c.hidden_size**0.5, self.embedding[...].dtype))
         return _times(look_up(self.embedding[...], tokens), factor)
 
     def logits(self, x: jax.Array, target: Target | None = None) -> jax.Array:
