@@ -170,7 +170,7 @@ def test_other_ways_to_pack_are_refused(packed, checkpoint):
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
 def test_one_expert_is_unpacked_at_a_time(tmp_path):
     large = dataclasses.replace(
-        CONFIG, hidden_size=1024, moe_intermediate_size=1024, intermediate_size=1024, num_experts=16
+        CONFIG, hidden_size=1024, moe_intermediate_size=1024, intermediate_size=1024, num_experts=12
     )
     PackedCheckpoint(tmp_path / "small").write()
     (tmp_path / "large").mkdir()
@@ -187,8 +187,8 @@ def test_one_expert_is_unpacked_at_a_time(tmp_path):
     command = [sys.executable, "-c", SCRIPT, tmp_path / "small", tmp_path / "large", "bfloat16"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     found = json.loads(done.stdout)
-    assert found["model"] > 190 * MIB
+    assert found["model"] > 140 * MIB
     # Of an expert: gate and up of float32, were they not unpacked in parts, and twice of bfloat16.
     expert = 2 * 1024 * 1024 * (4 + 2 + 2)
-    layer = 16 * 2 * 1024 * 1024 * 2
+    layer = 12 * 2 * 1024 * 1024 * 2
     assert found["peak"] - found["model"] <= expert + SLACK < layer, found
