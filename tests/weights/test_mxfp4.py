@@ -130,6 +130,21 @@ def test_a_packed_checkpoint_is_the_unpacked_one(packed, tmp_path, shards):
     assert files[0] == files[1]
 
 
+def test_transformers_reads_the_same_of_a_packed_checkpoint(packed):
+    torch = pytest.importorskip("torch", reason="torch is the reference of this test")
+    from transformers import AutoModelForCausalLM, Mxfp4Config
+
+    params = load(packed.write(), dtype="float32", layers="stacked")
+    model = AutoModelForCausalLM.from_pretrained(
+        packed.folder, dtype=torch.float32, quantization_config=Mxfp4Config(dequantize=True)
+    )
+    theirs = model.state_dict()
+    for name, place in hf.destinations(params.config).items():
+        ours = [hf.flatten(params.weights)[path][place.at] for path in place.paths]
+        ours = place.together([np.asarray(each) for each in ours])
+        np.testing.assert_array_equal(ours, theirs[name].numpy(), name)
+
+
 def test_packed_tensors_that_do_not_fit_are_named(packed):
     tensors, layer = packed.tensors, "model.layers.0.mlp.experts."
     tensors[f"{layer}down_proj"] = packed.plain[f"{layer}down_proj"]
