@@ -78,7 +78,7 @@ def draw_waterfall(
             _show(axis, image, (-0.5, T - 0.5, G - 0.5, -0.5))
             axis.axvline(trace.prompt_tokens - 0.5, color=ORANGE, linewidth=1.2)
             _waterfall_ticks(axis, trace, with_text=column == 0)
-            axis.set_title(f"{_called(head)} · {name(trace)}", fontsize=11)
+            axis.set_title(f"{_called(trace, head)} · {name(trace)}", fontsize=11)
             axis.set_xlabel(
                 f"attended token: prompt (left of the orange line, {trace.prompt_tokens}), answer"
             )
@@ -116,7 +116,7 @@ def draw_pages(
         _show(axis, page_colours(trace, head), (-0.5, trace.pages - 0.5, steps + 0.5, 0.5))
         if trace.milestones is not None:
             _lookup_marks(axis, trace, head)
-        axis.set_title(_called(head), fontsize=11)
+        axis.set_title(_called(trace, head), fontsize=11)
         axis.set_xlabel(f"page of {trace.recording.page_size} tokens")
         axis.set_xticks(range(0, trace.pages, max(1, -(-trace.pages // 12))))
     axes[0][0].set_ylabel("token being written (time runs down)")
@@ -398,8 +398,8 @@ def _show(axis: Any, image: np.ndarray, extent: tuple[float, float, float, float
     axis.imshow(image, aspect="auto", interpolation="nearest", extent=extent)
 
 
-def _called(head: Head) -> str:
-    return f"layer {head[0]}, key/value head {head[1]}"
+def _called(trace: Trace, head: Head) -> str:
+    return f"{trace.layer} {head[0]}, key/value head {head[1]}"
 
 
 def _finish(figure: Any, file: str | Path | None) -> Any:

@@ -35,6 +35,7 @@ class Trace:
       milestones: what the answer looks up and when; None for a text that is no lemma derivation.
       problem: what was asked, if it is a problem of `raas_jax.lab.tasks.lemma`.
       kv_bytes, dense_kv_bytes: what the cache takes, and what the tokens would take undropped.
+      layer: what a layer is called: a full one, where others see a window and are not counted.
     """
 
     policy: Policy
@@ -46,6 +47,7 @@ class Trace:
     problem: Problem | None
     kv_bytes: int
     dense_kv_bytes: int
+    layer: str
 
     @property
     def generated(self) -> tuple[str, ...]:
@@ -147,6 +149,7 @@ def trace(
         problem=problem,
         kv_bytes=row_bytes(config, policy, len(ids), limit, dtype.name),
         dense_kv_bytes=dense_bytes(config, len(ids) + len(recording.tokens), dtype),
+        layer="full layer" if config.window_layers else "layer",
     )
 
 
