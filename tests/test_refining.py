@@ -44,15 +44,13 @@ class Given(Allotment):
         return self.losses[..., 0].astype(np.int64)
 
 
-@pytest.mark.parametrize("queries", [7, dense.QUERIES])
-def test_a_pass_is_a_decode(params, texts, monkeypatch, queries):
+def test_a_pass_is_a_decode(params, texts, monkeypatch):
     """All tokens of a layer at once, in blocks of any size, diverge as those fed one by one.
 
     What a sink takes stays with it when pages are forgotten, in both.
     """
-    if params.config.sinks and queries == dense.QUERIES:
-        pytest.skip("is seen without windows")
-    monkeypatch.setattr(dense, "QUERIES", queries)
+    if params.config.window_layers:
+        monkeypatch.setattr(dense, "QUERIES", 7)
     jax.clear_caches()  # Of programs with other blocks.
     found = refine._Model(params, texts, PROMPT, POLICY).run(CHOSEN)
     pages = np.asarray(refine.GRID)[CHOSEN]
