@@ -73,7 +73,7 @@ class Sharing:
     rows: int
     samples: int
     prompt_tokens: int
-    shared_bytes: int  # of the prompts' keys and values
+    shared_bytes: int  # of the prompts' keys and values, in layers that see everything
     unshared_bytes: int
     shared_ms: float  # median milliseconds per step
     unshared_ms: float

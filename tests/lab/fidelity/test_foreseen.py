@@ -93,7 +93,7 @@ def fed(params, policy, texts):
         {"allotment": ALLOTMENT},
         {"allotment": ALLOTMENT, "granularity": "layer"},
         {"allotment": ALLOTMENT, "budget": 24, "prompt": "included", "dense_layers": 1},
-        {"dense_layers": 1, "config": WINDOWS},
+        {"config": WINDOWS},
     ],
     ids=str,
 )

@@ -65,6 +65,11 @@ def recall(problem: Problem, recording: Recording, words: Sequence[str]) -> Reca
 
 def _shares(lookups: Sequence[Lookup], marks: Liveness, recording: Recording) -> list[float]:
     """For each look-up, the share of layers and heads that can read one of its sources."""
+    if lookups and not recording.present.shape[1]:
+        raise ValueError(
+            "recording has no layers that see everything, whose pages look-ups are served from; "
+            "use a model that has some."
+        )
     first = marks.prompt_tokens
     return [
         float(
