@@ -33,6 +33,7 @@ from pallas_kernels import (
     Target,
     cache_attention,
     decode_attention,
+    grouped_product,
     page_bound,
     page_commit,
     prefill_attention,
@@ -61,6 +62,8 @@ MOST_PREFILLED = 8
 """Rows of a prefill; with more, the inputs alone would fill a device."""
 SPREAD = (1 / 8, 4, 1 / 4, 1 / 2, 1 / 8, 7 / 4, 1 / 4, 1)
 """Pages of heads that differ, as shares of the mean; a few of them already differ a lot."""
+GROUP_ROWS, MOST_GROUPS = 8, 32
+"""Rows of a block, each of an expert of its own, and experts at most."""
 BATCHES = (1, 8, 32, 128, 256)
 BUDGETS = (512, 1024, 2048, 8192)
 
@@ -291,6 +294,20 @@ def _stacked_product(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Ca
     return Case(_summed(stacked_product, how), jnp.zeros(()), (x, stacks), layers, size)
 
 
+def _grouped_product(shape: Shape, dtype: Any, key: jax.Array, **how: Any) -> Case:
+    """Of gate and up of twice as many experts as there are blocks, as wide as the queries."""
+    _, K, G, H = MODELS[shape.model]
+    width, out, blocks = K * G * H, K * H, min(shape.batch, MOST_GROUPS)
+    of_layer = 2 * blocks * out * width * jnp.dtype(dtype).itemsize
+    layers = _turns(shape, 2 * of_layer)
+    keys = jax.random.split(key, 3)
+    x = jax.random.normal(keys[0], (blocks, GROUP_ROWS, width), dtype)
+    stacks = [jax.random.normal(each, (layers, 2 * blocks, out, width), dtype) for each in keys[1:]]
+    owner = 2 * jnp.arange(blocks, dtype=jnp.int32)
+    size = of_layer + blocks * GROUP_ROWS * (width + 2 * out) * x.dtype.itemsize
+    return Case(_summed(grouped_product, how), jnp.zeros(()), (x, stacks, owner), layers, size)
+
+
 OPERATIONS: dict[str, Callable[..., Case]] = {
     "cache_attention": _cache_attention,
     "decode_attention": _decode_attention,
@@ -301,6 +318,7 @@ OPERATIONS: dict[str, Callable[..., Case]] = {
     "ragged_page_commit": _ragged_page_commit,
     "prefill_attention": _prefill_attention,
     "stacked_product": _stacked_product,
+    "grouped_product": _grouped_product,
 }
 RECTANGLES = {
     "ragged_decode_attention": "decode_attention",

@@ -115,3 +115,28 @@ def test_memory_grows_by_little_more_than_the_cache():
     cache = 4 * 2 * 2 * 2 * config.head_dim
     assert a_token < 2 * layer + cache
     assert temporaries[1] < (1 << 30) + tokens[1] * (2 * layer + cache)
+
+
+@pytest.mark.parametrize("sink", [None, (-60.0, 0.5, 2.0, 60.0)])
+def test_the_mass_of_a_prompts_pages_by_hand(monkeypatch, sink):
+    """Shares of the softmax with a sink in it, summed over the last tokens of rows that differ."""
+    monkeypatch.setattr(attention, "MOST_SCORES", 1)  # In blocks of 16 tokens.
+    (B, T, N, K, H, P), lengths, queries = (2, 24, 4, 2, 8, 4), [21, 5], 3
+    rng = np.random.default_rng(0)
+    q, k = (rng.normal(size=(B, T, heads, H)).astype(np.float32) for heads in (N, K))
+    given = None if sink is None else jnp.asarray(sink)
+    found = attention.prompt_mass(
+        jnp.asarray(q), jnp.asarray(k), jnp.array(lengths), P, queries, given
+    )
+    wanted = np.zeros((B, K, N // K, T))
+    for row, head, token in np.ndindex(B, N, T):
+        if not lengths[row] - queries <= token < lengths[row]:
+            continue
+        one = head // (N // K)
+        weights = np.exp(
+            k[row, : token + 1, one].astype(np.float64) @ q[row, token, head] / np.sqrt(H)
+        )
+        total = weights.sum() + (0.0 if sink is None else np.exp(sink[head]))
+        wanted[row, one, head % (N // K), : token + 1] += weights / total
+    pages = wanted.reshape(B, K, N // K, T // P, P).sum(-1)
+    np.testing.assert_allclose(found, pages, rtol=1e-5, atol=1e-6)

@@ -2,8 +2,8 @@
 
 Read from the optimised HLO text, instruction by instruction: loops count as often as they run, a
 fusion reads what its results ask for (`raas_jax.aot.demand`), an update in place writes the part
-that is new, and a kernel of ours reads what it declares (`cost_estimate`). All are estimates by a
-reading of the program. What it takes for granted:
+that is new, and a kernel of ours reads what it declares (`cost_estimate`, or its scope).
+All are estimates by a reading of the program. What it takes for granted:
 
 - Every result goes to memory and every operand comes from there. Caches are not modelled: what is
   written and read again at once may stay in a GPU's L2, and then the true figure is smaller; a

@@ -78,6 +78,18 @@ def test_every_operation_for_every_tpu(tpu, name):
     # q, k, v and the result to have the heads first: how many of them lie in HBM is up to libtpu.
     turned = 4096 * (2 * 32 + 2 * 8) * 128 * 2
     assert program.memory_analysis().temp_size_in_bytes < 1.2 * turned < 4096 * 4096 * 32 / 4
+    sink = (32,), bf16
+    seen = partial(prefill_attention, window=128)
+    program = compile_for(
+        device,
+        lambda q, k, v, sink, **how: seen(q, k, v, sink=sink, **how),
+        long,
+        short,
+        short,
+        sink,
+    )
+    assert "splash" in program.as_text()
+    assert program.memory_analysis().temp_size_in_bytes < 1.2 * turned
 
 
 # Shapes that lie in a TPU's memory as they are, and so cost no copy.

@@ -57,7 +57,7 @@ def check(got, owned, wanted, dtype):
         np.testing.assert_allclose(found, other, rtol=rounding, atol=2e-4)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
     # Experts without a block, of one and of all of them, and blocks without an expert.
     owner=st.lists(st.integers(0, 3), min_size=1, max_size=6).map(sorted),
@@ -104,7 +104,7 @@ def test_the_kernel_is_the_product(owner, R, width, outs, dtype, blocks):
 
 
 @interpreted
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     owner=st.lists(st.integers(0, 2), min_size=1, max_size=3).map(sorted),
     R=st.sampled_from([8, 24]),

@@ -20,6 +20,7 @@ from pallas_kernels import (
     Target,
     cache_attention,
     decode_attention,
+    grouped_product,
     page_bound,
     page_commit,
     prefill_attention,
@@ -144,6 +145,7 @@ def cases(whole: tuple[Pages, ...], attention: tuple[Pages, ...]) -> Iterator[Ca
         if pages in whole:
             yield from _bounds_and_commits(rng, pages)
             yield _product(rng, pages)
+            yield _experts(rng, pages)
     for pages in whole:
         yield from _prefill(np.random.default_rng(0), pages)
 
@@ -223,6 +225,16 @@ def _product(rng: np.random.Generator, pages: Pages) -> Case:
     x = jnp.asarray(_normal(rng, B, width), dtype)
     stacks = [jnp.asarray(_normal(rng, LAYERS, n * H, width), dtype) for n in (K * G, K, K)]
     return Case(f"stacked_product, {pages.name}", stacked_product, (x, stacks, LAYER), {}, dtype)
+
+
+def _experts(rng: np.random.Generator, pages: Pages) -> Case:
+    """A block of rows for some experts, for one of them two, out of the weights of more."""
+    dtype, _, K, G, H, _, _ = pages
+    width, owner = K * G * H, jnp.asarray([0, 2, 2, 3], jnp.int32)
+    x = jnp.asarray(_normal(rng, len(owner), 8, width), dtype)
+    stacks = [jnp.asarray(_normal(rng, LAYERS, 5, K * H, width), dtype) for _ in range(2)]
+    arrays = x, stacks, owner, LAYER
+    return Case(f"grouped_product, {pages.name}", grouped_product, arrays, {}, dtype)
 
 
 def _bounds_and_commits(rng: np.random.Generator, pages: Pages) -> Iterator[Case]:
