@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 from tiny import MOE, prompts_of, random_params
 
 import raas_jax
+from pallas_kernels import Target, grouped_product
 from raas_jax import RaaS, experts, identity
 from raas_jax.sharding import weight_shardings
 from raas_jax.weights import load, save_hf, save_orbax
@@ -121,6 +122,44 @@ def test_rows_do_not_know_of_each_other():
         alone = raas_jax.generate(params, prompt, policy=policy, max_new_tokens=20)
         assert list(alone.tokens) == list(out.tokens)
         np.testing.assert_allclose(alone.logprobs, out.logprobs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("data", "model", "rows", "width", "sums"),
+    [(2, 2, 8, 64, 1), (2, 1, 8, 128, 0), (1, 2, 16, 64, 1), (1, 3, 16, 128, 0)],
+)
+def test_on_a_mesh_of_gpus_each_has_its_part(monkeypatch, data, model, rows, width, sums):
+    """Of the rows, and of the width of every expert where it can be split."""
+    given = []
+
+    def product(x, stacks, owner, layer, target):
+        given.append(([stack.shape[2:] for stack in stacks], target.mesh is None))
+        return grouped_product(x, stacks, owner, layer, implementation="xla")
+
+    def mix(x, shares, chosen, own):
+        given.append(x.shape)
+        return way(x, shares, chosen, own)
+
+    way = experts._by_kernel
+    monkeypatch.setattr(experts, "grouped_product", product)
+    monkeypatch.setattr(experts, "_by_kernel", mix)
+    axes = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.sharding.AbstractMesh((data, model), ("data", "model"), axis_types=axes)
+    target = Target("gpu", "NVIDIA H100 80GB HBM3", mesh)
+
+    def layer(x, shares, chosen, *stacks):
+        own = experts.Experts(*stacks, jnp.int32(0), target=target)
+        return experts.mixture(x, shares, chosen, own)
+
+    (R, k, E, F, D), dtype = (16, 2, 4, 128, 64), jnp.bfloat16
+    shapes = [(R, D), (R, k), (R, k), (2, E, F, D), (2, E, F, D), (2, E, D, F)]
+    kinds = [dtype, jnp.float32, jnp.int32, dtype, dtype, dtype]
+    arrays = [jax.ShapeDtypeStruct(*each) for each in zip(shapes, kinds, strict=True)]
+    found = jax.make_jaxpr(layer)(*arrays)
+    cut = model < 3
+    assert given == [(rows, D), ([(width, D)] * 2, cut), ([(D, width)], cut)]
+    assert str(found).count("psum") == sums
+    assert found.out_avals[0].shape == (R, D)
 
 
 def test_what_experts_are_not():
