@@ -162,10 +162,9 @@ def _mix(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -
     experts = dataclasses.replace(experts, down_bias=None)
     by_width = dataclasses.replace(experts, **specs)
 
-    def on_each(*operands: Any) -> jax.Array:
-        x, shares, chosen, own = operands
+    def on_each(x: jax.Array, shares: jax.Array, chosen: jax.Array, experts: Experts) -> jax.Array:
         # A device computes its own part: what it calls has no mesh to split anything over.
-        own = dataclasses.replace(own, target=dataclasses.replace(target, mesh=None))
+        own = dataclasses.replace(experts, target=dataclasses.replace(target, mesh=None))
         part = _mix_here(x, shares, chosen, own).astype(x.dtype)
         summed: jax.Array = jax.lax.psum(part, heads) if heads else part
         return summed
