@@ -48,8 +48,8 @@ def add_up(fetch: Callable[[Any, Any], None], own: Scratch, count: Any, most: in
 
     `fetch(step, stage)` starts the two copies of a step's tiles, which arrive at `own.arrived`.
     """
-    stages, height, _ = own.weights.shape
-    rows, warpgroups = own.rows.shape[1], height // TILE
+    stages, rows = own.rows.shape[:2]
+    warpgroups = own.weights.shape[1] // TILE
     warpgroup = lax.axis_index("warpgroup")
 
     def refill(step: Any) -> None:
