@@ -1,5 +1,6 @@
 """Logits and greedy tokens against Hugging Face transformers, and against a real trained model."""
 
+import copy
 import json
 
 import jax
@@ -214,7 +215,8 @@ def make_model(case: str):
     torch = pytest.importorskip("torch", reason="torch is the reference of these tests")
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    kind, changes = CASES[case]
+    # A copy, since transformers writes into the dictionaries that it is given.
+    kind, changes = copy.deepcopy(CASES[case])
     torch.manual_seed(sum(map(ord, case)))
     config = AutoConfig.for_model(kind, **{**BASE, **changes})
     model = AutoModelForCausalLM.from_config(config).eval()
