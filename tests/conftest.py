@@ -70,7 +70,9 @@ ONCE = {
     *("lab/trace/test_trace", "lab/train/test_train", "policies/test_by_the_book"),
     *("policies/test_every_policy", "test_invariance"),
     *("policies/test_every_policy_allotted", "cli/test_allot", "test_refining"),
-    *("lab/test_allotment_rivals", "lab/fidelity/test_foreseen"),
+    *("lab/test_allotment_rivals", "lab/fidelity/test_foreseen", "lab/fidelity/test_measure"),
+    *("lab/device_check/test_driver", "lab/device_check/test_sections", "cli/test_device_check"),
+    *("cli/test_bench", "engine/test_damaged_saves", "lab/tasks/test_grading"),
 }
 
 

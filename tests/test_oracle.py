@@ -242,6 +242,7 @@ def ragged(page_size, rows=ROWS):
     )
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("number", "options"),
     list(enumerate(COMBINATIONS)),

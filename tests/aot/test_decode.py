@@ -96,8 +96,11 @@ def kernels(text):
     }
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("target", TPUS)
+# Each kind with one of them, in turn; one kind with both.
+ALONE = [*zip(TPUS, MODELS * len(TPUS), strict=False), ("v5e:2x2", MODELS[0])]
+
+
+@pytest.mark.parametrize(("target", "model"), ALONE)
 def test_on_one_device(config, target, model):
     """One row where the weights fill the memory, eight elsewhere."""
     roomy = DEVICE_MEMORY[target_devices(target)[0].device_kind] > 20 << 30

@@ -38,6 +38,8 @@ CASES = [
 ]
 # One that reads whole pages of a pool at a boundary, and one that fills it from the prompt.
 ALLOTTED = ["triattention:every=64:across_layers=false", "h2o:prompt=evict"]
+# One of each kind of decision is compiled by every version of jax.
+EVERYWHERE = ["recent", "h2o:prompt=evict", "quest", "raas_quest:prompt_budget=64"]
 
 
 @functools.cache
@@ -51,12 +53,16 @@ def test_every_policy_is_here():
     assert names | {"dense", "raas", "fifo"} == set(policies.available())
 
 
-@pytest.mark.parametrize(
-    ("case", "more"),
-    [(case, {}) for case in CASES]
-    + [(case, {"allotment": allotment_of(CONFIG, P, most=32)}) for case in ALLOTTED],
-    ids=[*CASES, *(f"{case}, allotted" for case in ALLOTTED)],
-)
+def cases():
+    for case in CASES:
+        marks = () if case in EVERYWHERE else pytest.mark.once
+        yield pytest.param(case, {}, id=case, marks=marks)
+    for case in ALLOTTED:
+        more = {"allotment": allotment_of(CONFIG, P, most=32)}
+        yield pytest.param(case, more, id=f"{case}, allotted")
+
+
+@pytest.mark.parametrize(("case", "more"), cases())
 def test_nothing_is_copied_and_nothing_dead_is_read(case, more):
     options = {"page_size": P, "budget": BUDGET, **more}
     if case.startswith("triattention"):
