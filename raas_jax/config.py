@@ -58,6 +58,8 @@ _SHARED = (
 )
 
 
+_LAYERS = ("unrotated_layers", "window_layers", "plain_layers")
+"""Fields that are numbers of layers."""
 BIASES = ("qkv_bias", "output_bias", "mlp_bias")
 
 
@@ -97,6 +99,8 @@ class ModelConfig:
       sinks: each query head has a logit of its own that joins its softmax and has no value.
       num_experts: perceptrons of each layer, of `moe_intermediate_size`, of which a token goes
         through `num_experts_per_tok`; 0 is one, of `intermediate_size`.
+      plain_layers: numbers of the layers that have one perceptron, of `intermediate_size`, all the
+        same.
       norm_topk_prob: the shares of a token's experts are made to add up to one.
       expert_bias: the router and every product of an expert have a bias.
       swiglu_limit: of numbers within an expert, whose gate is then another (see
@@ -139,6 +143,7 @@ class ModelConfig:
     num_experts_per_tok: int = 0
     moe_intermediate_size: int = 0
     norm_topk_prob: bool = False
+    plain_layers: tuple[int, ...] = ()
     expert_bias: bool = False
     swiglu_limit: float | None = None
     swiglu_alpha: float = 1.702
@@ -180,7 +185,7 @@ class ModelConfig:
                 f"num_attention_heads is {self.num_attention_heads}, which is not a multiple of "
                 f"num_key_value_heads, {self.num_key_value_heads}."
             )
-        for name in ("unrotated_layers", "window_layers"):
+        for name in _LAYERS:
             checks.field(self, name, _layer_numbers(self.num_hidden_layers))
         checks.field(self, "window", _integer(1 if self.window_layers else 0))
         if not self.window_layers and (self.window or self.window_rope):
@@ -203,6 +208,11 @@ class ModelConfig:
             )
         if self.qk_norm and self.joined_qk_norm:
             raise ValueError("qk_norm and joined_qk_norm are True; one of them must be False.")
+        if self.plain_layers and not self.expert_layers:
+            raise ValueError(
+                f"plain_layers is {checks.short(self.plain_layers)}; it is for some layers of a "
+                "model with experts, and not for all."
+            )
         if self.num_experts and self.mlp_bias:
             raise ValueError("mlp_bias is True; of experts it is expert_bias that says so.")
         if self.expert_bias and not self.num_experts:
@@ -222,12 +232,17 @@ class ModelConfig:
     def with_layers(self, count: int) -> ModelConfig:
         """The same with its first layers alone, or with more of the plain kind."""
         kept: dict[str, Any] = {
-            name: tuple(layer for layer in getattr(self, name) if layer < count)
-            for name in ("unrotated_layers", "window_layers")
+            name: tuple(layer for layer in getattr(self, name) if layer < count) for name in _LAYERS
         }
         if not kept["window_layers"]:
             kept |= {"window": 0, "window_rope": None}
         return dataclasses.replace(self, num_hidden_layers=count, **kept)
+
+    @property
+    def expert_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that have experts."""
+        count = self.num_hidden_layers if self.num_experts else 0
+        return tuple(n for n in range(count) if n not in self.plain_layers)
 
     @property
     def full_layers(self) -> int:
@@ -406,6 +421,8 @@ class ModelConfig:
             fields["num_experts_per_tok"] = self.num_experts_per_tok
             if not family.experts.normalised:
                 fields["norm_topk_prob"] = self.norm_topk_prob
+            if family.experts.some_layers:
+                fields |= {"mlp_only_layers": list(self.plain_layers), "decoder_sparse_step": 1}
             if family.experts.limited:
                 fields["swiglu_limit"] = self.swiglu_limit
                 fields["swiglu_alpha"] = self.swiglu_alpha
@@ -499,13 +516,6 @@ def _experts(fields: Fields, family: Family) -> dict[str, Any]:
     own = family.experts
     if own is None:
         return {}
-    if fields.integer("decoder_sparse_step", 0, default=1) != 1 or fields.items(
-        "mlp_only_layers", None
-    ):
-        raise fields.error(
-            "decoder_sparse_step or mlp_only_layers gives some layers no experts; only models with "
-            "experts in every layer are supported"
-        )
     # Transformers reads, and writes, either name.
     spellings = {"num_experts", "num_local_experts"} - {own.number}
     number = next((name for name in spellings if name in fields.values), own.number)
@@ -518,9 +528,23 @@ def _experts(fields: Fields, family: Family) -> dict[str, Any]:
         "num_experts_per_tok": fields.integer("num_experts_per_tok", 1),
         "moe_intermediate_size": fields.integer(own.size, 1),
         "norm_topk_prob": own.normalised or fields.flag("norm_topk_prob", False),
+        "plain_layers": _plain_layers(fields) if own.some_layers else (),
         "expert_bias": own.biases,
         **limits,
     }
+
+
+def _plain_layers(fields: Fields) -> tuple[int, ...]:
+    layers = fields.integer("num_hidden_layers", 1)
+    every = fields.integer("decoder_sparse_step", 1, default=1)
+    plain = fields.items("mlp_only_layers", None) or ()
+    found = tuple(n for n in range(layers) if n in plain or (n + 1) % every)
+    if len(found) == layers:
+        raise fields.error(
+            f"decoder_sparse_step is {every} and mlp_only_layers {checks.short(plain)}, so that no "
+            "layer has experts"
+        )
+    return found
 
 
 def _unrotated_layers(fields: Fields, family: Family, layers: int) -> tuple[int, ...]:

@@ -24,6 +24,10 @@ NAMES = ("expert_gate", "expert_up", "expert_down")
 BIASES = ("expert_gate_bias", "expert_up_bias", "expert_down_bias")
 STACKS = (*NAMES, *BIASES)
 """The stacks, as the weights of a model name them; not all models have biases."""
+PLAIN = ("plain_gate", "plain_up", "plain_down")
+"""Stacks of the layers without a choice, which are mixtures of one expert."""
+BESIDE = (*STACKS, *PLAIN)
+"""All that lies in stacks beside the layers."""
 BLOCK, LARGE_BLOCK, LEAST_BLOCK = 16, 128, 8
 """Tokens of one expert that are multiplied at a time: on a CPU, a GPU, and at least in a kernel."""
 MOST_COMPARED = 2**12
@@ -82,6 +86,14 @@ class Experts:
         most = config.swiglu_limit
         limits = None if most is None else Limits(most, config.swiglu_alpha)
         return cls(**own, number=number, limits=limits, target=target)
+
+    @classmethod
+    def of_plain_layer(
+        cls, weights: Mapping[str, Any], number: jax.Array, target: Target | None = None
+    ) -> Experts:
+        """The one perceptron of a layer without a choice, by its number among such layers."""
+        gate, up, down = (weights[name] for name in PLAIN)
+        return cls(gate, up, down, number, target=target)
 
     def weights(self, expert: jax.Array) -> list[jax.Array]:
         """Gate, up and down of one expert, of this layer."""

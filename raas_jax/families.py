@@ -47,6 +47,7 @@ class ExpertNames:
         ours take turns. A bias, `[E, out]`, has `_bias` behind the name.
       normalised: the shares always add up to one; else `norm_topk_prob` says it.
       biases: the router and the experts have them.
+      some_layers: `decoder_sparse_step` and `mlp_only_layers` may leave layers plain.
       limited: `swiglu_limit` and `swiglu_alpha` say how numbers within an expert are limited.
     """
 
@@ -56,7 +57,16 @@ class ExpertNames:
     together: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     normalised: bool = False
     biases: bool = False
+    some_layers: bool = False
     limited: bool = False
+
+
+PLAIN: Mapping[str, tuple[str, ...]] = {
+    "mlp.gate_proj": ("plain_gate",),
+    "mlp.up_proj": ("plain_up",),
+    "mlp.down_proj": ("plain_down",),
+}
+"""The tensors of a plain layer's perceptron, among layers with experts."""
 
 
 def with_experts(router: str) -> Mapping[str, tuple[str, ...]]:
@@ -459,6 +469,7 @@ FAMILIES: dict[str, Family] = {
                 "mlp.experts.{}.up_proj": "expert_up",
                 "mlp.experts.{}.down_proj": "expert_down",
             },
+            some_layers=True,
         ),
         windows="switched",
         asks_no_types=True,

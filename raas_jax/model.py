@@ -51,6 +51,25 @@ def _normal(key: jax.Array, divisor: Any, *, shape: tuple[int, ...], dtype: Any)
     return drawn
 
 
+class Plain(NamedTuple):
+    """A perceptron that every token goes through, in some of the layers of a model with experts.
+
+    Attributes:
+      here: bool scalar, whether this layer has it.
+      only: it, as the one expert of the layer.
+    """
+
+    here: jax.Array
+    only: Experts
+
+    def perceptron(self, h: jax.Array) -> jax.Array:
+        """What it makes of h `[..., D]`."""
+        rows = h.reshape(-1, h.shape[-1])
+        shares = jnp.ones((len(rows), 1), jnp.float32)
+        found: jax.Array = mixture(rows, shares, jnp.zeros((len(rows), 1), jnp.int32), self.only)
+        return found.reshape(h.shape)
+
+
 class Block(nnx.Module):
     """A stack of `L` transformer layers, or one of them once `lax.scan` has sliced the stack."""
 
@@ -129,7 +148,11 @@ class Block(nnx.Module):
         return q, k, v
 
     def finish(
-        self, x: jax.Array, attended: jax.Array, experts: Experts | None = None
+        self,
+        x: jax.Array,
+        attended: jax.Array,
+        experts: Experts | None = None,
+        plain: Plain | None = None,
     ) -> jax.Array:
         """Output projection of `attended [B, T, N, H]`, the residuals and the MLP → `[B, T, D]`."""
         c = self.config
@@ -141,7 +164,14 @@ class Block(nnx.Module):
             out = _norm(c, out, self.attended_norm)
         x = x + _times(out, c.residual_multiplier)
         h = x if c.norms == "after" else _norm(c, x, self.mlp_norm)
-        out = self._perceptron(h) if experts is None else self._mixture(h, experts)
+        if experts is None:
+            out = self._perceptron(h)
+        elif plain is None:
+            out = self._mixture(h, experts)
+        else:
+            # A condition, since such layers are few, and follow no pattern.
+            with_choice = partial(self._mixture, experts=experts)
+            out = jax.lax.cond(plain.here, plain.perceptron, with_choice, h)
         if c.norms != "before":
             out = _norm(c, out, self.mlp_out_norm)
         return x + _times(out, c.residual_multiplier)
@@ -160,7 +190,8 @@ class Block(nnx.Module):
         if c.expert_bias:
             logits = logits + self.router_bias[...].astype(jnp.float32)
         routed = route(logits, c.num_experts_per_tok, c.norm_topk_prob)
-        return mixture(rows, *routed, experts).reshape(h.shape)
+        found: jax.Array = mixture(rows, *routed, experts).reshape(h.shape)
+        return found
 
     def _products(self, x: jax.Array, *weights: nnx.Param[Any]) -> list[jax.Array]:
         return project_all(x, [weight.get_value() for weight in weights])
@@ -218,18 +249,24 @@ class Transformer(Ends):
         self.layers = Block(config, dtype=dtype, rngs=rngs)
         if not config.num_experts:
             return
-        shape = config.num_hidden_layers, config.num_experts
-        D, F = config.hidden_size, config.moe_intermediate_size
+        shape = len(config.expert_layers), config.num_experts
 
-        def stack(out: int, given: int, axes: tuple[str, str]) -> nnx.Param[jax.Array]:
-            whole = (*shape, out, given)
-            value = _normal(rngs.params(), math.sqrt(given), shape=whole, dtype=dtype)
-            return nnx.Param(value, logical_axes=("layers", "experts", *axes))
+        def stacks(count: int, each: int, F: int) -> list[nnx.Param[jax.Array]]:
+            D = config.hidden_size
+            outward, inward = ((F, D), ("mlp", "embed")), ((D, F), ("embed", "mlp"))
+            found = []
+            for size, axes in (outward, outward, inward):
+                whole = count, each, *size
+                value = _normal(rngs.params(), math.sqrt(size[1]), shape=whole, dtype=dtype)
+                found.append(nnx.Param(value, logical_axes=("layers", "experts", *axes)))
+            return found
 
         # Beside the layers, and always in stacks: of a layer only what is chosen is read.
-        self.expert_gate = stack(F, D, ("mlp", "embed"))
-        self.expert_up = stack(F, D, ("mlp", "embed"))
-        self.expert_down = stack(D, F, ("embed", "mlp"))
+        D, F = config.hidden_size, config.moe_intermediate_size
+        self.expert_gate, self.expert_up, self.expert_down = stacks(*shape, F)
+        if plain := len(config.plain_layers):
+            own = stacks(plain, 1, config.intermediate_size)
+            self.plain_gate, self.plain_up, self.plain_down = own
         if config.expert_bias:
 
             def zeros(size: int, axis: str) -> nnx.Param[jax.Array]:
@@ -282,7 +319,7 @@ def _pure(state: Any) -> Weights:
 def ends(config: ModelConfig, weights: Weights) -> Ends:
     """The module over plain arrays; free, also inside a jit."""
     graph, _ = _abstract(Ends, config, weights["embedding"].dtype.name)
-    others = {"layers", *experts.STACKS}
+    others = {"layers", *experts.BESIDE}
     module: Ends = nnx.merge(graph, {k: v for k, v in weights.items() if k not in others})
     return module
 
@@ -327,6 +364,7 @@ class Layer(NamedTuple):
       kind: see `run_layers`.
       place: int32 scalar, its place among the layers of its kind.
       experts: in the place of its multilayer perceptron, or None.
+      plain: in their place in some layers, of a model that has such.
     """
 
     block: Block
@@ -334,6 +372,7 @@ class Layer(NamedTuple):
     kind: Any
     place: jax.Array
     experts: Experts | None = None
+    plain: Plain | None = None
 
     @property
     def sink(self) -> jax.Array | None:
@@ -356,7 +395,7 @@ class Layer(NamedTuple):
 
     def finish(self, x: jax.Array, attended: jax.Array) -> jax.Array:
         """`Block.finish`, through this layer's experts where it has any."""
-        return self.block.finish(x, attended, self.experts)
+        return self.block.finish(x, attended, self.experts, self.plain)
 
 
 Body = Callable[[Layer, Any, Any], tuple[Any, Any]]
@@ -523,10 +562,16 @@ def _layer_of(
         arrays = _layer_by_number(layers, number)
     if in_place:
         arrays |= _matrices_in_place(layers, number, in_place)
-    own = None
+    own = plain = None
     if config.num_experts:
-        own = Experts.of_layer(config, weights, number, target)
-    return Layer(nnx.merge(graph, arrays), number, kind, place, own)
+        among, is_plain = number, np.isin(range(config.num_hidden_layers), config.plain_layers)
+        if config.plain_layers:
+            here = jnp.asarray(is_plain)[number]
+            earlier = jnp.asarray(np.cumsum(is_plain) - is_plain, jnp.int32)[number]
+            among = number - earlier
+            plain = Plain(here, Experts.of_plain_layer(weights, earlier, target))
+        own = Experts.of_layer(config, weights, among, target)
+    return Layer(nnx.merge(graph, arrays), number, kind, place, own, plain)
 
 
 def _in_place(config: ModelConfig, target: Target | None) -> Target | None:

@@ -69,11 +69,12 @@ def experts_of(config) -> dict:
     """What differs of a mixture of experts, of which transformers calls the number in two ways."""
     if config.model_type not in ("gpt_oss", "mixtral", "qwen3_moe"):
         return {}
-    if getattr(config, "decoder_sparse_step", 1) != 1 or getattr(config, "mlp_only_layers", []):
-        raise ValueError("a layer has no experts")
     own = {"num_experts": config.num_experts, "num_experts_per_tok": config.num_experts_per_tok}
     if config.model_type == "qwen3_moe":
         own["moe_intermediate_size"] = config.moe_intermediate_size
+        layers, every = range(config.num_hidden_layers), config.decoder_sparse_step
+        plain = [n for n in layers if n in config.mlp_only_layers or (n + 1) % every]
+        own["plain_layers"] = tuple(plain)
         return {**own, "norm_topk_prob": config.norm_topk_prob}
     own |= {"moe_intermediate_size": config.intermediate_size, "norm_topk_prob": True}
     if config.model_type == "gpt_oss":
@@ -340,6 +341,8 @@ VALID = {
     "use_sliding_window": [True, False],
     "max_window_layers": [0, 2, 3],
     "layer_types": [None, ["full_attention"] * 3, ["sliding_attention", "full_attention"] * 2],
+    "decoder_sparse_step": [1, 2],
+    "mlp_only_layers": [None, [], [0], [2, 1]],
     "num_hidden_layers": [3, 4],
     "sliding_window_pattern": [2, 3],
     "rope_local_base_freq": [20.0],

@@ -85,7 +85,7 @@ def test_half_precision_files_in_float32(dtype, tmp_path):
 
 
 WRITTEN = ["llama-biases", "mistral-head-dim-10", "qwen2-tied", "qwen3", "qwen3-yarn"]
-WRITTEN += ["mixtral", "qwen3-moe", "phi3-part-of-a-head", "phi3-longrope"]
+WRITTEN += ["mixtral", "qwen3-moe-some-layers", "phi3-part-of-a-head", "phi3-longrope"]
 WRITTEN += ["seed-oss-biases", "smollm3-biases", "granite-scaled"]
 WRITTEN += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
 WRITTEN += ["exaone4", "exaone4-no-windows", "glm4-biases", "olmo2-biases", "gemma3-scaled"]
@@ -150,7 +150,7 @@ NEW_TOKENS = 64
 GREEDY = ["llama-llama3-scaling", "mistral-head-dim-10", "qwen2-seven-queries-per-kv", "qwen3"]
 # Beyond the original context, a dynamic rope's growing with each token.
 GREEDY += ["qwen3-yarn", "qwen2-dynamic", "phi3-longrope", "seed-oss", "smollm3"]
-GREEDY += ["mixtral", "qwen3-moe", "granite-scaled"]
+GREEDY += ["mixtral", "qwen3-moe", "qwen3-moe-some-layers", "granite-scaled"]
 # A prompt of more tokens than a window has, in alternating layers and in all.
 GREEDY += ["gpt-oss", "gpt-oss-all-full", "gpt-oss-all-window"]
 GREEDY += ["gemma3-scaled", "olmo3", "ministral3-windows", "exaone4"]

@@ -16,7 +16,7 @@ from raas_jax.model import stages
 from raas_jax.session import Session
 
 # Beginnings of the names of arguments, see `Moved.sources`.
-_WEIGHTS = "layers", "head", "embedding", "norm", *experts.NAMES
+_WEIGHTS = "layers", "head", "embedding", "norm", *experts.BESIDE
 _CACHE = "cache", "meta"
 
 COPY = 1 << 20

@@ -69,7 +69,7 @@ def _finite(weights: dict[str, Any]) -> dict[str, jax.Array]:
         if isinstance(leaf, tuple):
             rows = [layer[None] for layer in leaf]
         else:
-            stacked = path.startswith("layers.") or path in experts.STACKS
+            stacked = path.startswith("layers.") or path in experts.BESIDE
             rows = [leaf if stacked else leaf[None]]
         found[path] = jnp.concatenate([_finite_rows(each) for each in rows])
     return found

@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 
 from raas_jax.checks import short
 from raas_jax.config import ModelConfig, quantised
-from raas_jax.families import FAMILIES, TEXT_HALVES, ExpertNames
+from raas_jax.families import FAMILIES, PLAIN, TEXT_HALVES, ExpertNames
 from raas_jax.files import Fields, FileError, read_fields
 from raas_jax.model import abstract_weights
 from raas_jax.params import Params
@@ -118,16 +118,25 @@ def destinations(config: ModelConfig) -> dict[str, Destination]:
     turning = set()
     family = FAMILIES[config.model_type]
     own = family.experts or ExpertNames("", "")
+    plain, sparse = (
+        {layer: place for place, layer in enumerate(of)}
+        for of in (config.plain_layers, config.expert_layers)
+    )
     for i in range(config.num_hidden_layers):
         layer = f"model.layers.{i}"
+        for theirs, paths in (PLAIN if i in plain else {}).items():
+            names.append((f"{layer}.{theirs}.weight", paths, (plain[i], 0)))
         for theirs, ours in family.layer.items():
+            if i in plain and ours == ("router",):
+                continue
             paths = tuple(f"layers.{each}" for each in ours)
             names.append((f"{layer}.{theirs}.weight", paths, (i,)))
             names.append((f"{layer}.{theirs}.bias", tuple(f"{path}_bias" for path in paths), (i,)))
         names.append((f"{layer}.{family.sinks}", ("layers.sink",), (i,)))
-        for expert in range(config.num_experts):
+        for expert in range(config.num_experts if i in sparse else 0):
             for theirs, path in own.tensors.items():
-                names.append((f"{layer}.{theirs.format(expert)}.weight", (path,), (i, expert)))
+                at = sparse[i], expert
+                names.append((f"{layer}.{theirs.format(expert)}.weight", (path,), at))
         for theirs, paths in own.together.items():
             names.append((f"{layer}.{theirs}", paths, (i,)))
             names.append((f"{layer}.{theirs}_bias", tuple(f"{path}_bias" for path in paths), (i,)))
@@ -279,6 +288,12 @@ def load_hf(
             # Waiting here keeps the host at one piece; JAX would queue the next ones.
             array.block_until_ready()
     if apart:
+        # A layer without a choice has no router, where the others have one.
+        for own in apart:
+            for path in stacks - whole:
+                name, shape = path.removeprefix("layers."), shapes[path][1:]
+                if name not in own:
+                    own[name] = jnp.zeros(shape, to, device=_of_one_layer(shardings[path]))
         arrays["layers"] = tuple(apart)
     config = dataclasses.replace(config, dtype=to.name)
     return Params(unflatten(arrays), config, str(folder.absolute()))

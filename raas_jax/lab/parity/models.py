@@ -139,6 +139,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {"head_dim": 16, "num_experts": 16, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
     ),
+    "qwen3-moe-some-layers": (
+        "qwen3_moe",
+        {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 12, "head_dim": 16}
+        | {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
+    ),
     "qwen3-moe-normalised": (
         "qwen3_moe",
         {"num_experts": 6, "num_experts_per_tok": 6, "moe_intermediate_size": 12}
