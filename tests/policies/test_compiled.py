@@ -62,7 +62,7 @@ def cases():
         yield pytest.param(case, more, id=f"{case}, allotted")
 
 
-@pytest.mark.parametrize(("case", "more"), cases())
+@pytest.mark.parametrize(("case", "more"), [*cases()])
 def test_nothing_is_copied_and_nothing_dead_is_read(case, more):
     options = {"page_size": P, "budget": BUDGET, **more}
     if case.startswith("triattention"):
