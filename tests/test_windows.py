@@ -21,6 +21,7 @@ from raas_jax.plan import Plan
 from raas_jax.session import Session
 
 P = 4
+ONCE = pytest.mark.once
 EVERY_LAYER = dataclasses.replace(QWEN3, window=10, window_layers=(0, 1))
 WIDE = dataclasses.replace(WINDOWS, window=1000)
 PROMPTS = prompts_of([3, 9, 10, 21, 40])
@@ -78,6 +79,7 @@ def positions_in(pages, fill, keys):
     return sorted(found)
 
 
+@pytest.mark.once
 @settings(max_examples=8)
 @example(page_size=3, window=4, lengths=[1, 30, 3], pages=6)
 @example(page_size=4, window=23, lengths=[30, 5, 24], pages=2)
@@ -129,7 +131,11 @@ def check_is_forward(params, prompts, outs):
         np.testing.assert_allclose(out.logprobs, wanted, atol=2e-4)
 
 
-@pytest.mark.parametrize("config", [WINDOWS, EVERY_LAYER, WIDE], ids=["mixed", "all", "wide"])
+@pytest.mark.parametrize(
+    "config",
+    [WINDOWS, pytest.param(EVERY_LAYER, marks=ONCE), pytest.param(WIDE, marks=ONCE)],
+    ids=["mixed", "all", "wide"],
+)
 def test_decoding_is_reading(config):
     """Prompts shorter and longer than the window; tokens that leave it as others come."""
     params = params_of(config)
@@ -137,6 +143,7 @@ def test_decoding_is_reading(config):
     check_is_forward(params, PROMPTS, outs)
 
 
+@pytest.mark.once
 def test_a_window_of_everything_is_none():
     with_windows = params_of(dataclasses.replace(WIDE, window_rope=None))
     plain = dataclasses.replace(WIDE, window=0, window_layers=(), window_rope=None)
@@ -206,7 +213,10 @@ SMALL = {
 }
 
 
-@pytest.mark.parametrize("name", ["dense first", "quest", "evicts the prompt"])
+@pytest.mark.parametrize(
+    "name",
+    ["quest", *(pytest.param(name, marks=ONCE) for name in ("dense first", "evicts the prompt"))],
+)
 def test_feeding_is_decoding(params, name):
     """Page by page or token by token, under policies of every make."""
     sampling = Sampling(temperature=1.0)
@@ -218,7 +228,9 @@ def test_feeding_is_decoding(params, name):
 
 
 @pytest.mark.parametrize(
-    ("config", "samples"), [(WINDOWS, 2), (EVERY_LAYER, 1)], ids=["mixed", "all"]
+    ("config", "samples"),
+    [(WINDOWS, 2), pytest.param(EVERY_LAYER, 1, marks=ONCE)],
+    ids=["mixed", "all"],
 )
 def test_rows_come_and_go(config, samples):
     """Rows whose ring another one filled; and several that share a prompt."""
@@ -248,6 +260,7 @@ def test_rows_come_and_go(config, samples):
         np.testing.assert_allclose(result.logprobs, wanted.logprobs[:count], atol=1e-4)
 
 
+@pytest.mark.once
 def test_saved_and_restored(params, tmp_path):
     prompts = PROMPTS[:3]
     session = Session.create(params, SMALL["raas"], [len(each) for each in prompts], 40)
