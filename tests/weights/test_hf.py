@@ -218,7 +218,7 @@ def test_no_weights_no_config(checkpoint):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*Supported are .*llama, mistral.*qwen3"),
+        ({"model_type": "gpt2"}, "model_type is 'gpt2'.*Supported are .*llama, .*mistral.*qwen3"),
         (
             {"rope_scaling": {"rope_type": "mrope", "factor": 2.0}},
             "'mrope'.*'default', 'linear', 'dynamic'",
