@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import tempfile
@@ -154,18 +155,28 @@ def _logits(model: Any, params: Params) -> float:
 
     tokens = np.random.default_rng(0).integers(0, BASE["vocab_size"], (2, TEXT))
     with torch.no_grad():
-        wanted = model(torch.tensor(tokens)).logits.float().numpy()
+        wanted = _fresh(model)(torch.tensor(tokens)).logits.float().numpy()
     run = jax.jit(forward, static_argnums=0)
     found = run(params.config, params.weights, jnp.asarray(tokens, jnp.int32))
     return float(np.max(np.abs(np.asarray(found) - wanted)))
 
 
+def _fresh(model: Any) -> Any:
+    """A copy, since a dynamic rope of transformers remembers the longest text that it has read."""
+    return copy.deepcopy(model)
+
+
 def _greedy(model: Any, prompt: Sequence[int]) -> list[int]:
     import torch
 
+    # The cache of transformers keeps everything for a window of one token; its masks do not.
+    cached = getattr(model.config, "sliding_window", None) != 1
     with torch.no_grad():
-        answer = model.generate(
-            torch.tensor([list(prompt)]), max_new_tokens=NEW_TOKENS, do_sample=False
+        answer = _fresh(model).generate(
+            torch.tensor([list(prompt)]),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            use_cache=cached,
         )
     tokens: list[int] = answer[0, len(prompt) :].tolist()
     return tokens
