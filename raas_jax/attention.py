@@ -33,7 +33,7 @@ from raas_jax.cache import (
     page_bounds,
 )
 from raas_jax.policies.base import Bounded, Selection
-from raas_jax.windows import Ring
+from raas_jax.windows import Ring, newest_first
 
 MOST_SCORES = 1 << 26
 """In memory at once while the mass of a prompt's pages is summed: 0.25 GiB in float32."""
@@ -54,6 +54,20 @@ def causal_attention(
     A token sees `window` tokens, itself included; a `sink [N]` joins the softmax of each head.
     """
     return prefill_attention(q, k, v, segments, window=window, sink=sink, target=target)
+
+
+def shares_of(scores: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """The softmax with a sink in it.
+
+    Of float32 scores `[..., K, G, t, s]` over their last axis and a sink `[N]` or None: the shares,
+    and what of each sum the sink takes, `[..., K, G, t]`; 0 without one.
+    """
+    if sink is None:
+        return jax.nn.softmax(scores, axis=-1), jnp.zeros(scores.shape[:-1], scores.dtype)
+    own = sink.astype(scores.dtype).reshape(*scores.shape[-4:-2], 1, 1)
+    beside = jnp.broadcast_to(own, (*scores.shape[:-1], 1))
+    shares = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1), axis=-1)
+    return shares[..., :-1], shares[..., -1]
 
 
 def prompt_mass(
@@ -82,11 +96,7 @@ def prompt_mass(
         scores = jnp.einsum("btkgh,bskh->bkgts", part, k, preferred_element_type=jnp.float32)
         token = index * block + jnp.arange(block)
         causal = jnp.arange(T) <= token[:, None]
-        scores = jnp.where(causal, scores * H**-0.5, -jnp.inf)
-        share = jax.nn.softmax(scores, axis=-1)
-        if sink is not None:
-            lse = jax.nn.logsumexp(scores, axis=-1, keepdims=True)
-            share *= jax.nn.sigmoid(lse - sink.astype(jnp.float32).reshape(K, N // K, 1, 1))
+        share, _ = shares_of(jnp.where(causal, scores * H**-0.5, -jnp.inf), sink)
         counts = (token < lengths[:, None]) & (token >= first[:, None])
         share = jnp.where(counts[:, None, None, :, None], share, 0.0)
         pages = share.reshape(B, K, N // K, block, T // page_size, page_size)
@@ -206,36 +216,25 @@ class Reader:
 
         Of q `[B, P, N, H]` at `positions [B, P]`: the attended values, float32 `[B, P, N, H]`.
         """
-        B, P, N, H = q.shape
+        (B, P, N, H), K = q.shape, first.shape[1]
         kept, current = self.cache.kept[self.group], self.cache.current
-        k, v = (
-            jnp.concatenate(
-                [
-                    layer_pages(of_ring, self.layer_in_group, None).reshape(B, -1, S * P, H),
-                    jax.lax.dynamic_index_in_dim(of_page, self.layer, 0, keepdims=False),
-                ],
-                axis=2,
-            )
-            for S in (kept.k.shape[3],)
-            for of_ring, of_page in ((kept.k, current.k), (kept.v, current.v))
-        )
-        # Newest first in the ring, oldest first in the current page.
-        newest = first[..., None] + jnp.arange(P - 1, -1, -1, dtype=jnp.int32)
-        of_page = jnp.broadcast_to(positions[:, None], (*first.shape[:2], P))
-        at = jnp.concatenate([newest.reshape(*first.shape[:2], -1), of_page], axis=-1)
+
+        def tokens(of_ring: jax.Array, of_page: jax.Array) -> jax.Array:
+            """The ring's, the newest of a page first, and the current page's, the oldest first."""
+            pages = layer_pages(of_ring, self.layer_in_group, None).reshape(B, K, -1, H)
+            page = jax.lax.dynamic_index_in_dim(of_page, self.layer, 0, keepdims=False)
+            return jnp.concatenate([pages, page], axis=2)
+
+        k, v = tokens(kept.k, current.k), tokens(kept.v, current.v)
+        in_ring = newest_first(first[..., None, None] + jnp.arange(P, dtype=jnp.int32)[:, None])
+        in_page = jnp.broadcast_to(positions[:, None], (B, K, P))
+        at = jnp.concatenate([in_ring.reshape(B, K, -1), in_page], axis=-1)[:, :, None]
         now = positions[:, None, :, None]
-        seen = (
-            (at[:, :, None] >= 0) & (at[:, :, None] <= now) & (at[:, :, None] > now - ring.window)
-        )
-        K = k.shape[1]
+        seen = (at >= 0) & (at <= now) & (at > now - ring.window)
         by_head = q.reshape(B, P, K, N // K, H)
         scores = jnp.einsum("bpkgh,bksh->bkgps", by_head, k, preferred_element_type=jnp.float32)
         scores = jnp.where(seen[:, :, None], scores * H**-0.5, -jnp.inf)
-        lse = jax.nn.logsumexp(scores, axis=-1)
-        if self.sink is not None:
-            sink = self.sink.astype(jnp.float32).reshape(K, N // K, 1)
-            lse = jnp.logaddexp(lse, sink)
-        shares = jnp.exp(scores - lse[..., None]).astype(v.dtype)
+        shares = shares_of(scores, self.sink)[0].astype(v.dtype)
         out = jnp.einsum("bkgps,bksh->bpkgh", shares, v, preferred_element_type=jnp.float32)
         return out.reshape(B, P, N, H)
 

@@ -229,6 +229,12 @@ class ModelConfig:
         seen = frozenset(self.window_layers)
         return tuple("window" if n in seen else "full" for n in range(self.num_hidden_layers))
 
+    @property
+    def layer_places(self) -> tuple[tuple[str, int], ...]:
+        """The attention of every layer, and the layer's place among those of its kind."""
+        kinds = self.layer_kinds
+        return tuple((kind, kinds[:number].count(kind)) for number, kind in enumerate(kinds))
+
     def with_layers(self, count: int) -> ModelConfig:
         """The same with its first layers alone, or with more of the plain kind."""
         kept: dict[str, Any] = {

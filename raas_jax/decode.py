@@ -52,7 +52,7 @@ from raas_jax.policies.base import (
 )
 from raas_jax.rotation import Rotation, rotations_of
 from raas_jax.sampling import Sampler, Sampling, log_probability, row_keys
-from raas_jax.windows import first_positions, last_pages, newest_first
+from raas_jax.windows import filled, first_positions, last_pages, newest_first
 
 EVICTION_STREAM = 0x52616153  # Apart from the stream that sampling draws from the same row keys.
 
@@ -304,7 +304,8 @@ def prefill(
         attended = causal_attention(q, k, v, target=plan.target, **layer.sight)
         x = in_chunks(layer.finish, x, attended)
         if layer.kind == "window":
-            slots = plan.groups[-1].slots
+            assert plan.windows is not None
+            slots = plan.windows.slots
             return x, tuple(last_pages(each, lengths, slots, P) for each in (k, v))
         mass = prompt_mass(q, k, lengths, P, queries, layer.sink) if queries else None
         return x, (_as_pages(k, P), _as_pages(v, P), mass)
@@ -319,7 +320,7 @@ def prefill(
     meta, evicted = init_metadata(config, plan, rows), jnp.zeros(rows, jnp.int32)
     k, v, mass = found.get("full", (cache.prompt.k, cache.prompt.v, None))
     prompt = Prompt(k, v, lengths, None)
-    if plan.groups[-1].ring:
+    if plan.windows:
         cache, meta = _fill_ring(cache, meta, found["window"], lengths, plan)
     if plan.policy.evicts_prompt:
         cache, meta, evicted = _insert_prompt(cache, meta, prompt, mass, plan)
@@ -345,12 +346,11 @@ def _fill_ring(
     plan: Plan,
 ) -> tuple[Cache, tuple[Metadata, ...]]:
     """Puts the prompts' last pages `[L, B', K, S, P, H]` into the ring of every row."""
-    group, empty = plan.groups[-1], cache.kept[-1]
+    empty, P = cache.kept[-1], plan.page_size
     k, v = (jnp.repeat(each, plan.samples, axis=1) for each in pages)
-    first = first_positions(jnp.repeat(lengths, plan.samples), group.slots, plan.page_size)
+    first = first_positions(jnp.repeat(lengths, plan.samples), k.shape[3], P)
     first = jnp.broadcast_to(first[:, None], empty.fill.shape)
-    fill = jnp.clip(first + plan.page_size, 0, plan.page_size)
-    ring = dataclasses.replace(empty, k=k, v=v, fill=fill)
+    ring = dataclasses.replace(empty, k=k, v=v, fill=filled(first, P))
     return dataclasses.replace(cache, kept=(*cache.kept[:-1], ring)), (*meta[:-1], first)
 
 
@@ -535,10 +535,9 @@ def token_step(
 
 def _in_sight(state: DecodeState, plan: Plan, position: jax.Array) -> DecodeState:
     """The state as tokens at `position [B]` see it: what has left a window is out of its ring."""
-    ring = plan.groups[-1].ring
-    if ring is None:
+    if plan.windows is None or plan.windows.ring is None:
         return state
-    fill = ring.in_sight(state.meta[-1], position)
+    fill = plan.windows.ring.in_sight(state.meta[-1], position)
     kept = *state.cache.kept[:-1], dataclasses.replace(state.cache.kept[-1], fill=fill)
     return dataclasses.replace(state, cache=dataclasses.replace(state.cache, kept=kept))
 
@@ -599,9 +598,9 @@ def _step_body(
 
     It gives what its policy wants to see, if that keeps metadata: its mass, bound and current mass.
     """
-    cache, policy, ring = state.cache, plan.groups[number].policy, plan.groups[number].ring
+    cache, group = state.cache, plan.groups[number]
+    policy, rotation = group.policy, rotations[group.kind]
     prompt_fill, written = cache.prompt.fill(), offset + 1
-    rotation = rotations["window" if ring else "full"]
 
     def body(
         layer: Layer,
@@ -621,7 +620,7 @@ def _step_body(
             selection = policy.select(meta, bounded)
         out, mass, current_mass = reader.attend(q[:, 0], selection)
         shown = None
-        if jax.tree.leaves(meta) and not ring:
+        if jax.tree.leaves(meta) and not group.ring:
             bound = reader.bound(q[:, 0]) if policy.needs_bounds else None
             shown = jax.tree.map(by_head, (mass, bound, current_mass))
         return (layer.finish(x, out[:, None].astype(x.dtype)), current), shown

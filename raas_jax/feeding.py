@@ -90,9 +90,9 @@ def _page_body(
     positions: jax.Array,
 ) -> Body:
     """What a layer of group `number` does with x `[B, P, D]`, the current page and its metadata."""
-    cache, policy, ring = state.cache, plan.groups[number].policy, plan.groups[number].ring
+    cache, group = state.cache, plan.groups[number]
+    policy, ring, rotation = group.policy, group.ring, rotations[group.kind]
     prompt_fill, now = cache.prompt.fill(), state.rows.generated
-    rotation = rotations["window" if ring else "full"]
     whole = jnp.int32(plan.page_size)
 
     def body(

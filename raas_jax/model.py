@@ -518,10 +518,8 @@ def _run_stage(
         ys: dict[Any, list[Any]] = {kind: [] for kind in counts}
         for at, kind in enumerate(stage.pattern):
             done = len(ys[kind])
-            number, place = (
-                turn * size + first + at,
-                turn * counts[kind] + stage.earlier[kind] + done,
-            )
+            number = turn * size + first + at
+            place = turn * counts[kind] + stage.earlier[kind] + done
             layer = layer_of(number, kind, place, arrays if size == 1 else _slice(arrays, at))
             x = xs[kind] if counts[kind] == 1 else _slice(xs[kind], done)
             carry, y = body(layer, carry, x)
@@ -564,8 +562,9 @@ def _layer_of(
         arrays |= _matrices_in_place(layers, number, in_place)
     own = plain = None
     if config.num_experts:
-        among, is_plain = number, np.isin(range(config.num_hidden_layers), config.plain_layers)
+        among = number
         if config.plain_layers:
+            is_plain = np.isin(range(config.num_hidden_layers), config.plain_layers)
             here = jnp.asarray(is_plain)[number]
             earlier = jnp.asarray(np.cumsum(is_plain) - is_plain, jnp.int32)[number]
             among = number - earlier

@@ -55,6 +55,11 @@ class Group(NamedTuple):
         return self.policy if isinstance(self.policy, Ring) else None
 
     @property
+    def kind(self) -> str:
+        """One of `ModelConfig.layer_kinds`."""
+        return "window" if self.ring else "full"
+
+    @property
     def part(self) -> slice:
         """Its layers among all of their kind."""
         return slice(self.first, self.first + self.layers)
@@ -141,6 +146,12 @@ class Plan:
     def page_size(self) -> int:
         """`P`."""
         return self.policy.page_size
+
+    @property
+    def windows(self) -> Group | None:
+        """The group of the layers that see a window, the last one; None without such."""
+        last = self.groups[-1]
+        return last if last.ring else None
 
     @property
     def kinds(self) -> tuple[int, ...]:

@@ -50,8 +50,7 @@ class Ring(Policy):
     def in_sight(self, first: jax.Array, position: jax.Array) -> jax.Array:
         """Tokens of each page that a token at `position [B]` sees: int32, shaped like `first`."""
         lowest = jnp.maximum(position - self.window + 1, 0)[:, None, None]
-        seen: jax.Array = jnp.clip(first + self.page_size - lowest, 0, self.page_size)
-        return seen
+        return filled(first - lowest, self.page_size)
 
 
 def check_some_see_all(config: ModelConfig) -> None:
@@ -81,6 +80,11 @@ def last_pages(x: jax.Array, lengths: jax.Array, slots: int, page_size: int) -> 
     B, _, K, H = x.shape
     by_head = jnp.swapaxes(tokens, 1, 2).reshape(B, K, slots, page_size, H)
     return newest_first(by_head)
+
+
+def filled(first: jax.Array, page_size: int) -> jax.Array:
+    """Tokens in pages whose first ones are at these positions, of which those below 0 are none."""
+    return jnp.clip(first + page_size, 0, page_size)
 
 
 def first_positions(lengths: jax.Array, slots: int, page_size: int) -> jax.Array:

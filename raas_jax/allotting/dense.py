@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from raas_jax.allotting.simulate import Seen, Sums
+from raas_jax.attention import shares_of
 from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
 from raas_jax.rotation import Rotation, rotations_of
@@ -245,30 +246,18 @@ def _blocks(
     """A layer's attention of q `[T, N, H]` over k `[T, K, H]`."""
     (T, N, H), K = q.shape, k.shape[1]
     window = layer.sight.get("window", T)
-    sink = None
-    if layer.sink is not None:
-        sink = layer.sink.astype(jnp.float32).reshape(K, N // K, 1, 1)
     for first in range(0, T, size):
         start, end = max(first - window + 1, 0), min(first + size, T)
         grouped = q[first:end].reshape(end - first, K, N // K, H)
         scores = jnp.einsum("tkgh,skh->kgts", grouped * H**-0.5, k[start:end])
         distance = np.arange(first, end)[:, None] - np.arange(start, end)
         scores = jnp.where((distance >= 0) & (distance < window), scores, _NEVER)
-        shares, of_sink = _softmax(scores, sink)
+        shares, of_sink = shares_of(scores, layer.sink)
         read = shares
         if visible is not None:
             left = jnp.where(_among(visible, first, end), shares, 0.0)
             read = left / (jnp.sum(left, axis=-1, keepdims=True) + of_sink[..., None])
         yield Block(first, end, start, grouped, shares, read, of_sink)
-
-
-def _softmax(scores: jax.Array, sink: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-    """Shares of scores `[K, G, t, s]`, and of a sink `[K, G, 1, 1]` among them: `[K, G, t]`."""
-    if sink is None:
-        return jax.nn.softmax(scores), jnp.zeros(scores.shape[:-1], scores.dtype)
-    beside = jnp.broadcast_to(sink, (*scores.shape[:-1], 1))
-    shares = jax.nn.softmax(jnp.concatenate([scores, beside], axis=-1))
-    return shares[..., :-1], shares[..., -1]
 
 
 def _among(visible: Visible, first: int, end: int) -> jax.Array:

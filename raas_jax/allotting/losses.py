@@ -53,11 +53,11 @@ def curves(
     tokens, prompt, sizes = checked(texts, prompt_tokens, policy)
     B, T = tokens.shape
     params = params.stacked()  # One program serves all layers.
-    kinds, L = params.config.layer_kinds, params.config.full_layers
+    places, L = params.config.layer_places, params.config.full_layers
     hidden = None if progress is None else not progress
-    with tqdm(total=2 * len(kinds), unit="layer", disable=hidden) as bar:
+    with tqdm(total=2 * len(places), unit="layer", disable=hidden) as bar:
         inputs = [[embed(params, jnp.asarray(row))] for row in tokens]
-        for number, kind in enumerate(kinds):
+        for number, (kind, _) in enumerate(places):
             for of_text in inputs:
                 of_text.append(forward(params, of_text[-1], jnp.int32(number), kind=kind))
             bar.update()
@@ -67,8 +67,7 @@ def curves(
             for row, of_text in enumerate(inputs)
         ]
         losses = np.zeros((L, params.config.num_key_value_heads, len(sizes)))
-        place = L
-        for number, kind in reversed(list(enumerate(kinds))):
+        for number, (kind, place) in reversed(list(enumerate(places))):
             found, of_layer = [], jnp.int32(number)
             for row, of_text in enumerate(inputs):
                 x = of_text.pop()
@@ -80,7 +79,6 @@ def curves(
             bar.update()
             if not found:
                 continue
-            place -= 1
             seen = jax.tree.map(lambda *x: jnp.stack(x), *(each.seen for each in found))
             held = simulate(policy, sizes, seen)
             for row, each in enumerate(found):

@@ -101,7 +101,7 @@ class _Model:
     def __init__(self, params: Params, tokens: np.ndarray, prompt: int, policy: Budgeted):
         self.params, self.policy, P = params, policy, policy.page_size
         self.at = {"prompt": prompt, "P": P}
-        self.kinds = params.config.layer_kinds
+        self.places = params.config.layer_places
         self.shape = params.config.full_layers, params.config.num_key_value_heads
         pages = (tokens.shape[1] - prompt) // P
         self.grid = np.asarray([size for size in GRID if policy.least_pages <= size < pages])
@@ -109,7 +109,7 @@ class _Model:
         self.dense = [self._dense(x) for x in self.embedded]
 
     def _dense(self, x: jax.Array) -> jax.Array:
-        for number, kind in enumerate(self.kinds):
+        for number, (kind, _) in enumerate(self.places):
             x = forward(self.params, x, jnp.int32(number), kind=kind)
         return x
 
@@ -122,8 +122,7 @@ class _Model:
         sizes = tuple(self.grid.tolist())
         inputs: list[list[jax.Array]] = [self.embedded]
         kept: list[jax.Array | None] = []
-        own = iter(chosen)
-        for number, kind in enumerate(self.kinds):
+        for number, (kind, place) in enumerate(self.places):
             x, layer = inputs[-1], jnp.int32(number)
             if kind == "window":
                 inputs.append([forward(self.params, each, layer, kind=kind) for each in x])
@@ -132,9 +131,8 @@ class _Model:
             seen = [pages_seen(self.params, each, layer, **self.at) for each in x]
             held = simulate(self.policy, sizes, jax.tree.map(lambda *x: jnp.stack(x), *seen))
             kept.append(held)
-            pages = next(own)
             after = [
-                forward(self.params, each, layer, self._own(held, row, pages), **self.at)
+                forward(self.params, each, layer, self._own(held, row, chosen[place]), **self.at)
                 for row, each in enumerate(x)
             ]
             inputs.append(after)
@@ -153,10 +151,8 @@ class _Model:
         """By how much the divergence changes with each size of each head, `[L, K, sizes]`."""
         back = list(found.back)
         changes = np.zeros((*self.shape, len(self.grid)))
-        place = self.shape[0]
-        for number, held in reversed(list(enumerate(found.held))):
-            layer, kind = jnp.int32(number), self.kinds[number]
-            place -= held is not None
+        for number, (kind, place) in reversed(list(enumerate(self.places))):
+            layer, held = jnp.int32(number), found.held[number]
             for row, x in enumerate(found.inputs[number]):
                 if held is None:
                     back[row] = backward_through(self.params, x, back[row], layer, kind=kind)

@@ -68,12 +68,10 @@ def _summed(params: Params, texts: Sequence[Sequence[int]], see: Any) -> np.ndar
     for text in texts:
         tokens = jnp.asarray(text, jnp.int32)
         x = embed(params, tokens)
-        rows = iter(found)
-        for number, kind in enumerate(config.layer_kinds):
+        for number, (kind, place) in enumerate(config.layer_places):
             if kind == "window":
                 x = forward(params, x, jnp.int32(number), kind=kind)
                 continue
             x, of_blocks = look(params, x, jnp.int32(number), see, tokens)
-            row = next(rows)
-            row += np.sum(np.asarray(of_blocks, np.float64), axis=0)
+            found[place] += np.sum(np.asarray(of_blocks, np.float64), axis=0)
     return found

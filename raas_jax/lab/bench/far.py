@@ -21,7 +21,7 @@ from raas_jax.decode import DecodeState, commit_page, empty_state
 from raas_jax.lab.bench.turns import endless, timed
 from raas_jax.plan import Plan
 from raas_jax.session import Session
-from raas_jax.windows import first_positions
+from raas_jax.windows import filled, first_positions
 
 
 def at_length(session: Session, prompt_tokens: int, generated: int) -> DecodeState:
@@ -60,7 +60,7 @@ def _begun(
     lengths = jnp.full_like(cache.prompt.lengths, prompt_tokens)
     prompt = dataclasses.replace(cache.prompt, k=k, v=v, lengths=lengths)
     meta, kept = state.meta, cache.kept
-    if plan.groups[-1].ring:
+    if plan.windows:
         positions, ring = _ring(kept[-1], prompt_tokens)
         meta, kept = (*meta[:-1], positions), (*kept[:-1], ring)
     current = CurrentPage(current_k, current_v)
@@ -85,7 +85,7 @@ def _ring(empty: Kept, prompt_tokens: int) -> tuple[jax.Array, Kept]:
         jax.random.normal(key, empty.k.shape, jnp.float32).astype(empty.k.dtype)
         for key in jax.random.split(jax.random.key(1))
     )
-    return first, dataclasses.replace(empty, k=k, v=v, fill=jnp.clip(first + P, 0, P))
+    return first, dataclasses.replace(empty, k=k, v=v, fill=filled(first, P))
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnums=0)

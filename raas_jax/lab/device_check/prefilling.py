@@ -53,8 +53,10 @@ def operations(config: ModelConfig, params: Params, tokens: int) -> int:
     in_layers = sum(int(layers[name].size) for name in MATRICES if name in layers)
     if config.num_experts:
         # Each token goes through those that are chosen for it: gate, up and down of each.
-        of_expert = 3 * config.hidden_size * config.moe_intermediate_size
-        in_layers += config.num_hidden_layers * config.num_experts_per_tok * of_expert
+        widths = len(config.expert_layers) * config.num_experts_per_tok
+        widths *= config.moe_intermediate_size
+        widths += len(config.plain_layers) * config.intermediate_size
+        in_layers += 3 * config.hidden_size * widths
     pairs = config.full_layers * _pairs(tokens, tokens)
     pairs += len(config.window_layers) * _pairs(tokens, config.window)
     attention = 2 * 2 * config.num_attention_heads * config.head_dim * pairs

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from raas_jax.attention import shares_of
 from raas_jax.lab.inspect.recording import Recording
 from raas_jax.model import Layer, ends, run_layers
 from raas_jax.params import Params
@@ -61,8 +62,7 @@ def replay(
     width = -(-T // BUCKET) * BUCKET
     padded = jnp.asarray(np.pad(tokens, (0, width - T)))
     x = _embed(params, padded)
-    place = 0
-    for number, kind in enumerate(params.config.layer_kinds):
+    for number, (kind, place) in enumerate(params.config.layer_places):
         mask = np.zeros((params.config.num_key_value_heads, width, width), bool)
         if kind == "window":
             mask[:] = np.tri(width) - np.tri(width, k=-params.config.window)
@@ -72,7 +72,6 @@ def replay(
         mask[:, :T, :T] = np.tri(T) if one else visible(recording, len(prompt), place)
         x, attention = _layer(params, x, jnp.int32(number), jnp.asarray(mask), kind)
         yield place, np.asarray(attention[:, first:T, :T])
-        place += 1
     if drawn is not None:
         drawn += np.asarray(_choices(params, x))[first:T].tolist()
 
@@ -101,12 +100,7 @@ def _layer(
         q, k, v = layer.qkv(x, rotation)
         q = q[0].reshape(T, K, N // K, H).astype(jnp.float32) * H**-0.5
         scores = jnp.einsum("tkgh,skh->kgts", q, k[0].astype(jnp.float32))
-        scores = jnp.where(mask[:, None], scores, _NEVER)
-        if layer.sink is not None:
-            sink = layer.sink.astype(jnp.float32).reshape(K, N // K, 1, 1)
-            beside = jnp.broadcast_to(sink, (K, N // K, T, 1))
-            scores = jnp.concatenate([scores, beside], axis=-1)
-        weights = jax.nn.softmax(scores, axis=-1)[..., :T]
+        weights = shares_of(jnp.where(mask[:, None], scores, _NEVER), layer.sink)[0]
         out = jnp.einsum("kgts,skh->tkgh", weights, v[0].astype(jnp.float32))
         return layer.finish(x, out.reshape(1, T, N, H).astype(x.dtype)), weights.max(1)
 
