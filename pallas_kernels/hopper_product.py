@@ -17,11 +17,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.hopper import TILE, store, tile_memory
+from pallas_kernels.arrays import result
+from pallas_kernels.hopper import COMPILER, TILE, store, tile_memory
 
 
 class Scratch(NamedTuple):
@@ -41,6 +43,46 @@ class Scratch(NamedTuple):
             arrived=plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
         )
+
+
+def kernel_of(
+    name: str,
+    multiply_block: Callable[..., None],
+    blocks: Any,
+    *,
+    shape: tuple[int, int, int],
+    dtype: Any,
+    outs: Sequence[int],
+    others: tuple[str, int],
+    interpret: Any,
+) -> Callable[..., list[jax.Array]]:
+    """A kernel whose grid has tiles of the weights of several stacks, and something beside them.
+
+    Args:
+      name: of the kernel.
+      multiply_block: what a block does; it is told `blocks`, and as `starts` the number of the
+        first tile of each stack, and the end.
+      blocks: `warpgroups`, each with 64 rows of weights, `columns` of a tile, `stages` in flight.
+      shape: of its only result, `[any, rows of x, out of all stacks]`.
+      dtype: of the result.
+      outs: how many rows the weights of each stack have.
+      others: name and size of the grid's other axis, along which neighbours share a tile.
+      interpret: of `plgpu.kernel`.
+    """
+    height = blocks.warpgroups * TILE
+    kernel: Callable[..., list[jax.Array]] = plgpu.kernel(
+        partial(multiply_block, blocks=blocks, starts=[0, *np.cumsum(outs) // height]),
+        out_type=[result(*shape, dtype=dtype)],
+        scratch_types=[Scratch.of(blocks.stages, blocks.warpgroups, shape[1], blocks.columns)],
+        grid=(sum(outs) // height, others[1]),
+        grid_names=("tile", others[0]),
+        num_threads=blocks.warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=COMPILER,
+        interpret=interpret,
+    )
+    return kernel
 
 
 def add_up(fetch: Callable[[Any, Any], None], own: Scratch, count: Any, most: int) -> jax.Array:

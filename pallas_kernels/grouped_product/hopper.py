@@ -8,7 +8,6 @@ how many rows an expert has decides which blocks have work, and not how the prog
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,10 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.arrays import result
 from pallas_kernels.grouped_product.tuning import Blocks
-from pallas_kernels.hopper import COMPILER, TILE, says_it_reads
-from pallas_kernels.hopper_product import Scratch, add_up, fetch_weights, write
+from pallas_kernels.hopper import TILE, says_it_reads
+from pallas_kernels.hopper_product import Scratch, add_up, fetch_weights, kernel_of, write
 
 
 def multiply(
@@ -35,19 +33,16 @@ def multiply(
 ) -> list[jax.Array]:
     """Products of bfloat16 `x [T, R, in]` with the owners' `[out, in]` of each stack."""
     T, R, _ = x.shape
-    outs, height = [stack.shape[2] for stack in stacks], blocks.warpgroups * TILE
-    total = sum(outs)
-    kernel = plgpu.kernel(
-        partial(multiply_block, blocks=blocks, starts=[0, *np.cumsum(outs) // height]),
-        out_type=[result(T, R, total, dtype=dtype)],
-        scratch_types=[Scratch.of(blocks.stages, blocks.warpgroups, R, blocks.columns)],
+    outs = [stack.shape[2] for stack in stacks]
+    kernel = kernel_of(
+        "grouped_product",
+        multiply_block,
+        blocks,
+        shape=(T, R, sum(outs)),
+        dtype=dtype,
+        outs=outs,
         # Neighbours have the same tile: of one expert's blocks only the first finds it in no cache.
-        grid=(total // height, T),
-        grid_names=("tile", "block"),
-        num_threads=blocks.warpgroups,
-        thread_name="warpgroup",
-        kernel_name="grouped_product",
-        compiler_params=COMPILER,
+        others=("block", T),
         interpret=interpret,
     )
     L, E = stacks[0].shape[:2]

@@ -9,7 +9,6 @@ fusion that reads the result, which costs no launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -19,9 +18,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.arrays import result
-from pallas_kernels.hopper import COMPILER, TILE
-from pallas_kernels.hopper_product import Scratch, add_up, fetch_weights, write
+from pallas_kernels.hopper import TILE
+from pallas_kernels.hopper_product import Scratch, add_up, fetch_weights, kernel_of, write
 from pallas_kernels.stacked_product.tuning import Blocks
 
 
@@ -35,20 +33,18 @@ def multiply(
 ) -> list[jax.Array]:
     """Products of bfloat16 `x [B, in]` with the layer's `[out, in]` of each stack, cut as said."""
     B, outs = x.shape[0], [stack.shape[1] for stack in stacks]
-    height, total = blocks.warpgroups * TILE, sum(outs)
-    own = dtype if blocks.splits == 1 else jnp.float32
-    (parts,) = plgpu.kernel(
-        partial(multiply_block, blocks=blocks, starts=[0, *np.cumsum(outs) // height]),
-        out_type=[result(blocks.splits, blocks.rows, total, dtype=own)],
-        scratch_types=[Scratch.of(blocks.stages, blocks.warpgroups, blocks.rows, blocks.columns)],
-        grid=(total // height, blocks.splits),
-        grid_names=("tile", "split"),
-        num_threads=blocks.warpgroups,
-        thread_name="warpgroup",
-        kernel_name="stacked_product",
-        compiler_params=COMPILER,
+    kernel = kernel_of(
+        "stacked_product",
+        multiply_block,
+        blocks,
+        shape=(blocks.splits, blocks.rows, sum(outs)),
+        dtype=dtype if blocks.splits == 1 else jnp.float32,
+        outs=outs,
+        others=("split", blocks.splits),
         interpret=interpret,
-    )(jnp.pad(x, ((0, blocks.rows - B), (0, 0))), list(stacks), jnp.reshape(layer, 1))
+    )
+    padded = jnp.pad(x, ((0, blocks.rows - B), (0, 0)))
+    (parts,) = kernel(padded, list(stacks), jnp.reshape(layer, 1))
     out = parts[0, :B]
     for part in range(1, blocks.splits):
         out = out + parts[part, :B]
